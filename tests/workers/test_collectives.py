@@ -1,0 +1,477 @@
+"""The collectives: the same bits on every rank, whatever the transport, and no waiting for the dead."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from headwise.workers.collectives import (
+    CollectiveMismatchError,
+    Collectives,
+    Rendezvous,
+    RendezvousError,
+    Solo,
+    connect,
+    open_rendezvous,
+)
+from headwise.workers.collectives.shared_memory import SLOT_BYTES
+from headwise.workers.errors import InvalidValueError, PeerDiedError
+
+DEADLINE_S = 30
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*FLOATS, torch.float64, torch.int64, torch.int32, torch.uint8)
+
+
+# --- ranks as threads of this process, and as processes of their own
+
+
+def in_threads(world_size: int, act: Callable[[Collectives], Any], kind: str = "shared_memory") -> list[Any]:
+    """What ``act`` returned on each rank; a rank's error is returned in its place."""
+    rendezvous = open_rendezvous(kind, world_size)
+
+    def rank_thread(rank: int) -> Any:
+        at = rendezvous if rank == 0 else rendezvous.publish()
+        group = connect(at, rank, world_size, DEADLINE_S)
+        try:
+            return act(group)
+        except Exception as error:
+            return error
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(world_size) as pool:
+        waiting = [pool.submit(rank_thread, rank) for rank in range(world_size)]
+        return [future.result(DEADLINE_S) for future in waiting]
+
+
+class RankProcess:
+    """One rank in its own process: forked from a server that has imported torch, so that many are cheap."""
+
+    def __init__(self, act: Callable[..., Any], kind: str, rank: int, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["headwise.workers.collectives.shared_memory", "headwise.workers.collectives.torch_distributed"]
+        )
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_rank_main, args=(theirs, act, kind, rank, world_size), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        assert self.pipe.poll(DEADLINE_S), "a rank did not answer in time"
+        return self.pipe.recv()
+
+
+def _rank_main(pipe: Connection, act: Callable[..., Any], kind: str, rank: int, world_size: int) -> None:
+    rendezvous: Rendezvous | dict[str, Any]
+    if rank == 0:
+        rendezvous = open_rendezvous(kind, world_size)
+        pipe.send(rendezvous.publish())
+    else:
+        rendezvous = pipe.recv()
+    group = connect(rendezvous, rank, world_size, DEADLINE_S)
+    pipe.send("connected")
+    try:
+        result = act(group)
+    except BaseException as error:
+        result = (type(error).__name__, getattr(error, "rank", None), str(error), time.monotonic())
+    pipe.send(result)
+    pipe.recv()  # no rank leaves before the test has every answer
+    group.close()
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., list[RankProcess]]]:
+    started: list[RankProcess] = []
+
+    def start(world_size: int, act: Callable[..., Any], kind: str = "shared_memory") -> list[RankProcess]:
+        ranks = [RankProcess(act, kind, rank, world_size) for rank in range(world_size)]
+        started.extend(ranks)
+        published = ranks[0].receive()
+        for rank in ranks[1:]:
+            rank.pipe.send(published)
+        assert [rank.receive() for rank in ranks] == ["connected"] * world_size
+        return ranks
+
+    yield start
+    for rank in started:
+        if rank.process.is_alive():
+            rank.pipe.send("leave")
+    for rank in started:
+        rank.process.join(DEADLINE_S)
+        assert rank.process.exitcode is not None
+        rank.pipe.close()
+
+
+def random_tensor(shape: list[int], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    return torch.randint(0, 60, shape, generator=generator).to(dtype)
+
+
+def rank_order_sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0].float() if parts[0].dtype in FLOATS else parts[0].clone()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(-1).equal(b.contiguous().view(-1))
+
+
+def shared_files() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("headwise-")}
+
+
+# --- values
+
+
+def test_one_rank_keeps_its_tensors() -> None:
+    group = connect(open_rendezvous("solo", 1), 0, 1)
+    assert isinstance(group, Solo)
+    x = torch.arange(6.0).view(2, 3)
+    group.all_reduce_(x)
+    group.broadcast_(x)
+    assert same_bits(group.all_gather(x, [3]), torch.arange(6.0).view(2, 3))
+    with pytest.raises(InvalidValueError, match="sizes"):
+        group.all_gather(x, [1, 2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    world_size=st.integers(1, 4),
+    shape=st.lists(st.integers(0, 9), max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**20),
+)
+def test_all_reduce_is_the_rank_order_sum(world_size: int, shape: list[int], dtype: torch.dtype, seed: int) -> None:
+    parts = [random_tensor(shape, dtype, seed + rank) for rank in range(world_size)]
+
+    def act(group: Collectives) -> Tensor:
+        x = parts[group.rank].clone()
+        group.all_reduce_(x)
+        return x
+
+    expected = rank_order_sum(parts)
+    assert all(same_bits(x, expected) for x in in_threads(world_size, act))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    lead=st.lists(st.integers(0, 5), max_size=2),
+    dtype=st.sampled_from((*DTYPES, torch.bool)),
+    seed=st.integers(0, 2**20),
+)
+def test_all_gather_concatenates_by_rank(sizes: list[int], lead: list[int], dtype: torch.dtype, seed: int) -> None:
+    parts = [random_tensor([*lead, size], dtype, seed + rank) for rank, size in enumerate(sizes)]
+    expected = torch.cat(parts, dim=-1)
+    gathered = in_threads(len(sizes), lambda group: group.all_gather(parts[group.rank], sizes))
+    assert all(same_bits(x, expected) for x in gathered)
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_larger_than_the_buffer(kind: str, dtype: torch.dtype) -> None:
+    count = 2 * SLOT_BYTES // dtype.itemsize + 17
+    parts = [random_tensor([count], dtype, rank) for rank in range(3)]
+    sizes = [count, 0, 5]
+
+    def act(group: Collectives) -> tuple[Tensor, Tensor, Tensor]:
+        total = parts[group.rank].clone()
+        group.all_reduce_(total)
+        first = parts[group.rank].clone()
+        group.broadcast_(first, source=2)
+        return total, group.all_gather(parts[group.rank][: sizes[group.rank]], sizes), first
+
+    for total, gathered, first in in_threads(3, act, kind):
+        assert same_bits(total, rank_order_sum(parts))
+        assert same_bits(gathered, torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+        assert same_bits(first, parts[2])
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_strided_tensors(kind: str) -> None:
+    parts = [random_tensor([6, 10], torch.float32, rank) for rank in range(2)]
+
+    def act(group: Collectives) -> tuple[Tensor, Tensor, Tensor]:
+        own = parts[group.rank].clone()
+        group.all_reduce_(own.t()[2:5])
+        sent = parts[group.rank].clone()
+        group.broadcast_(sent[:, ::2])
+        return own, sent, group.all_gather(parts[group.rank].t(), [6, 6])
+
+    for rank, (own, sent, gathered) in enumerate(in_threads(2, act, kind)):
+        expected = parts[rank].clone()
+        expected[:, 2:5] = parts[0][:, 2:5] + parts[1][:, 2:5]
+        assert same_bits(own, expected)
+        assert same_bits(sent[:, ::2], parts[0][:, ::2]) and same_bits(sent[:, 1::2], parts[rank][:, 1::2])
+        assert same_bits(gathered, torch.cat([part.t() for part in parts], dim=-1))
+
+
+def run_mixed_operations(group: Collectives, count: int) -> int:
+    """Every rank knows what every other gives in, so each checks every result; returns the number of wrong ones."""
+    choose = random.Random(11)
+    wrong = 0
+    for index in range(count):
+        kind, dtype = choose.choice(["reduce", "reduce", "gather", "broadcast", "barrier"]), choose.choice(DTYPES)
+        rows, width = choose.randint(1, 4), choose.choice([1, 8, 100, 576])
+        parts = [random_tensor([rows, width + rank], dtype, index + rank) for rank in range(group.world_size)]
+        if kind == "reduce":
+            same_width = [part[:, :width].contiguous() for part in parts]
+            x = same_width[group.rank].clone()
+            group.all_reduce_(x)
+            wrong += not same_bits(x, rank_order_sum(same_width))
+        elif kind == "gather":
+            x = group.all_gather(parts[group.rank], [part.shape[-1] for part in parts])
+            wrong += not same_bits(x, torch.cat(parts, dim=-1))
+        elif kind == "broadcast":
+            source = choose.randrange(group.world_size)
+            x = parts[source].clone() if group.rank == source else torch.zeros_like(parts[source])
+            group.broadcast_(x, source)
+            wrong += not same_bits(x, parts[source])
+        else:
+            group.barrier()
+    return wrong
+
+
+def mix_3000(group: Collectives) -> int:
+    return run_mixed_operations(group, 3000)
+
+
+def mix_60(group: Collectives) -> int:
+    return run_mixed_operations(group, 60)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_thousands_of_mixed_operations_between_processes(world_size: int, processes: Any) -> None:
+    ranks = processes(world_size, mix_3000)
+    assert not shared_files()
+    assert [rank.receive() for rank in ranks] == [0] * world_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gloo_between_processes(world_size: int, processes: Any) -> None:
+    assert [rank.receive() for rank in processes(world_size, mix_60, "gloo")] == [0] * world_size
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_two_groups_in_one_process(kind: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(in_threads, 2, lambda group: run_mixed_operations(group, 40), kind) for _ in range(2)]
+        assert [future.result(DEADLINE_S) for future in both] == [[0, 0], [0, 0]]
+
+
+# --- peers that go
+
+
+def reduce_for_ever(group: Collectives) -> None:
+    while True:
+        group.all_reduce_(torch.ones(8))
+
+
+def last_rank_stays_out(group: Collectives) -> None:
+    if group.rank == group.world_size - 1:
+        threading.Event().wait()
+    reduce_for_ever(group)
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+@pytest.mark.parametrize("act", [reduce_for_ever, last_rank_stays_out])
+def test_a_killed_peer_is_noticed(kind: str, act: Callable[..., None], processes: Any) -> None:
+    ranks = processes(3, act, kind)
+    killed = time.monotonic()
+    os.kill(ranks[2].process.pid, signal.SIGKILL)
+    for rank in ranks[:2]:
+        error, blamed, message, at = rank.receive()
+        assert (error, blamed) == ("PeerDiedError", 2), message
+        assert at - killed < 2
+    assert not shared_files()
+
+
+def test_gloo_notices_the_death_of_the_rank_that_holds_the_store(processes: Any) -> None:
+    ranks = processes(2, reduce_for_ever, "gloo")
+    killed = time.monotonic()
+    os.kill(ranks[0].process.pid, signal.SIGKILL)
+    error, blamed, _, at = ranks[1].receive()
+    assert (error, blamed) == ("PeerDiedError", 0)
+    assert at - killed < 2
+
+
+def wait_for_a_zombie(path: str) -> tuple[int, float]:
+    child = os.fork()
+    if child == 0:
+        connect(Rendezvous("shared_memory", 2, path), 1, 2, DEADLINE_S)
+        signal.pause()
+    group = connect(Rendezvous("shared_memory", 2, path), 0, 2, DEADLINE_S)
+    os.kill(child, signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        group.barrier()
+    except PeerDiedError as error:
+        return error.rank, time.monotonic() - start
+    finally:
+        os.waitpid(child, 0)
+    return -1, 0.0
+
+
+def test_a_killed_peer_that_nobody_has_reaped_is_dead() -> None:
+    rendezvous = open_rendezvous("shared_memory", 2)
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        blamed, waited = pool.apply_async(wait_for_a_zombie, (rendezvous.address,)).get(DEADLINE_S)
+    assert blamed == 1
+    assert waited < 2
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_abort_reaches_every_waiting_rank(kind: str) -> None:
+    def act(group: Collectives) -> float:
+        group.barrier()
+        if group.rank == 1:
+            group.abort("ran out of memory")
+            threading.Event().wait(0.01)
+        start = time.monotonic()
+        with pytest.raises(PeerDiedError, match="rank 1 of this group gave up: ran out of memory"):
+            group.barrier()
+        return time.monotonic() - start
+
+    assert all(waited < 2 for waited in in_threads(3, act, kind))
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_abort_from_another_thread_ends_this_ranks_own_wait(kind: str) -> None:
+    def act(group: Collectives) -> float:
+        start = time.monotonic()
+        if group.rank == 0:
+            timer = threading.Timer(0.2, group.abort, ("told to",))
+            timer.start()
+            with pytest.raises(PeerDiedError, match="rank 0 of this group gave up: told to"):
+                group.barrier()
+            timer.join()
+            left.set()
+        else:
+            left.wait(DEADLINE_S)
+        return time.monotonic() - start
+
+    left = threading.Event()
+    assert all(waited < 2 for waited in in_threads(2, act, kind))
+
+
+def test_a_peer_that_closes_is_not_waited_for() -> None:
+    def act(group: Collectives) -> None:
+        group.barrier()
+        if group.rank == 0:
+            group.close()
+        group.barrier()
+
+    mine, theirs = in_threads(2, act)
+    assert isinstance(mine, PeerDiedError) and "was closed" in str(mine)
+    assert isinstance(theirs, PeerDiedError) and theirs.rank == 0 and "closed its end" in str(theirs)
+
+
+def test_different_operations_are_refused() -> None:
+    def act(group: Collectives) -> None:
+        group.all_reduce_(torch.zeros(3 + group.rank))
+
+    errors = in_threads(2, act)
+    assert any(isinstance(error, CollectiveMismatchError) for error in errors)
+    assert all(isinstance(error, CollectiveMismatchError | PeerDiedError) for error in errors)
+    assert any("12 bytes" in str(error) and "16 bytes" in str(error) for error in errors)
+
+
+def test_an_interrupt_ends_a_wait_and_the_peers(processes: Any) -> None:
+    ranks = processes(3, last_rank_stays_out)
+    os.kill(ranks[0].process.pid, signal.SIGINT)
+    assert ranks[0].receive()[0] == "KeyboardInterrupt"
+    error, blamed, message, _ = ranks[1].receive()
+    assert (error, blamed) == ("PeerDiedError", 0) and "KeyboardInterrupt" in message
+    os.kill(ranks[2].process.pid, signal.SIGKILL)
+
+
+# --- how a group forms
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_missing_ranks_are_named(kind: str) -> None:
+    rendezvous = open_rendezvous(kind, 3)
+    with pytest.raises(RendezvousError, match=r"ranks \[1, 2\] of 3 did not"):
+        connect(rendezvous, 0, 3, timeout_s=0.2)
+    if kind == "shared_memory":
+        with pytest.raises(RendezvousError, match="cannot open"):
+            connect(rendezvous.publish(), 1, 3, timeout_s=0.2)
+    assert not shared_files()
+
+
+def test_a_rank_attaches_once() -> None:
+    rendezvous = open_rendezvous("shared_memory", 2)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(connect, rendezvous, 0, 2, DEADLINE_S)
+        deadline = time.monotonic() + DEADLINE_S
+        refused = False
+        while not refused and time.monotonic() < deadline and not first.done():
+            with open(rendezvous.address, "rb") as file:
+                refused = bool(file.read(512).strip(b"\0"))
+        with pytest.raises(InvalidValueError, match="rank=0"):
+            connect(rendezvous.publish(), 0, 2, 0.2)
+        with pytest.raises((PeerDiedError, RendezvousError)):
+            first.result(DEADLINE_S)
+    assert not shared_files()
+
+
+def test_the_file_is_private_and_an_unused_one_can_be_removed() -> None:
+    rendezvous = open_rendezvous("shared_memory", 2)
+    assert os.stat(rendezvous.address).st_mode & 0o777 == 0o600
+    rendezvous.close()
+    rendezvous.close()
+    assert not shared_files()
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "field"), [("mpi", 2, "kind"), ("solo", 2, "world_size"), ("gloo", 0, "world_size")]
+)
+def test_bad_rendezvous(kind: str, world_size: int, field: str) -> None:
+    with pytest.raises(InvalidValueError, match=field):
+        open_rendezvous(kind, world_size)
+
+
+def test_bad_ranks_and_hosts() -> None:
+    rendezvous = open_rendezvous("solo", 1)
+    with pytest.raises(InvalidValueError, match="rank=1"):
+        connect(rendezvous, 1, 1)
+    with pytest.raises(InvalidValueError, match="world_size=2"):
+        connect(rendezvous, 0, 2)
+    with pytest.raises(InvalidValueError, match="host"):
+        open_rendezvous("gloo", 2, host="192.0.2.1")
+
+
+def test_a_closed_group_gives_back_memory_and_descriptors(processes: Any) -> None:
+    def mappings() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("headwise-" in line for line in maps)
+
+    for kind in ("shared_memory", "gloo"):
+        in_threads(2, lambda group: group.barrier(), kind)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        in_threads(2, lambda group: group.barrier())
+    gc.collect()
+    assert mappings() == 0
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -1,0 +1,114 @@
+"""Paged attention on CPU cores, fp32: flash-style kernels that read each block of keys and values in place."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.workers.attention import cpu_kernels as kernels
+from headwise.workers.attention.base import AttentionBackend, AttentionBatch
+from headwise.workers.attention.cpu_plan import RUN_KEYS, StepItems, cut_step, rows_of_item
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv_cache import KVCache
+
+_PARALLEL_WRITE_FLOATS = 65_536
+
+# A launch between torch's linears costs about 10 us with OpenMP, 80 us with Numba's own work queue.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+# The work queue ends the process when two threads launch at once, and two launches would share the same cores anyway.
+_launch = threading.Lock()
+
+
+class CpuAttention(AttentionBackend):
+    """Numba kernels over a cache with transposed keys: fp32 only; other dtypes go to the reference.
+
+    Work is cut into items (row, KV head, tile of queries, stretch of context) that threads take from a queue, longest
+    first; the heads of a group and the queries of a tile share each pass over keys and values. With one thread
+    Numba's thread pool is never entered, so several ranks may run in threads of one process. An instance serves one
+    calling thread at a time.
+
+    Raises:
+        InvalidValueError: the cache's dtype, block size, head dim, device or key layout is not what the kernels read.
+    """
+
+    transposed_keys = True
+
+    def __init__(self, cache: KVCache, q_starts: tuple[int, ...], scale: float, num_threads: int = 1) -> None:
+        super().__init__(cache, q_starts, scale, num_threads)
+        if not self.supports(cache.dtype, cache.block_size, cache.head_dim) or cache.device.type != "cpu":
+            given = (str(cache.device), str(cache.dtype), cache.block_size, cache.head_dim)
+            limit = (
+                f"the cpu backend needs float32 on cpu, block_size a multiple of {RUN_KEYS}, head_dim a multiple of 8"
+            )
+            raise InvalidValueError("attention_backend", given, limit, "use the reference backend")
+        self.num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self._q_starts = np.array(q_starts, dtype=np.int64)
+        self._max_rows = rows_of_item(self._q_starts)
+        sizes = (cache.num_kv_heads, cache.block_size, cache.head_dim, q_starts[-1], self._max_rows, cache.num_blocks)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        # The kernels compute 2 ** x, so the queries carry the logarithm.
+        self._scale = np.float32(scale * math.log2(math.e))
+        self._scratch_bytes = 4 * kernels.scratch_floats(self._max_rows, cache.head_dim)
+        self._scratch = torch.zeros(self.num_threads * self._scratch_bytes + 128, dtype=torch.uint8)
+        self._scratch_address = -(-self._scratch.data_ptr() // 64) * 64
+        self._parts = torch.empty(0)
+        self._step: StepItems | None = None
+        self._layers = [
+            (keys.data_ptr(), values.data_ptr()) for keys, values in zip(cache.keys, cache.values, strict=True)
+        ]
+
+    @staticmethod
+    def supports(dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
+        return dtype is torch.float32 and block_size % RUN_KEYS == 0 and head_dim % 8 == 0
+
+    def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, batch: AttentionBatch) -> None:
+        slots_T = self._items_of(batch).slots_T
+        shape = (len(slots_T), self.cache.num_kv_heads, self.cache.head_dim)
+        k, v = _strided("k_TKD", k_TKD, shape), _strided("v_TKD", v_TKD, shape)
+        if self.num_threads == 1 or k_TKD.numel() < _PARALLEL_WRITE_FLOATS:
+            bad = kernels.write(slots_T, self._sizes, 0, len(slots_T), k, v, self._layers[layer])
+        else:
+            with self._threads():
+                bad = kernels.write_parallel(slots_T, self._sizes, self.num_threads, k, v, self._layers[layer])
+        if bad:
+            limit = f"{bad} are not in [0, {self.cache.num_blocks * self.cache.block_size - 1}]"
+            raise InvalidValueError("slots_T", slots_T.tolist(), limit)
+
+    def attend(self, layer: int, q_THD: Tensor, batch: AttentionBatch) -> Tensor:
+        step = self._items_of(batch)
+        q = _strided("q_THD", q_THD, (len(step.slots_T), self.q_starts[-1], self.cache.head_dim))
+        o_THD = torch.empty(q_THD.shape, dtype=torch.float32)
+        sources = (step.items, step.tables_BN, self._q_starts, self._sizes, q, self._layers[layer], self._scale)
+        targets = (o_THD.data_ptr(), self._scratch_address, self._parts.data_ptr())
+        if step.parallel:
+            with self._threads():
+                kernels.attend_parallel(*sources, *targets, self.num_threads, self._scratch_bytes)
+        else:
+            kernels.attend_serial(*sources, *targets)
+        return o_THD
+
+    def _items_of(self, batch: AttentionBatch) -> StepItems:
+        if self._step is None or self._step.batch is not batch:
+            self._step = cut_step(batch, self.cache, self._q_starts, self.num_threads)
+            floats = self._step.num_parts * kernels.part_floats(self._max_rows, self.cache.head_dim)
+            if floats > len(self._parts):
+                self._parts = torch.empty(floats)
+        return self._step
+
+    def _threads(self) -> threading.Lock:
+        if numba.get_num_threads() != self.num_threads:
+            numba.set_num_threads(self.num_threads)
+        return _launch
+
+
+def _strided(name: str, x_TXD: Tensor, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(address, token stride, head stride) of a tensor whose last dimension is contiguous."""
+    if x_TXD.shape != shape or x_TXD.dtype is not torch.float32 or x_TXD.stride(2) != 1:
+        given = (x_TXD.dtype, tuple(x_TXD.shape), x_TXD.stride())
+        raise InvalidValueError(name, given, f"must be float32 {shape} with a contiguous last dimension")
+    return x_TXD.data_ptr(), x_TXD.stride(0), x_TXD.stride(1)

@@ -1,0 +1,296 @@
+"""The compiled loops of the CPU attention backend.
+
+The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and combining its
+parts is Flash-Decoding (Dao et al., 2023). Arguments that many kernels share:
+
+    items, tables, q_starts: see cpu_plan.py.
+    sizes: int64 [KV heads, block size, head dim, query heads, query rows of an item at most, blocks].
+    q, k, v: (address, token stride, head stride) of a step's queries, keys and values.
+    layer: the addresses of a layer's keys and values in the cache.
+    scratch: the address of scratch_floats() floats for a thread, aligned to 64 bytes.
+    parts: the address of part_floats() floats for each part.
+
+Addresses are bytes; strides and offsets count floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+from headwise.workers.attention import simd
+from headwise.workers.attention.cpu_plan import (
+    CHUNK_ROWS,
+    FIRST_POSITION,
+    FIRST_TOKEN,
+    KEY_END,
+    KEY_START,
+    KV_HEAD,
+    NUM_PARTS,
+    NUM_TOKENS,
+    PART,
+    ROW,
+    RUN_KEYS,
+    TILE_KEYS,
+    TILE_RUNS,
+)
+
+SIMD_DIGEST = "0468442db457bc0ea2132ef4abe731227a4b0db7f9a5a44d97a43ffe79f7a697"
+"""SHA-256 of simd.py. Numba renews what it cached of a kernel when the kernel's own file changes, so this must too."""
+
+_ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
+_RUNS_BYTES = _ADDRESS_BYTES * TILE_RUNS
+
+
+def scratch_floats(max_rows: int, head_dim: int) -> int:
+    """What a thread needs: the addresses of two tiles, scores and factors of a chunk, sums, queries and outputs."""
+    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + max_rows * (1 + _LANES + 2 * head_dim)
+
+
+def part_floats(max_rows: int, head_dim: int) -> int:
+    """What a part leaves: unnormalized outputs, the highest score and the sum of weights of each query row."""
+    return max_rows * (head_dim + 2)
+
+
+def _write(slots: Any, sizes: Any, first: int, last: int, k: Any, v: Any, layer: Any) -> int:
+    """Put tokens [first, last) at their slots; returns how many slots are not in the cache, which are skipped."""
+    heads, block_size, head_dim, num_blocks = sizes[0], sizes[1], sizes[2], sizes[5]
+    bad = 0
+    for token in range(first, last):
+        slot = slots[token]
+        if slot < 0 or slot >= num_blocks * block_size:
+            bad += 1
+            continue
+        block = slot // block_size
+        offset = slot - block * block_size
+        for head in range(heads):
+            base = (block * heads + head) * block_size * head_dim
+            from_k, to_k = k[1] * token + k[2] * head, base + offset
+            from_v, to_v = v[1] * token + v[2] * head, base + offset * head_dim
+            for d in range(head_dim):
+                simd.store_float(layer[0], to_k + d * block_size, simd.load_float(k[0], from_k + d))
+            for d in range(head_dim):
+                simd.store_float(layer[1], to_v + d, simd.load_float(v[0], from_v + d))
+    return bad
+
+
+def _write_parallel(slots: Any, sizes: Any, threads: int, k: Any, v: Any, layer: Any) -> int:
+    tokens = len(slots)
+    bad = 0
+    for thread in numba.prange(threads):
+        bad += write(slots, sizes, tokens * thread // threads, tokens * (thread + 1) // threads, k, v, layer)
+    return bad
+
+
+def _attend_serial(
+    items: Any, tables: Any, q_starts: Any, sizes: Any, q: Any, layer: Any, scale: Any, o: int, scratch: int, parts: int
+) -> None:
+    last = len(items) - 1
+    for i in range(len(items)):
+        attend_item(items[i], items[min(i + 1, last)], tables, q_starts, sizes, q, layer, scale, o, scratch, parts)
+    combine_parts(items, q_starts, sizes, o, parts)
+
+
+def _attend_parallel(
+    items: Any,
+    tables: Any,
+    q_starts: Any,
+    sizes: Any,
+    q: Any,
+    layer: Any,
+    scale: Any,
+    o: int,
+    scratch: int,
+    parts: int,
+    threads: int,
+    scratch_bytes: int,
+) -> None:
+    """Threads take items by a counter, kept behind their scratch, so that a slow thread does not hold up the rest."""
+    counter = scratch + threads * scratch_bytes
+    simd.store_address(counter, 0, 0)
+    last = len(items) - 1
+    for thread in numba.prange(threads):
+        own = scratch + thread * scratch_bytes
+        i = simd.take_ticket(counter)
+        while i <= last:
+            after = simd.take_ticket(counter)
+            attend_item(items[i], items[min(after, last)], tables, q_starts, sizes, q, layer, scale, o, own, parts)
+            i = after
+    combine_parts(items, q_starts, sizes, o, parts)
+
+
+def _attend_item(
+    item: Any,
+    next_item: Any,
+    tables: Any,
+    q_starts: Any,
+    sizes: Any,
+    q: Any,
+    layer: Any,
+    scale: Any,
+    o: int,
+    scratch: int,
+    parts: int,
+) -> None:
+    """Attend for one item, and fetch the next one's first tile ahead."""
+    head_dim, max_rows = sizes[2], sizes[4]
+    num_rows = item[NUM_TOKENS] * (q_starts[item[KV_HEAD] + 1] - q_starts[item[KV_HEAD]])
+    runs, next_runs = scratch, scratch + 2 * _RUNS_BYTES
+    chunk_scratch = next_runs + 2 * _RUNS_BYTES
+    # max_rows is a multiple of 16, so each piece starts on a cache line.
+    highest = chunk_scratch + _FLOAT_BYTES * (CHUNK_ROWS * TILE_KEYS + 16)
+    total = highest + _FLOAT_BYTES * max_rows
+    packed = total + _FLOAT_BYTES * max_rows * _LANES
+    output = packed + _FLOAT_BYTES * max_rows * head_dim
+    state = (packed, output, highest, total, chunk_scratch)
+
+    pack_queries(item, q_starts, head_dim, q, scale, packed)
+    for m in range(num_rows):
+        simd.store_float(highest, m, np.float32(-np.inf))
+    for i in range(num_rows * _LANES):
+        simd.store_float(total, i, np.float32(0.0))
+    for i in range(num_rows * head_dim):
+        simd.store_float(output, i, np.float32(0.0))
+    locate_runs(item, item[KEY_START], tables, sizes, layer, next_runs)
+    for key in range(item[KEY_START], item[KEY_END], TILE_KEYS):
+        runs, next_runs = next_runs, runs
+        if key + TILE_KEYS < item[KEY_END]:
+            locate_runs(item, key + TILE_KEYS, tables, sizes, layer, next_runs)
+        else:
+            locate_runs(next_item, next_item[KEY_START], tables, sizes, layer, next_runs)
+        attend_tile(item, key, q_starts, sizes, runs, next_runs, state)
+    store_outputs(item, q_starts, sizes, state, o, parts)
+
+
+def _pack_queries(item: Any, q_starts: Any, head_dim: int, q: Any, scale: Any, packed: int) -> None:
+    """Lay the item's query rows out as chunks of [head_dim, rows of the chunk], multiplied with the scale."""
+    first, last = q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]
+    num_rows = item[NUM_TOKENS] * (last - first)
+    m = 0
+    for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
+        for head in range(first, last):
+            chunk = m // CHUNK_ROWS * CHUNK_ROWS
+            rows = min(CHUNK_ROWS, num_rows - chunk)
+            source, target = q[1] * token + q[2] * head, chunk * head_dim + m - chunk
+            for d in range(head_dim):
+                simd.store_float(packed, target + d * rows, simd.load_float(q[0], source + d) * scale)
+            m += 1
+
+
+def _locate_runs(item: Any, key: int, tables: Any, sizes: Any, layer: Any, runs: int) -> None:
+    """Store the addresses of a tile's runs of keys, then of values; runs past the item's end repeat the first."""
+    heads, block_size, head_dim = sizes[0], sizes[1], sizes[2]
+    for run in range(TILE_RUNS):
+        at = key + run * RUN_KEYS
+        if at >= item[KEY_END]:
+            at = key
+        block = at // block_size
+        offset = at - block * block_size
+        base = (tables[item[ROW], block] * heads + item[KV_HEAD]) * block_size * head_dim
+        simd.store_address(runs, run, layer[0] + _FLOAT_BYTES * (base + offset))
+        simd.store_address(runs, TILE_RUNS + run, layer[1] + _FLOAT_BYTES * (base + offset * head_dim))
+
+
+def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next_runs: int, state: Any) -> None:
+    """Let the item's query rows see the tile that starts at a key."""
+    packed, output, highest, total, scores = state
+    block_size, head_dim = sizes[1], sizes[2]
+    group = q_starts[item[KV_HEAD] + 1] - q_starts[item[KV_HEAD]]
+    num_rows = item[NUM_TOKENS] * group
+    alpha = scores + _FLOAT_BYTES * CHUNK_ROWS * TILE_KEYS
+    first_sees = item[FIRST_POSITION] - key + 1
+    for chunk in range(0, num_rows, CHUNK_ROWS):
+        rows = min(CHUNK_ROWS, num_rows - chunk)
+        num_keys = min(TILE_KEYS, item[KEY_END] - key, first_sees + (chunk + rows - 1) // group)
+        if num_keys <= 0:
+            continue
+        at = _FLOAT_BYTES * chunk * head_dim
+        simd.scores(rows, packed + at, runs, next_runs, block_size, head_dim, scores)
+        for i in range(rows):
+            m = chunk + i
+            sees = min(num_keys, first_sees + m // group)
+            row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, total + _FLOAT_BYTES * _LANES * m
+            simd.softmax_row(row_scores, sees, highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
+        values, next_values = runs + _RUNS_BYTES, next_runs + _RUNS_BYTES
+        column = 0
+        while column < head_dim:
+            left = head_dim - column
+            width = 64 if left >= 64 else 32 if left >= 32 else 16 if left >= 16 else 8
+            into = output + at + _FLOAT_BYTES * column
+            simd.add_values(rows, width, scores, alpha, values, next_values, head_dim, column, num_keys, into)
+            column += width
+
+
+def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, parts: int) -> None:
+    """Put the item's outputs into o, or what is to be combined into its part."""
+    _packed, output, highest, total, _scores = state
+    head_dim, num_heads, max_rows = sizes[2], sizes[3], sizes[4]
+    part = parts + item[PART] * _FLOAT_BYTES * max_rows * (head_dim + 2)
+    m = 0
+    for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
+        for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
+            weight = np.float32(0.0)
+            for lane in range(_LANES):
+                weight += simd.load_float(total, m * _LANES + lane)
+            if item[PART] < 0:
+                target = (token * num_heads + head) * head_dim
+                for d in range(head_dim):
+                    simd.store_float(o, target + d, simd.load_float(output, m * head_dim + d) / weight)
+            else:
+                for d in range(m * head_dim, (m + 1) * head_dim):
+                    simd.store_float(part, d, simd.load_float(output, d))
+                simd.store_float(part, max_rows * head_dim + m, simd.load_float(highest, m))
+                simd.store_float(part, max_rows * (head_dim + 1) + m, weight)
+            m += 1
+
+
+def _combine_parts(items: Any, q_starts: Any, sizes: Any, o: int, parts: int) -> None:
+    """Make one output of the parts of each context that was divided."""
+    head_dim, num_heads, max_rows = sizes[2], sizes[3], sizes[4]
+    stride = _FLOAT_BYTES * max_rows * (head_dim + 2)
+    for i in range(len(items)):
+        item = items[i]
+        if item[PART] < 0 or item[KEY_START] > 0:
+            continue
+        m = 0
+        for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
+            for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
+                target = o + _FLOAT_BYTES * (token * num_heads + head) * head_dim
+                combine_row(parts + item[PART] * stride, stride, item[NUM_PARTS], m, head_dim, max_rows, target)
+                m += 1
+
+
+def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int, max_rows: int, o: int) -> None:
+    highest, total = np.float32(-np.inf), np.float32(0.0)
+    for part in range(num_parts):
+        highest = max(highest, simd.load_float(first + part * stride, max_rows * head_dim + m))
+    for d in range(head_dim):
+        simd.store_float(o, d, np.float32(0.0))
+    for part in range(num_parts):
+        base = first + part * stride
+        factor = simd.exp2(simd.load_float(base, max_rows * head_dim + m) - highest)
+        total += factor * simd.load_float(base, max_rows * (head_dim + 1) + m)
+        for d in range(head_dim):
+            simd.store_float(o, d, simd.load_float(o, d) + factor * simd.load_float(base, m * head_dim + d))
+    for d in range(head_dim):
+        simd.store_float(o, d, simd.load_float(o, d) / total)
+
+
+def _jit(function: Callable[..., Any], **options: Any) -> Any:
+    return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+
+
+write = _jit(_write)
+write_parallel = _jit(_write_parallel, parallel=True)
+attend_serial = _jit(_attend_serial)
+attend_parallel = _jit(_attend_parallel, parallel=True)
+attend_item = _jit(_attend_item)
+pack_queries = _jit(_pack_queries)
+locate_runs = _jit(_locate_runs)
+attend_tile = _jit(_attend_tile)
+store_outputs = _jit(_store_outputs)
+combine_parts = _jit(_combine_parts)
+combine_row = _jit(_combine_row)

@@ -1,0 +1,157 @@
+"""The compiled inner step of the shared-memory collectives: copy in, raise a flag, wait for the flags, sum.
+
+The memory of a group of n ranks, whose layout only this module and shared_memory.py know::
+
+    | control block of rank 0 | ... | of rank n-1 | slot 0 of rank 0 | ... | slot 0 of n-1 | slot 1 of rank 0 | ...
+
+An operation counts up the sequence number of its rank and uses the slots of that number's parity. A rank that sees
+every flag at sequence s knows that all of them have left s - 1, so that writing the slots of s + 1 disturbs no reader:
+two slots a rank need one flag an operation and no second one to say that the data has been read.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import extending
+
+# Numba's hints describe its classes; inside a compiled function the same names mean machine types.
+_numba: Any = numba
+njit, carray, types = _numba.njit, _numba.carray, _numba.types
+intrinsic: Any = extending.intrinsic
+
+CONTROL_BYTES = 512
+"""A rank's control block; what shares a cache line is written together."""
+
+SEQUENCE, SIGNATURES, STATUS, PID, CAUSE_BYTES, CLOCK, CAUSE = 0, 8, 64, 72, 80, 128, 192
+"""Offsets in a control block: the flag, the signatures of either slot's operation, what Python reads, a timespec."""
+
+DONE, LATE, MISMATCH = 0, 1, 2
+"""The outcomes of :func:`step`, in the low two bits; the rank it is about is above them."""
+
+_YIELDS_FOR_NS = 10_000_000
+_RETURNS_AFTER_NS = 50_000_000
+_NAP_US = 100
+_CLOCK_MONOTONIC = time.CLOCK_MONOTONIC
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _load_acquire(typing_context: Any, address: Any) -> Any:
+    """The int64 at an address, read anew each time: a plain read in a waiting loop is hoisted out of it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store_release(typing_context: Any, address: Any, value: Any) -> Any:
+    """Write the int64 at an address, after everything this thread wrote before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store_atomic(arguments[1], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _now_ns(scratch: int) -> int:
+    _clock_gettime(_CLOCK_MONOTONIC, scratch)
+    timespec = carray(_pointer(scratch), 2, dtype=np.int64)
+    return int(timespec[0] * 1_000_000_000 + timespec[1])
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _await_flag(flag: int, sequence: int, spins: int, may_yield: bool, scratch: int) -> bool:
+    """Wait until a flag has come to ``sequence``; False after _RETURNS_AFTER_NS without it."""
+    for _ in range(spins):
+        if _load_acquire(flag) >= sequence:
+            return True
+    start = _now_ns(scratch)
+    while _load_acquire(flag) < sequence:
+        waited = _now_ns(scratch) - start
+        if waited > _RETURNS_AFTER_NS:
+            return False
+        if may_yield and waited < _YIELDS_FOR_NS:
+            _sched_yield()
+        else:
+            _usleep(_NAP_US)
+    return True
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _sum_f32(slots: int, slot_bytes: int, world_size: int, into: int, count: int) -> None:
+    x = carray(_pointer(into), count, dtype=np.float32)
+    first = carray(_pointer(slots), count, dtype=np.float32)
+    second = carray(_pointer(slots + slot_bytes), count, dtype=np.float32)
+    for i in range(count):
+        x[i] = first[i] + second[i]
+    for rank in range(2, world_size):
+        part = carray(_pointer(slots + rank * slot_bytes), count, dtype=np.float32)
+        for i in range(count):
+            x[i] += part[i]
+
+
+@njit(  # type: ignore[untyped-decorator]
+    "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean)", nogil=True, cache=True
+)
+def step(
+    memory: int,
+    rank: int,
+    world_size: int,
+    slot_bytes: int,
+    sequence: int,
+    signature: int,
+    address: int,
+    num_bytes: int,
+    num_sums: int,
+    spins: int,
+    again: bool,
+) -> int:
+    """Publish ``num_bytes`` from ``address``, wait for every rank, then sum ``num_sums`` float32 back to ``address``.
+
+    Args:
+        signature: what the operation is; the same on every rank.
+        spins: how often to look at a flag before yielding the core.
+        again: go on with a step that was LATE: the bytes are published already.
+
+    Returns:
+        DONE; LATE + 4 * the rank that has not come after 50 ms; or MISMATCH + 4 * the rank with another signature.
+    """
+    parity = sequence & 1
+    slots = memory + world_size * (CONTROL_BYTES + parity * slot_bytes)
+    own = memory + rank * CONTROL_BYTES
+    if not again:
+        _memcpy(slots + rank * slot_bytes, address, num_bytes)
+        _store_release(own + SIGNATURES + 8 * parity, signature)
+        _store_release(own + SEQUENCE, sequence)
+    for peer in range(world_size):
+        control = memory + peer * CONTROL_BYTES
+        if not _await_flag(control + SEQUENCE, sequence, spins, not again, own + CLOCK):
+            return LATE + 4 * peer
+        if _load_acquire(control + SIGNATURES + 8 * parity) != signature:
+            return MISMATCH + 4 * peer
+    if num_sums > 0:
+        _sum_f32(slots, slot_bytes, world_size, address, num_sums)
+    return DONE

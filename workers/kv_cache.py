@@ -1,0 +1,176 @@
+"""The shard's paged KV memory: the keys and values of its own KV heads, for every layer, in blocks of tokens."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.workers.errors import InvalidValueError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+class KVCache:
+    """Keys and values, per layer each [num_blocks, kv heads, block_size, head_dim].
+
+    With ``transposed_keys`` the keys of a block are kept as [head_dim, block_size], so that one load holds the same
+    element of several keys and a query times a block of keys needs no horizontal sums. Only this class and the
+    backends that ask for it know: ``gather``, ``export_block`` and ``import_block`` speak [block_size, head_dim].
+
+    Attributes:
+        keys: [L, N, K, block_size, D], or [L, N, K, D, block_size] with ``transposed_keys``.
+        values: [L, N, K, block_size, D].
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        transposed_keys: bool = False,
+    ) -> None:
+        sizes = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
+        for name, size in zip(
+            ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim"), sizes, strict=True
+        ):
+            if size < 1:
+                raise InvalidValueError(name, size, "must be at least 1")
+        self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim = sizes
+        self.dtype, self.device, self.transposed_keys = dtype, torch.device(device), transposed_keys
+        key_block = (head_dim, block_size) if transposed_keys else (block_size, head_dim)
+        self.keys = _zeros((num_layers, num_blocks, num_kv_heads, *key_block), dtype, self.device)
+        self.values = _zeros(sizes, dtype, self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values together."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor) -> None:
+        """Put the K and V of T tokens at their slots (block * block_size + offset, int64)."""
+        blocks_T = torch.div(slots_T, self.block_size, rounding_mode="floor")
+        offsets_T = slots_T - blocks_T * self.block_size
+        if self.transposed_keys:
+            self.keys[layer][blocks_T, :, :, offsets_T] = k_TKD
+        else:
+            self.keys[layer][blocks_T, :, offsets_T] = k_TKD
+        self.values[layer][blocks_T, :, offsets_T] = v_TKD
+
+    def gather(self, layer: int, blocks_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` tokens held by a list of blocks: k_KCD and v_KCD, C = length."""
+        used_N = blocks_N[: -(-length // self.block_size)].long()
+        k_NKSD, v_NKSD = self.keys[layer][used_N], self.values[layer][used_N]
+        if self.transposed_keys:
+            k_NKSD = k_NKSD.transpose(2, 3)
+        k_KCD, v_KCD = (x_NKSD.transpose(0, 1).flatten(1, 2)[:, :length] for x_NKSD in (k_NKSD, v_NKSD))
+        return k_KCD, v_KCD
+
+    def export_block(self, layer: int, head: int, block: int) -> tuple[Tensor, Tensor]:
+        """A copy of one head's keys and values in one block, each contiguous [block_size, head_dim].
+
+        Raises:
+            InvalidValueError: layer, head or block is out of range.
+        """
+        k_SD, v_SD = self._block(layer, head, block)
+        return k_SD.clone(memory_format=torch.contiguous_format), v_SD.clone(memory_format=torch.contiguous_format)
+
+    def import_block(self, layer: int, head: int, block: int, k_SD: Tensor, v_SD: Tensor) -> None:
+        """The inverse of :meth:`export_block`; the tensors may be on another device.
+
+        Raises:
+            InvalidValueError: layer, head or block is out of range, or a tensor has another shape or dtype.
+        """
+        into_k, into_v = self._block(layer, head, block)
+        for name, x_SD, into in (("k_SD", k_SD, into_k), ("v_SD", v_SD, into_v)):
+            if x_SD.shape != into.shape or x_SD.dtype != into.dtype:
+                wanted = f"must be {into.dtype} of shape {tuple(into.shape)}"
+                raise InvalidValueError(name, (x_SD.dtype, tuple(x_SD.shape)), wanted)
+            into.copy_(x_SD)
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copy one block onto another, in every layer and head.
+
+        Raises:
+            InvalidValueError: a block is out of range.
+        """
+        _check_index("src", src, self.num_blocks)
+        _check_index("dst", dst, self.num_blocks)
+        self.keys[:, dst] = self.keys[:, src]
+        self.values[:, dst] = self.values[:, src]
+
+    def _block(self, layer: int, head: int, block: int) -> tuple[Tensor, Tensor]:
+        _check_index("layer", layer, self.num_layers)
+        _check_index("head", head, self.num_kv_heads)
+        _check_index("block", block, self.num_blocks)
+        k_SD = self.keys[layer, block, head]
+        return (k_SD.T if self.transposed_keys else k_SD), self.values[layer, block, head]
+
+
+def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one block, all layers together."""
+    return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+
+def num_blocks_for(
+    budget_bytes: int, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """How many blocks fit in a budget; 0 if none does."""
+    return max(0, budget_bytes) // bytes_per_block(num_layers, num_kv_heads, block_size, head_dim, dtype)
+
+
+def parse_memory(text: str | int | float, total: int) -> int:
+    """Bytes of a memory budget.
+
+    Args:
+        text: bytes (``1073741824``), a size (``"2GiB"``, ``"512 MB"``), or, where it is at most 1, a fraction of total.
+        total: the bytes a fraction refers to, see :func:`available_memory`.
+
+    Raises:
+        InvalidValueError: not one of these; the field is named kv_memory.
+    """
+    wanted = f'must be a size such as "2GiB" or a fraction in (0, 1] of the {total} bytes available'
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,2}))?\s*([KMG]?I?B)?\s*", str(text), re.IGNORECASE)
+    if match is None or isinstance(text, bool) or (match[3] or "").upper() not in _UNITS:
+        raise InvalidValueError("kv_memory", text, wanted)
+    number = float(match[1]) * 10.0 ** int(match[2] or 0)
+    budget = int(number * total) if number <= 1 and not match[3] else int(number * _UNITS[(match[3] or "").upper()])
+    if budget < 1:
+        raise InvalidValueError("kv_memory", text, wanted)
+    return budget
+
+
+def available_memory(device: torch.device | str) -> int:
+    """Bytes that can still be allocated on a device: free GPU memory, or the machine's within its container's limit."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, max(0, int(text) - int(used.read_text())))
+    return available
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, so that memory that nobody has written yet cannot hold NaN. On a CPU, pages are taken on first use."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks for huge pages and torch does not; blocks lie scattered, so with small ones each is a TLB miss.
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def _check_index(name: str, index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise InvalidValueError(name, index, f"must be at least 0 and less than {size}")

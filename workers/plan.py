@@ -1,0 +1,188 @@
+"""The messages a shard understands, and their msgpack codec.
+
+A request keeps one *row* on every shard: its tokens, its block table and how it is sampled. A
+:class:`StepPlan` is a delta against those rows, so that a steady decode step costs a few bytes a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import msgpack
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""The largest message either side accepts; a plan that admits 32 prompts of 100,000 tokens is 16 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row's next token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 is off.  top_p: 1 is off.  min_p: 0 is off.
+        repetition_penalty: over prompt and generated tokens, 1 is off.
+        presence_penalty, frequency_penalty: over generated tokens, 0 is off.
+        logit_bias: (token id, value added to its logit) pairs.
+        num_logprobs: how many of the most likely tokens to report beside the chosen one, 0 to 20; -1 reports nothing.
+        min_tokens: until so many tokens are generated, ``stop_token_ids`` cannot be chosen.
+        stop_token_ids: the tokens that would end the request, end-of-sequence among them.
+        seed: the generator's key; the random number of a token is a function of (seed, position) only.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int = -1
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdmit:
+    """A request takes a row.
+
+    Attributes:
+        row: which, in [0, max_num_seqs).
+        token_ids: every token known so far: the prompt and, after a preemption, what was generated.
+        prompt_len: how many of them are the prompt.
+        num_computed: how many of them already have their KV in ``block_ids``.
+        block_ids: the row's first blocks.
+    """
+
+    row: int
+    token_ids: list[int]
+    prompt_len: int
+    num_computed: int
+    block_ids: list[int]
+    sampling: RowSampling
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What a shard does in one step, in this order: drop rows, admit rows, append blocks, compute.
+
+    Attributes:
+        step: counts up by one from 0 in each group; a shard refuses any other.
+        drops: rows that are free again.
+        admits: rows that are taken.
+        appends: (row, block) pairs; each block becomes the last of its row's block table.
+        computes: (row, number of tokens) pairs: compute so many tokens from the first one without KV. A row whose
+            last known token is computed also samples the next one, which is appended to the row on the shard.
+    """
+
+    step: int
+    drops: list[int] = field(default_factory=list)
+    admits: list[RowAdmit] = field(default_factory=list)
+    appends: list[tuple[int, int]] = field(default_factory=list)
+    computes: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, of the distribution before temperature and truncation.
+
+    Attributes:
+        chosen: of the sampled token.  rank: its rank, 1 is the most likely.
+        top_ids, top: the most likely tokens, most likely first.
+    """
+
+    chosen: float
+    rank: int
+    top_ids: tuple[int, ...]
+    top: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What came of a step.
+
+    Attributes:
+        step: the plan's.
+        tokens: (row, sampled token) pairs, in the order of the plan's computes.
+        logprobs: by row, for those that asked.
+        failed: (row, why) of the rows whose logits were not finite; they have no token.
+        seconds: wall time of the step on rank 0.
+    """
+
+    step: int
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    """The plan as msgpack; pairs are flattened, and a run of one-token computes is a list of rows."""
+    admits = [(a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, astuple(a.sampling)) for a in plan.admits]
+    decodes = [row for row, count in plan.computes if count == 1]
+    chunks = _flatten([c for c in plan.computes if c[1] != 1])
+    return _pack((plan.step, plan.drops, admits, _flatten(plan.appends), decodes, chunks))
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """The inverse of :func:`encode_plan`, but for the order of computes: one-token rows come first.
+
+    Raises:
+        ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
+    """
+    step, drops, admits, appends, decodes, chunks = _unpack(data)
+    rows = [
+        RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields))
+        for row, tokens, prompt_len, computed, blocks, fields in admits
+    ]
+    return StepPlan(step, drops, rows, _pairs(appends), [(row, 1) for row in decodes] + _pairs(chunks))
+
+
+def encode_output(output: StepOutput) -> bytes:
+    logprobs = [(row, astuple(lp)) for row, lp in output.logprobs.items()]
+    return _pack((output.step, _flatten(output.tokens), logprobs, output.failed, output.seconds))
+
+
+def decode_output(data: bytes) -> StepOutput:
+    """The inverse of :func:`encode_output`.
+
+    Raises:
+        ValueError: not an output, or larger than MAX_MESSAGE_BYTES.
+    """
+    step, tokens, logprobs, failed, seconds = _unpack(data)
+    parsed = {row: TokenLogprobs(chosen, rank, tuple(ids), tuple(top)) for row, (chosen, rank, ids, top) in logprobs}
+    return StepOutput(step, _pairs(tokens), parsed, [(row, why) for row, why in failed], seconds)
+
+
+def _sampling(fields: list[Any]) -> RowSampling:
+    sampling = RowSampling(*fields)
+    object.__setattr__(sampling, "logit_bias", tuple((t, b) for t, b in sampling.logit_bias))
+    object.__setattr__(sampling, "stop_token_ids", tuple(sampling.stop_token_ids))
+    return sampling
+
+
+def _flatten(pairs: list[tuple[int, int]]) -> list[int]:
+    return [value for pair in pairs for value in pair]
+
+
+def _pairs(flat: list[int]) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _pack(message: tuple[Any, ...]) -> bytes:
+    data: bytes = msgpack.packb(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    return data
+
+
+def _unpack(data: bytes) -> list[Any]:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    message = msgpack.unpackb(data, strict_map_key=True)
+    if not isinstance(message, list):
+        raise ValueError(f"a message must be an array, not {type(message).__name__}")
+    return message

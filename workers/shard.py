@@ -1,0 +1,173 @@
+"""Shard: one rank of a model, what a Ray actor or a local group holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from headwise.workers.attention import create_backend, default_backend, transposed_keys
+from headwise.workers.checkpoint import load_shard
+from headwise.workers.collectives import Collectives
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv_cache import KVCache, bytes_per_block, parse_memory
+from headwise.workers.llama import Llama
+from headwise.workers.model_config import load_model_config
+from headwise.workers.partition import partition_model
+from headwise.workers.plan import StepOutput, StepPlan
+from headwise.workers.runner import Runner
+from headwise.workers.sampler import Sampler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """What every rank of a group is built from; the same on all of them.
+
+    Attributes:
+        model_dir: a directory in Hugging Face form, at the same path on every rank's host.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu`` or ``cuda`` (the process's first GPU).
+        attention: the attention backend, ``reference`` or ``cpu``; None takes the best one for device and dtype.
+        kv_memory: what this rank may spend on KV: ``"2GiB"``, bytes, or a fraction of the memory that is free once
+            the weights are loaded (on CPU shared out among the ranks of the group).
+    """
+
+    model_dir: str
+    tensor_parallel_size: int
+    dtype: str
+    device: str
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    kv_memory: str | int | float
+    attention: str | None = None
+
+
+class Shard:
+    """One rank. Call in this order: :meth:`load`, :meth:`affordable_blocks`, :meth:`allocate`, then :meth:`step`."""
+
+    def __init__(self, spec: ShardSpec, collectives: Collectives, num_threads: int) -> None:
+        """Args: ``num_threads``: CPU threads this rank computes with."""
+        self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
+        self._device = torch.device(spec.device)
+        self._dtype = DTYPES[spec.dtype]
+        self._config = load_model_config(Path(spec.model_dir))
+        self._partitions = partition_model(self._config, spec.tensor_parallel_size)
+        self._partition = self._partitions[collectives.rank]
+        self._model: Llama | None = None
+        self._kv_cache: KVCache | None = None
+        self._runner: Runner | None = None
+        if self._device.type == "cpu":
+            torch.set_num_threads(num_threads)
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads and prepares this rank's weights. ``progress`` gets (layers done, layers).
+
+        Raises:
+            CheckpointError: a file or tensor is missing or not what the configuration promises.
+        """
+        directory = Path(self._spec.model_dir)
+        weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
+        self._model = Llama(self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
+
+    def affordable_blocks(self) -> int:
+        """How many KV blocks ``kv_memory`` pays for on this rank.
+
+        Raises:
+            InvalidValueError: not enough for one request of ``max_model_len`` tokens.
+        """
+        spec, ranks = self._spec, self._spec.tensor_parallel_size
+        if self._device.type == "cuda":
+            free = torch.cuda.mem_get_info(self._device)[0]
+        else:
+            free = psutil.virtual_memory().available // ranks
+        budget = parse_memory(spec.kv_memory, free)
+        per_block = self._bytes_per_block()
+        blocks, needed = budget // per_block, -(-spec.max_model_len // spec.block_size)
+        if blocks < needed:
+            raise InvalidValueError(
+                "kv_memory",
+                spec.kv_memory,
+                f"rank {self._collectives.rank} needs {needed * per_block} bytes for one request of max_model_len="
+                f"{spec.max_model_len} tokens, the budget is {budget} bytes",
+                "raise kv_memory (--kv-memory) or lower max_model_len (--max-model-len)",
+            )
+        return blocks
+
+    def allocate(self, num_blocks: int) -> None:
+        """Takes the KV memory and makes the shard ready for steps; the same number on every rank."""
+        spec, heads = self._spec, self._partition.heads
+        assert self._model is not None, "load() comes first"
+        config, block_size = self._config, spec.block_size
+        backend = spec.attention or default_backend(self._device, self._dtype, block_size, config.head_dim)
+        self._kv_cache = KVCache(
+            num_layers=self._config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=heads.kv_stop - heads.kv_start,
+            block_size=spec.block_size,
+            head_dim=self._config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+            transposed_keys=transposed_keys(backend),
+        )
+        attention = create_backend(
+            backend,
+            self._kv_cache,
+            q_starts=heads.q_starts,
+            scale=self._config.head_dim**-0.5,
+            num_threads=self._num_threads,
+        )
+        self._runner = Runner(
+            self._model,
+            attention,
+            Sampler(self._config.vocab_size, spec.max_num_seqs, self._device),
+            self._collectives,
+            vocab_sizes=[stop - start for start, stop in (p.vocab for p in self._partitions)],
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_model_len=spec.max_model_len,
+            device=self._device,
+        )
+
+    def step(self, plan: StepPlan) -> StepOutput:
+        """Computes one step; only rank 0's output is of use."""
+        assert self._runner is not None, "allocate() comes first"
+        return self._runner.step(plan)
+
+    def stats(self) -> dict[str, Any]:
+        """This rank's place and memory: pid, rank, heads (global half-open ranges) and bytes."""
+        heads = self._partition.heads
+        return {
+            "pid": os.getpid(),
+            "rank": self._collectives.rank,
+            "query_heads": (heads.q_start, heads.q_stop),
+            "kv_heads": (heads.kv_start, heads.kv_stop),
+            "kv_bytes": self._kv_cache.nbytes if self._kv_cache else 0,
+            "weight_bytes": self._model.nbytes if self._model else 0,
+        }
+
+    def abort(self, cause: str) -> None:
+        """Tells the peers that this rank gives up, so that none of them waits for it."""
+        self._collectives.abort(cause)
+
+    def close(self) -> None:
+        """Lets the peers and the memory go. Idempotent."""
+        self._runner = self._kv_cache = self._model = None
+        self._collectives.close()
+
+    def _bytes_per_block(self) -> int:
+        heads = self._partition.heads
+        return bytes_per_block(
+            num_layers=self._config.num_layers,
+            num_kv_heads=heads.kv_stop - heads.kv_start,
+            block_size=self._spec.block_size,
+            head_dim=self._config.head_dim,
+            dtype=self._dtype,
+        )
