@@ -1,0 +1,1 @@
+"""What ``headwise bench`` measures."""

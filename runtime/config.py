@@ -1,0 +1,70 @@
+"""EngineConfig: everything an engine can be told, in one typed tree, validated loudly."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headwise.workers.errors import InvalidValueError
+
+DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
+"""By device: a fixed share of a machine that others use too, or nearly all of a GPU that nobody else does."""
+
+
+class EngineConfig(BaseModel):
+    """
+    Attributes:
+        model: a directory in Hugging Face form, a .gguf file, or a name that ``headwise.runtime.models`` knows.
+        tensor_parallel_size: ranks the model is split over; at most the number of query heads.
+        dtype: of weights, activations and KV; ``auto`` is the checkpoint's.
+        device: ``auto`` is ``cuda`` where there is one.
+        executor: ``ray`` has an actor a rank; ``local`` one rank in this process.
+        max_model_len: most tokens of one request, prompt and output; None is what the model was trained for.
+        block_size: tokens of a KV block.
+        kv_memory: what each rank may spend on KV: bytes, ``"2GiB"``, or a fraction of the memory that is free once
+            the weights are loaded; None is DEFAULT_KV_MEMORY.
+        num_blocks: never more KV blocks than this, whatever kv_memory affords.
+        max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks.
+        max_num_seqs: most requests that run at once.
+        pipeline_depth: steps in flight at once.
+        attention: the attention backend; None is the fastest that fits.
+        seed: of requests that bring none.
+        address: of the Ray to join; None joins RAY_ADDRESS, or starts one here.
+        cpus_per_rank: CPUs each rank asks Ray for and computes with; None is cores / ranks.
+        start_timeout: seconds until every rank must be placed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    model: str
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    executor: Literal["ray", "local"] = "ray"
+    max_model_len: int | None = Field(default=None, ge=2)
+    block_size: int = Field(default=16, ge=1, le=1024)
+    kv_memory: str | int | float | None = None
+    num_blocks: int | None = Field(default=None, ge=1)
+    max_num_batched_tokens: int = Field(default=1024, ge=1)
+    max_num_seqs: int = Field(default=128, ge=1, le=4096)
+    pipeline_depth: int = Field(default=1, ge=1, le=2)
+    attention: Literal["reference", "cpu"] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    address: str | None = None
+    cpus_per_rank: float | None = Field(default=None, gt=0)
+    start_timeout: float = Field(default=120.0, gt=0)
+
+
+def engine_config(**fields: Any) -> EngineConfig:
+    """The validated config.
+
+    Raises:
+        InvalidValueError: of the first field that is wrong.
+    """
+    try:
+        return EngineConfig(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "EngineConfig"
+        raise InvalidValueError(name, first["input"], first["msg"]) from None

@@ -1,0 +1,167 @@
+"""The loop: schedule, submit, collect, emit. Single-threaded; :mod:`headwise.runtime.loop` gives it a thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from headwise.cluster.group import ShardGroup
+from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.output import TextStream
+from headwise.runtime.request import FinishReason, Request, RequestState
+from headwise.runtime.scheduler import Schedule, Scheduled, Scheduler
+from headwise.workers.plan import StepOutput, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of a request since the last one.
+
+    Attributes:
+        text: None where there is no tokenizer. It may lag behind the tokens, by an unfinished character or what may
+            become a stop string.
+        finished: this is the last one; the request holds why.
+    """
+
+    request: Request
+    token_ids: list[int]
+    text: str | None
+    logprobs: TokenLogprobs | None
+    finished: bool
+
+
+Sink = Callable[[Delta], None]
+
+
+class Engine:
+    """Runs requests on a shard group."""
+
+    def __init__(self, group: ShardGroup, pool: BlockPool, scheduler: Scheduler, pipeline_depth: int) -> None:
+        """Args: ``pipeline_depth``: how many steps may be in flight; with 2, a step is submitted before the tokens of
+        the one before it are seen."""
+        self._group, self._pool, self._scheduler, self._depth = group, pool, scheduler, pipeline_depth
+        self._in_flight: deque[Schedule] = deque()
+        self._live: dict[str, tuple[Request, TextStream | None, Sink]] = {}
+        self.num_steps = 0
+        self.num_generated_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._in_flight)
+
+    def add(self, request: Request, text: TextStream | None, sink: Sink) -> None:
+        """Queues a request; its deltas go to ``sink``, on the engine's thread."""
+        self._live[request.key] = (request, text, sink)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends every sample of a request that still runs; each gets its last delta. Unknown ids are ignored: the
+        request may just have finished."""
+        for request in [r for r, _, _ in self._live.values() if r.request_id == request_id]:
+            self._emit(request, [], None, FinishReason.ABORT)
+
+    def step(self) -> None:
+        """Submits as much as may be in flight and processes the oldest output.
+
+        Raises:
+            ShardGroupDied: the group is gone; every request is still known.
+        """
+        while len(self._in_flight) < self._depth:
+            schedule = self._scheduler.schedule()
+            if schedule is None:
+                break
+            self._group.submit(schedule.plan)
+            self._in_flight.append(schedule)
+        if self._in_flight:
+            self._process(self._in_flight.popleft(), self._group.collect())
+        elif self._live:
+            raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, and what holds now."""
+        return {
+            "num_running": len(self._scheduler.running),
+            "num_waiting": len(self._scheduler.waiting),
+            "num_blocks": self._pool.num_blocks,
+            "num_free_blocks": self._pool.num_free,
+            "num_steps": self.num_steps,
+            "num_generated_tokens": self.num_generated_tokens,
+            "num_preemptions": self._scheduler.num_preemptions,
+        }
+
+    def call_shards(self, method: str) -> list[Any]:
+        """The answers of every rank, in rank order; the steps in flight are processed first."""
+        while self._in_flight:
+            self._process(self._in_flight.popleft(), self._group.collect())
+        return self._group.call(method)
+
+    def check_integrity(self) -> None:
+        """
+        Raises:
+            IntegrityError: the block pool's books do not add up.
+        """
+        self._pool.check_integrity()
+
+    def _process(self, schedule: Schedule, output: StepOutput) -> None:
+        if output.step != schedule.plan.step:
+            raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
+        self.num_steps += 1
+        tokens, failed = dict(output.tokens), dict(output.failed)
+        for entry in schedule.entries:
+            request = entry.request
+            request.num_in_flight -= 1
+            request.num_pending -= entry.samples
+            if not entry.samples or request.state is RequestState.FINISHED:
+                continue
+            if entry.row in failed:
+                request.error = failed[entry.row]
+                self._emit(request, [], None, FinishReason.ERROR)
+            else:
+                self._take_token(entry, tokens[entry.row], output.logprobs.get(entry.row))
+        if not self.has_work:
+            self.check_integrity()
+
+    def _take_token(self, entry: Scheduled, token: int, logprobs: TokenLogprobs | None) -> None:
+        request = entry.request
+        request.generated.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
+        self.num_generated_tokens += 1
+        if len(request.generated) == 1:
+            request.metrics.first_token = time.monotonic()
+        reason = self._stop_token(request, token)
+        if reason is None and len(request.generated) >= request.max_tokens:
+            reason = FinishReason.LENGTH
+        self._emit(request, [token], logprobs, reason)
+
+    def _stop_token(self, request: Request, token: int) -> FinishReason | None:
+        """A stop token ends the request once min_tokens are there; end-of-sequence too, unless it is ignored."""
+        if token not in request.sampling.stop_token_ids or len(request.generated) <= request.params.min_tokens:
+            return None
+        if token in (request.params.stop_token_ids or ()):
+            request.stop_reason = token
+        return FinishReason.STOP
+
+    def _emit(
+        self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None, reason: FinishReason | None
+    ) -> None:
+        """Turns new tokens into text, ends the request if there is a reason to, and sends its delta."""
+        _, stream, sink = self._live[request.key]
+        text: str | None = None
+        if stream is not None:
+            # A stop token is one of the tokens, but no part of the text unless that is asked for.
+            hidden = reason is FinishReason.STOP and not request.params.include_stop_str_in_output
+            searching = len(request.generated) > request.params.min_tokens
+            text, stop = stream.add([] if hidden else token_ids, searching)
+            if reason is not None and stop is None:
+                rest, stop = stream.flush(searching)
+                text += rest
+            if stop is not None and reason in (None, FinishReason.LENGTH):
+                reason, request.stop_reason = FinishReason.STOP, stop
+        if reason is not None:
+            del self._live[request.key]
+            self._scheduler.finish(request, reason)
+        sink(Delta(request, token_ids, text, logprobs, reason is not None))

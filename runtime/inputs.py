@@ -1,0 +1,96 @@
+"""From what a user hands in to requests: the one validator for every entrance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from headwise.runtime.output import TextStream
+from headwise.runtime.request import Request
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.model_config import ModelConfig
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+
+
+class InputProcessor:
+    """Checks prompts and parameters against the model's limits and turns them into requests."""
+
+    def __init__(self, tokenizer: Tokenizer | None, model: ModelConfig, max_model_len: int, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self._model, self._max_model_len, self._seed = model, max_model_len, seed
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens.
+
+        Raises:
+            InvalidValueError: it is empty, too long, not text or tokens, or text where there is no tokenizer.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidValueError(
+                    "prompt", prompt, "the model's directory has no tokenizer", "give a list of token ids instead"
+                )
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            self._check_ids(ids)
+        if not ids:
+            raise InvalidValueError("prompt", prompt, "must have at least one token")
+        if len(ids) >= self._max_model_len:
+            raise InvalidValueError(
+                "prompt",
+                f"{len(ids)} tokens",
+                f"at most {self._max_model_len - 1} leave room for one more in max_model_len={self._max_model_len}",
+                "shorten the prompt or raise max_model_len (--max-model-len)",
+            )
+        return ids
+
+    def chat_token_ids(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation, by the model's own template, up to where the assistant's answer starts.
+
+        Raises:
+            InvalidValueError: no messages, one without role or content, or no tokenizer or template.
+        """
+        if self.tokenizer is None:
+            raise InvalidValueError("messages", len(messages), "the model's directory has no tokenizer")
+        if not messages:
+            raise InvalidValueError("messages", messages, "must have at least one message")
+        for message in messages:
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise InvalidValueError("messages", message, "each must have a role and a content, both strings")
+        return self.tokenizer.apply_chat_template([dict(message) for message in messages])
+
+    def requests(self, request_id: str, token_ids: list[int], params: SamplingParams, number: int) -> Iterator[Request]:
+        """The ``n`` requests of a prompt. ``number``: of the call, the seed of one that brings none depends on it."""
+        params.check(vocab_size=self._model.vocab_size, max_model_len=self._max_model_len)
+        room = self._max_model_len - len(token_ids)
+        for index in range(params.n):
+            yield Request(
+                request_id=request_id,
+                prompt_token_ids=token_ids,
+                params=params,
+                sampling=params.row_sampling(
+                    eos_token_ids=self._model.eos_token_ids, default_seed=self._seed + number, index=index
+                ),
+                max_tokens=min(params.max_tokens or room, room),
+                index=index,
+            )
+
+    def text_stream(self, params: SamplingParams) -> TextStream | None:
+        """For one request's output; None where there is no tokenizer."""
+        if self.tokenizer is None:
+            return None
+        detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+        return TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InvalidValueError("prompt", token, "must be text or a list of whole token ids")
+            if not 0 <= token < self._model.vocab_size:
+                raise InvalidValueError("prompt", token, f"token ids are in [0, {self._model.vocab_size})")

@@ -1,0 +1,1 @@
+"""Who owns which KV block. Imports no torch: tested without a model."""

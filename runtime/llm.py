@@ -1,0 +1,290 @@
+"""LLM: the driver API."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from headwise.cluster.group import ShardGroup
+from headwise.runtime.config import EngineConfig, engine_config
+from headwise.runtime.engine import Delta, Engine
+from headwise.runtime.inputs import InputProcessor, Messages, Prompt
+from headwise.runtime.loop import EngineLoop
+from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
+from headwise.runtime.request import FinishReason, Request
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.startup import Started, start_engine
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What is new of one sample of a stream.
+
+    Attributes:
+        text: never splits a character; None where the model has no tokenizer.
+        finish_reason: None but in the sample's last increment.
+    """
+
+    request_id: str
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: dict[int, Logprob] | None
+    finish_reason: FinishReason | None
+
+
+class LLM:
+    """A model that is loaded and ready to generate. Thread-safe; close it, or use it as a context manager.
+
+    Attributes:
+        model_path: the resolved directory in Hugging Face form.
+        config: what it was built with.
+    """
+
+    def __init__(self, model: str | Path, *, quiet: bool = False, **settings: Any) -> None:
+        """Loads a model.
+
+        Args:
+            model: a directory in Hugging Face form, a .gguf file, or ``"smollm2"``.
+            quiet: nothing on stderr.
+            settings: the fields of :class:`~headwise.runtime.config.EngineConfig`.
+
+        Raises:
+            InvalidValueError: a setting is out of its limits.
+            UnsupportedModelError, CheckpointError: the model cannot be served.
+            GroupStartError, ShardGroupDied: the shards did not start.
+        """
+        self.config: EngineConfig = engine_config(model=str(model), **settings)
+        started = start_engine(self.config, quiet)
+        self.model_path = started.model_path
+        self._inputs: InputProcessor = started.inputs
+        self._group: ShardGroup = started.group
+        self._quiet = quiet
+        self._numbers = itertools.count()
+        self._queues: set[queue.SimpleQueue[Delta | BaseException]] = set()
+        self._loop = EngineLoop(started.engine, _FailAll(self._queues))
+        self._finalizer = weakref.finalize(self, _close, self._loop, started)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts.
+
+        Args:
+            prompts: text, a list of texts, a list of token ids, or a list of such lists.
+            sampling_params: one for all, or one for each.
+            use_tqdm: show a bar on stderr.
+
+        Returns:
+            The outputs in the order of the prompts. One whose logits were not finite has the finish_reason ``error``.
+
+        Raises:
+            InvalidValueError: of the first prompt or parameter that is wrong; nothing is computed then.
+            ShardGroupDied: a shard died; nothing of this call is returned.
+        """
+        listed = _as_prompts(prompts)
+        return self._run([self._inputs.token_ids(p) for p in listed], listed, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers conversations, each a list of ``{"role": …, "content": …}``; else as :meth:`generate`."""
+        single = not messages or isinstance(messages[0], dict)
+        listed: Sequence[Any] = [messages] if single else messages
+        ids = [self._inputs.chat_token_ids(conversation) for conversation in listed]
+        ids = [self._inputs.token_ids(tokens) for tokens in ids]
+        return self._run(ids, [None] * len(ids), sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> Iterator[OutputDelta]:
+        """Completes one prompt, or answers one conversation, bit by bit.
+
+        Leaving the iterator early aborts the request.
+        """
+        params = sampling_params or SamplingParams()
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        ids = self._inputs.chat_token_ids(prompt) if chat else prompt  # type: ignore[arg-type]
+        number = next(self._numbers)
+        name = request_id if request_id is not None else f"request-{number}"
+        requests = list(self._inputs.requests(name, self._inputs.token_ids(ids), params, number))  # type: ignore[arg-type]
+        return self._stream(requests)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request that another thread generates or streams; its output so far has the finish_reason ``abort``."""
+        self._loop.call(lambda engine: engine.abort(request_id))
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine and its shards hold and have done, among it ``shard_pids`` and ``kv_bytes_per_rank``."""
+
+        def read(engine: Engine) -> dict[str, Any]:
+            return engine.stats() | {"shards": engine.call_shards("stats")}
+
+        stats = self._loop.call(read)
+        stats["shard_pids"] = [shard["pid"] for shard in stats["shards"]]
+        stats["kv_bytes_per_rank"] = [shard["kv_bytes"] for shard in stats["shards"]]
+        return stats
+
+    def close(self) -> None:
+        """Ends everything that runs and leaves nothing behind. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run(
+        self,
+        token_ids: list[list[int]],
+        prompts: Sequence[Prompt | None],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _as_params(sampling_params, len(token_ids))
+        groups: list[list[Request]] = []
+        for ids, param in zip(token_ids, params, strict=True):
+            number = next(self._numbers)
+            groups.append(list(self._inputs.requests(f"request-{number}", ids, param, number)))
+        texts: dict[str, list[str]] = {request.key: [] for group in groups for request in group}
+        requests = [request for group in groups for request in group]
+        with tqdm(total=len(requests), desc="generating", unit="seq", disable=self._quiet or not use_tqdm) as bar:
+            for delta in self._deltas(requests):
+                if delta.text is not None:
+                    texts[delta.request.key].append(delta.text)
+                bar.update(delta.finished)
+        return [self._output(prompt, group, texts) for prompt, group in zip(prompts, groups, strict=True)]
+
+    def _stream(self, requests: list[Request]) -> Iterator[OutputDelta]:
+        for delta in self._deltas(requests):
+            request = delta.request
+            yield OutputDelta(
+                request.request_id,
+                request.index,
+                delta.text,
+                delta.token_ids,
+                self._logprobs(delta.logprobs, delta.token_ids[0]) if delta.logprobs else None,
+                request.finish_reason if delta.finished else None,
+            )
+
+    def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
+        """Runs requests; leaving early, by an exception or Ctrl-C too, aborts those that still run."""
+        deltas: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
+        self._queues.add(deltas)
+        ids = {request.request_id for request in requests}
+
+        def add(engine: Engine) -> None:
+            for request in requests:
+                engine.add(request, self._inputs.text_stream(request.params), deltas.put)
+
+        running = 0
+        try:
+            self._loop.call(add)
+            running = len(requests)
+            while running:
+                delta = deltas.get()
+                if isinstance(delta, BaseException):
+                    running = 0
+                    raise delta
+                running -= delta.finished
+                yield delta
+        finally:
+            self._queues.discard(deltas)
+            if running:
+                self._loop.call(lambda engine: _abort_all(engine, ids))
+
+    def _output(self, prompt: Prompt | None, group: list[Request], texts: dict[str, list[str]]) -> RequestOutput:
+        first = group[0]
+        output = RequestOutput(
+            first.request_id,
+            prompt if isinstance(prompt, str) else None,
+            first.prompt_token_ids,
+            finished=True,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=first.metrics,
+            error=next((request.error for request in group if request.error), None),
+        )
+        for request in group:
+            logprobs = [self._logprobs(lp, t) for lp, t in zip(request.logprobs, request.generated, strict=False)]
+            completion = CompletionOutput(
+                request.index,
+                "".join(texts[request.key]) if self._inputs.tokenizer is not None else None,
+                request.generated,
+                logprobs if request.params.logprobs is not None else None,
+                request.finish_reason,
+                request.stop_reason,
+            )
+            output.outputs.append(completion)
+        return output
+
+    def _logprobs(self, logprobs: TokenLogprobs, token: int) -> dict[int, Logprob]:
+        tokenizer = self._inputs.tokenizer
+
+        def entry(value: float, rank: int, token_id: int) -> Logprob:
+            return Logprob(value, rank, tokenizer.decode([token_id]) if tokenizer is not None else None)
+
+        table = {token: entry(logprobs.chosen, logprobs.rank, token)}
+        for rank, (token_id, value) in enumerate(zip(logprobs.top_ids, logprobs.top, strict=True), start=1):
+            table.setdefault(token_id, entry(value, rank, token_id))
+        return table
+
+
+class _FailAll:
+    """Tells every caller that waits that the engine is gone. Holds no LLM, so that one can be collected."""
+
+    def __init__(self, queues: set[queue.SimpleQueue[Delta | BaseException]]) -> None:
+        self._queues = queues
+
+    def __call__(self, error: BaseException) -> None:
+        for deltas in list(self._queues):
+            deltas.put(error)
+
+
+def _abort_all(engine: Engine, request_ids: set[str]) -> None:
+    for request_id in request_ids:
+        engine.abort(request_id)
+
+
+def _close(loop: EngineLoop, started: Started) -> None:
+    loop.close()
+    started.group.close()
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidValueError("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
+    return list(params)

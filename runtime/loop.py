@@ -1,0 +1,87 @@
+"""EngineLoop: the thread an engine runs on, and the way in for every other thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from headwise.runtime.engine import Engine
+from headwise.workers.errors import HeadwiseError
+
+T = TypeVar("T")
+
+
+class EngineStoppedError(HeadwiseError):
+    """The engine was closed; no request can run on it any more."""
+
+
+class EngineLoop:
+    """Steps an engine while it has work and sleeps while it has none. Thread-safe."""
+
+    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
+        """Args: ``on_failure``: gets the error that ended the loop, on its thread, before any call fails with it."""
+        self._engine, self._on_failure = engine, on_failure
+        self._calls: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
+        """Runs ``function`` on the engine's thread between two steps and returns what it returns.
+
+        Raises:
+            EngineStoppedError: the loop was closed.
+            TimeoutError: no answer in time; the call may still be made.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._calls.put((function, future))
+        return future.result(timeout_s)
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Ends the loop after the step in progress. Idempotent."""
+        with self._lock:
+            if self._ended is None:
+                self._calls.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while self._take_calls():
+                if self._engine.has_work:
+                    self._engine.step()
+            self._end(EngineStoppedError("the engine is closed"))
+        except BaseException as error:
+            self._end(error)
+
+    def _take_calls(self) -> bool:
+        """Makes the calls that wait, or waits for one if the engine has nothing to do; False once closed."""
+        while True:
+            try:
+                item = self._calls.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            self._make(*item)
+
+    def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(function(self._engine))
+        except Exception as error:
+            future.set_exception(error)
+
+    def _end(self, error: BaseException) -> None:
+        self._on_failure(error)
+        with self._lock:
+            self._ended = error
+            while not self._calls.empty():
+                item = self._calls.get()
+                if item is not None:
+                    item[1].set_exception(error)

@@ -1,0 +1,71 @@
+"""Fixtures for every floor: checkpoints, engines, and the check that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from headwise.cluster.group import ShardGroup
+from headwise.runtime import LLM, startup
+from headwise.runtime.config import EngineConfig
+from headwise.workers.shard import ShardSpec
+from tests.checkpoints import SHAPES, write_checkpoint
+from tests.thread_group import ThreadShardGroup
+
+MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the directory of a small checkpoint by shape and config changes; each is written once."""
+    made: dict[str, Path] = {}
+
+    def make(shape: str = "gqa", **changes: Any) -> Path:
+        key = f"{shape}-{sorted(changes.items())}"
+        if key not in made:
+            heads, kv_heads = SHAPES[shape]
+            made[key] = write_checkpoint(tmp_path_factory.mktemp(shape), heads, kv_heads, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def thread_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLLM]:
+    """Makes LLMs whose ranks are threads of this process, and closes them."""
+
+    def group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
+        return ThreadShardGroup(spec)
+
+    monkeypatch.setattr(startup, "make_group", group)
+    made: list[LLM] = []
+
+    def make(model: Path, **settings: Any) -> LLM:
+        made.append(LLM(model, **{"quiet": True, "kv_memory": "64MiB"} | settings))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test after which shared memory or socket folders of ours stand that were not there before."""
+    before = _leftovers()
+    yield
+    assert _leftovers() <= before
+
+
+def _leftovers() -> set[str]:
+    found = set()
+    for folder in ("/dev/shm", "/tmp", os.environ.get("TMPDIR", "/tmp")):
+        if os.path.isdir(folder):
+            found |= {f"{folder}/{name}" for name in os.listdir(folder) if name.startswith(("headwise", "hw-"))}
+    return found

@@ -1,0 +1,157 @@
+"""Scheduling with no model: budgets, chunks, preemption, and what the shards are told."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.request import FinishReason, Request, RequestState
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.scheduler import Schedule, Scheduler
+from headwise.workers.plan import RowSampling
+
+BLOCK = 4
+
+
+def request(name: str, prompt: int, max_tokens: int) -> Request:
+    return Request(name, list(range(prompt)), SamplingParams(), RowSampling(), max_tokens)
+
+
+def scheduler(blocks: int = 100, rows: int = 8, budget: int = 16) -> tuple[Scheduler, BlockPool]:
+    pool = BlockPool(blocks)
+    return Scheduler(pool, BLOCK, rows, budget), pool
+
+
+def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 7) -> None:
+    """What the engine does with an output in which every sampling row got ``token``."""
+    for entry in schedule.entries:
+        entry.request.num_in_flight -= 1
+        entry.request.num_pending -= entry.samples
+        if entry.samples and entry.request.state is not RequestState.FINISHED:
+            entry.request.generated.append(token)
+            if len(entry.request.generated) == entry.request.max_tokens:
+                scheduler.finish(entry.request, FinishReason.LENGTH)
+
+
+def counts(schedule: Schedule | None) -> dict[str, int]:
+    assert schedule is not None
+    return {e.request.request_id: n for e, (_, n) in zip(schedule.entries, schedule.plan.computes, strict=True)}
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_decodes_come_first() -> None:
+    sched, _ = scheduler(budget=16)
+    sched.add(request("short", 5, 10))
+    step = sched.schedule()
+    assert counts(step) == {"short": 5}
+    finish_step(sched, step)
+    sched.add(request("long", 40, 10))
+    found = []
+    for _ in range(4):
+        step = sched.schedule()
+        found.append(counts(step))
+        finish_step(sched, step)
+    assert found == [
+        {"short": 1, "long": 15},
+        {"short": 1, "long": 15},
+        {"short": 1, "long": 10},
+        {"short": 1, "long": 1},
+    ]
+
+
+def test_the_newest_is_preempted_and_comes_back_with_its_tokens() -> None:
+    sched, pool = scheduler(blocks=6)
+    first, second = request("first", 8, 12), request("second", 8, 12)
+    for r in (first, second):
+        sched.add(r)
+    while second.state is not RequestState.WAITING or not second.generated:
+        step = sched.schedule()
+        assert step is not None
+        finish_step(sched, step)
+    assert first.state is RequestState.RUNNING and second.metrics.num_preemptions == 1
+    known = second.prompt_token_ids + second.generated
+    while second.state is RequestState.WAITING:
+        step = sched.schedule()
+        assert step is not None
+        finish_step(sched, step)
+    [admit] = [a for a in step.plan.admits if a.row == second.row]
+    assert admit.token_ids == known and admit.prompt_len == 8 and admit.num_computed == 0
+    pool.check_integrity()
+
+
+def test_a_row_is_dropped_before_it_is_taken_again() -> None:
+    sched, _ = scheduler(rows=1)
+    a, b = request("a", 3, 1), request("b", 3, 1)
+    sched.add(a)
+    sched.add(b)
+    finish_step(sched, sched.schedule())
+    step = sched.schedule()
+    assert step.plan.drops == [0] and [admit.row for admit in step.plan.admits] == [0]
+
+
+def test_a_request_with_its_last_token_on_the_way_is_not_computed_further() -> None:
+    sched, _ = scheduler()
+    sched.add(request("a", 3, 2))
+    assert sched.schedule() is not None
+    assert sched.schedule() is not None
+    assert sched.schedule() is None
+
+
+def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
+    sched, _ = scheduler(blocks=4, budget=64)
+    first, second = request("first", 7, 9), request("second", 7, 9)
+    sched.add(first)
+    sched.add(second)
+    in_flight = deque([sched.schedule(), sched.schedule()])
+    in_flight.append(sched.schedule())  # the first's ninth token wants a third block
+    assert second.state is RequestState.WAITING and second.num_in_flight == 2
+    assert sched.schedule() is not None and second.state is RequestState.WAITING
+    for step in in_flight:
+        finish_step(sched, step)
+    assert second.num_in_flight == 0 and len(second.generated) == 2
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_everything_is_computed_once_and_everything_is_given_back(depth: int, data: st.DataObject) -> None:
+    blocks, budget = data.draw(st.integers(6, 20)), data.draw(st.integers(1, 30))
+    sched, pool = scheduler(blocks, rows=data.draw(st.integers(1, 5)), budget=budget)
+    lengths = st.tuples(st.integers(1, 12), st.integers(1, 12))
+    todo = [request(str(i), *lengths_i) for i, lengths_i in enumerate(data.draw(st.lists(lengths, max_size=8)))]
+    requests = list(todo)
+    in_flight: deque[Schedule] = deque()
+    shard_computed: dict[int, int] = {}
+    for _ in range(2000):
+        if todo and data.draw(st.booleans()):
+            sched.add(todo.pop())
+        running = [r for r in requests if r.state is RequestState.RUNNING]
+        if running and data.draw(st.integers(0, 9)) == 0:
+            sched.finish(data.draw(st.sampled_from(running)), FinishReason.ABORT)
+        while len(in_flight) < depth and (step := sched.schedule()) is not None:
+            _check_plan(step, shard_computed, budget)
+            in_flight.append(step)
+        pool.check_integrity()
+        if in_flight:
+            finish_step(sched, in_flight.popleft())
+        elif not todo:
+            break
+    assert all(r.state is RequestState.FINISHED for r in requests)
+    assert pool.num_free == blocks
+
+
+def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int) -> None:
+    """Follows a plan as a shard would: it must never skip a token, nor compute one without a block."""
+    assert 0 < sum(n for _, n in step.plan.computes) <= budget
+    for row in step.plan.drops:
+        del shard_computed[row]
+    for admit in step.plan.admits:
+        assert admit.row not in shard_computed
+        shard_computed[admit.row] = admit.num_computed
+    for entry, (row, count) in zip(step.entries, step.plan.computes, strict=True):
+        shard_computed[row] += count
+        assert row == entry.row == entry.request.row
+        assert shard_computed[row] == entry.request.num_computed <= BLOCK * len(entry.request.block_ids)
