@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headwise.workers import ops
 from headwise.workers.attention import AttentionBackend, AttentionBatch
 from headwise.workers.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.collectives import Collectives
 from headwise.workers.linear import Linear
 from headwise.workers.model_config import ModelConfig, rope_inv_freq
+from headwise.workers.ops import Ops, ops_for
 from headwise.workers.partition import ShardPartition
 
 
@@ -51,11 +51,12 @@ class Llama:
     ) -> None:
         self._config, self._partition, self._collectives = config, partition, collectives
         self._embed_VE = weights.embed_VE
+        self._ops = ops_for(self._embed_VE.device, self._embed_VE.dtype)
         self._final_norm_E = weights.final_norm_E
         self._lm_head = Linear(weights.lm_head_VE)
         self._layers: list[_Layer] = []
         while weights.layers:  # a plain weight is let go as soon as its prepared form stands
-            self._layers.append(_Layer(config, partition, weights.layers.pop(0), collectives))
+            self._layers.append(_Layer(config, partition, weights.layers.pop(0), collectives, self._ops))
         self._cos_LD, self._sin_LD = _rope_tables(config, max_model_len, self._embed_VE)
         linears = [self._lm_head, *(linear for layer in self._layers for linear in layer.linears)]
         self.nbytes = self._embed_VE.nbytes + sum(linear.nbytes for linear in linears)
@@ -78,7 +79,7 @@ class Llama:
         last_BE = residual_TE[wanted]
         if delta_TE is not None:
             last_BE += delta_TE[wanted]
-        hidden_BE = ops.rms_norm(last_BE, self._final_norm_E, self._config.rms_norm_eps)
+        hidden_BE = self._ops.rms_norm(last_BE, self._final_norm_E, self._config.rms_norm_eps)
         return self._lm_head(hidden_BE).float()
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
@@ -96,12 +97,17 @@ class Llama:
 
 class _Layer:
     def __init__(
-        self, config: ModelConfig, partition: ShardPartition, weights: LayerWeights, collectives: Collectives
+        self,
+        config: ModelConfig,
+        partition: ShardPartition,
+        weights: LayerWeights,
+        collectives: Collectives,
+        ops: Ops,
     ) -> None:
         heads = partition.heads
         self._num_heads, self._num_kv_heads = heads.q_stop - heads.q_start, heads.kv_stop - heads.kv_start
         self._head_dim, self._eps = config.head_dim, config.rms_norm_eps
-        self._collectives = collectives
+        self._collectives, self._ops = collectives, ops
         self._attn_norm_E, self._mlp_norm_E = weights.attn_norm_E, weights.mlp_norm_E
         self._qkv = Linear(weights.qkv_weight, weights.qkv_bias)
         self._o = Linear(weights.o_weight, weights.o_bias)
@@ -121,13 +127,13 @@ class _Layer:
     ) -> Tensor:
         """Adds the previous layer's ``delta`` to the residual in place and returns this layer's MLP output."""
         if delta_TE is None:
-            x_TE = ops.rms_norm(residual_TE, self._attn_norm_E, self._eps)
+            x_TE = self._ops.rms_norm(residual_TE, self._attn_norm_E, self._eps)
         else:
-            x_TE = ops.add_rms_norm(residual_TE, delta_TE, self._attn_norm_E, self._eps)
+            x_TE = self._ops.add_rms_norm(residual_TE, delta_TE, self._attn_norm_E, self._eps)
         attn_TE = self._o(self._attend(index, self._qkv(x_TE), cos_TD, sin_TD, attention, batch))
         self._collectives.all_reduce_(attn_TE)
-        x_TE = ops.add_rms_norm(residual_TE, attn_TE, self._mlp_norm_E, self._eps)
-        mlp_TE = self._down(ops.silu_mul(self._gate_up(x_TE)))
+        x_TE = self._ops.add_rms_norm(residual_TE, attn_TE, self._mlp_norm_E, self._eps)
+        mlp_TE = self._down(self._ops.silu_mul(self._gate_up(x_TE)))
         self._collectives.all_reduce_(mlp_TE)
         return mlp_TE
 
@@ -142,7 +148,7 @@ class _Layer:
     ) -> Tensor:
         heads, kv_heads = self._num_heads, self._num_kv_heads
         qkv_TXD = qkv_TX.view(-1, heads + 2 * kv_heads, self._head_dim)
-        ops.rope_(qkv_TXD, heads + kv_heads, cos_TD, sin_TD)
+        self._ops.rope_(qkv_TXD, heads + kv_heads, cos_TD, sin_TD)
         attention.write(index, qkv_TXD[:, heads : heads + kv_heads], qkv_TXD[:, heads + kv_heads :], batch)
         return attention.attend(index, qkv_TXD[:, :heads], batch).reshape(-1, heads * self._head_dim)
 

@@ -25,8 +25,11 @@ from headwise.workers.plan import RowSampling, TokenLogprobs
 GREEDY_TEMPERATURE = 1e-5
 """A temperature below this is greedy, as in vLLM."""
 
-_PREFILTER = 512
+_PREFILTERS = (512, 8192)
 """How many of the most likely tokens a CPU looks at before it sorts a row's whole vocabulary."""
+
+_CHUNK_ROWS = 8
+"""How many rows a CPU works on at a time: larger temporaries come from fresh pages and cost four times as much."""
 
 _ONE = 2.0**40
 """The integer weight of the most likely token; 2**23 tokens of that weight still fit in an int64."""
@@ -161,10 +164,10 @@ class Sampler:
             index = _tensor(plain, torch.int64, self.device)
             _, tokens, finite = greedy(_take(processed_BV, index))
             tokens_B[index], finite_B[index] = tokens, finite_B[index] & finite
-        if random:
-            index = _tensor(random, torch.int64, self.device)
-            uniforms = [uniform(sampling[i].seed, positions[i]) for i in random]
-            tokens, finite = _choose(_take(processed_BV, index), [sampling[i] for i in random], uniforms)
+        for part in self._chunks(random):
+            index = _tensor(part, torch.int64, self.device)
+            uniforms = [uniform(sampling[i].seed, positions[i]) for i in part]
+            tokens, finite = _choose(_take(processed_BV, index), [sampling[i] for i in part], uniforms)
             tokens_B[index], finite_B[index] = tokens, finite_B[index] & finite
         asked = [i for i, s in enumerate(sampling) if s.num_logprobs >= 0]
         if not asked:
@@ -197,11 +200,15 @@ class Sampler:
             processed_BV[i, ids] += values
         for i in masked:
             processed_BV[i, self._stops[rows[i]]] = -math.inf
-        if penalised:
-            index = _tensor(penalised, torch.int64, self.device)
-            sampling = {rows[i]: self._sampling[rows[i]] for i in penalised}
+        for part in self._chunks(penalised):
+            index = _tensor(part, torch.int64, self.device)
+            sampling = {rows[i]: self._sampling[rows[i]] for i in part}
             processed_BV[index] = self._penalties.apply(_take(processed_BV, index), sampling)
         return processed_BV
+
+    def _chunks(self, rows: list[int]) -> list[list[int]]:
+        size = _CHUNK_ROWS if self.device.type == "cpu" else self.max_rows
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         if len(ids) and not 0 <= min(ids) <= max(ids) < self.vocab_size:
@@ -320,22 +327,25 @@ def _floor(scaled_CV: Tensor, weights_CV: Tensor, sampling: Sequence[RowSampling
     device, vocab_size = scaled_CV.device, scaled_CV.shape[1]
     min_p_C1 = _tensor([[math.log(s.min_p) if s.min_p > 0 else -math.inf] for s in sampling], torch.float32, device)
     floor_C1 = min_p_C1.clone()
-
-    def rank(which: list[int], width: int) -> list[int]:
-        """Set the floor of some rows from their ``width`` most likely tokens; those for which that was too few."""
-        if not which:
-            return []
-        index = _tensor(which, torch.int64, device)
+    left = [i for i, s in enumerate(sampling) if s.top_p < 1 or 0 < s.top_k < vocab_size]
+    # A GPU sorts everything: to ask which rows fit, the host would have to wait for it.
+    widths = [width for width in _PREFILTERS if width < vocab_size] if device.type == "cpu" else []
+    for width in [*widths, vocab_size]:
+        tried = [i for i in left if sampling[i].top_k <= width or width == vocab_size]
+        if not tried:
+            continue
+        index = _tensor(tried, torch.int64, device)
+        needed = width if any(sampling[i].top_k == 0 for i in tried) else max(sampling[i].top_k for i in tried)
         floor_C1[index], fits_C = _ranked_floor(
-            _take(scaled_CV, index), _take(weights_CV, index), min_p_C1[index], [sampling[i] for i in which], width
+            _take(scaled_CV, index),
+            _take(weights_CV, index),
+            min_p_C1[index],
+            [sampling[i] for i in tried],
+            min(needed, vocab_size),
         )
-        # On a GPU every row was sorted whole, since to ask which rows fit the host would have to wait.
-        return [] if width == vocab_size else [i for i, fit in zip(which, fits_C.tolist(), strict=True) if not fit]
-
-    ranked = [i for i, s in enumerate(sampling) if s.top_p < 1 or 0 < s.top_k < vocab_size]
-    narrow = [i for i in ranked if device.type == "cpu" and sampling[i].top_k <= _PREFILTER < vocab_size]
-    too_few = rank(narrow, max((sampling[i].top_k or _PREFILTER for i in narrow), default=0))
-    rank(sorted(set(ranked) - set(narrow)) + too_few, vocab_size)
+        if width < vocab_size:
+            fitted = {i for i, fits in zip(tried, fits_C.tolist(), strict=True) if fits}
+            left = [i for i in left if i not in fitted]
     return floor_C1
 
 

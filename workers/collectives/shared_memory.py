@@ -65,6 +65,7 @@ class SharedMemory(Collectives):
 
     Raises:
         RendezvousError: not all ranks came in time; names the missing.
+        InvalidValueError: the rank is there already.
         PeerDiedError: one that was there died meanwhile.
     """
 
@@ -81,6 +82,8 @@ class SharedMemory(Collectives):
         self._closed = False
         self._deaths = select.poll()
         self._watched: dict[int, int] = {}
+        if self._get(self.rank, spin.STATUS) != _ABSENT:
+            raise InvalidValueError("rank", self.rank, "each rank attaches once, and this one has already")
         try:
             self._attach(time.monotonic() + timeout_s, timeout_s)
         except BaseException as error:
@@ -159,10 +162,10 @@ class SharedMemory(Collectives):
     def _exchange(self, signature: int, address: int, num_bytes: int, num_sums: int = 0) -> None:
         """Show ``num_bytes`` in this rank's slot and wait until every rank has shown its own."""
         self._check_open()
-        self._sequence += 1
-        operation = (self._sequence, signature, address, num_bytes, num_sums, self._spins)
-        outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, False)
         try:
+            self._sequence += 1
+            operation = (self._sequence, signature, address, num_bytes, num_sums, self._spins)
+            outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, False)
             while outcome != spin.DONE:
                 if outcome & 3 == spin.MISMATCH:
                     self._raise_mismatch(outcome >> 2, signature)
@@ -183,8 +186,6 @@ class SharedMemory(Collectives):
         return shown
 
     def _attach(self, deadline: float, timeout_s: float) -> None:
-        if self._get(self.rank, spin.STATUS) != _ABSENT:
-            raise InvalidValueError("rank", self.rank, "each rank attaches once, and this one has already")
         self._set(spin.PID, os.getpid())
         self._set(spin.STATUS, _ATTACHED)
         while missing := [r for r in range(self.world_size) if self._get(r, spin.STATUS) == _ABSENT]:

@@ -1,4 +1,4 @@
-"""The small operations fused for float32 on CPU, in Numba: one pass over the data and one call each.
+"""The small operations fused for float32 on CPU, in Numba: one call each.
 
 Each has a serial form too. A step of a few rows is over before a second thread has woken, and several ranks with a
 thread each must not meet in one thread pool.
@@ -14,24 +14,28 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-PARALLEL_FROM = 32_768
-"""Elements from which on threads pay: about 10 us of work for one."""
+from headwise.workers.ops.plain import PlainOps
+
+PARALLEL_FROM = 16_384
+"""Elements from which on threads pay."""
 
 
-def add_rms_norm(residual_TE: Tensor, delta_TE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
-    """As :func:`headwise.workers.ops.add_rms_norm`; without a delta only the norm. Contiguous tensors."""
-    out_TE = torch.empty_like(residual_TE)
-    residual, out = residual_TE.numpy(), out_TE.numpy()
-    if delta_TE is None:
-        _pick(_norm, residual_TE)(residual, weight_E.numpy(), np.float32(eps), out)
-    else:
-        _pick(_add_norm, residual_TE)(residual, delta_TE.numpy(), weight_E.numpy(), np.float32(eps), out)
-    return out_TE
+class CpuOps(PlainOps):
+    """See :class:`~headwise.workers.ops.Ops`. What is not fused here is torch's."""
 
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        out_TE = torch.empty_like(x_TE)
+        _pick(_norm, x_TE)(x_TE.numpy(), weight_E.numpy(), np.float32(eps), out_TE.numpy())
+        return out_TE
 
-def rope_(x_TXD: Tensor, num_heads: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
-    """As :func:`headwise.workers.ops.rope_`. Contiguous tensors."""
-    _pick(_rope, x_TXD)(x_TXD.numpy(), num_heads, cos_TD.numpy(), sin_TD.numpy())
+    def add_rms_norm(self, residual_TE: Tensor, delta_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        out_TE = torch.empty_like(residual_TE)
+        arrays = (residual_TE.numpy(), delta_TE.numpy(), weight_E.numpy())
+        _pick(_add_norm, residual_TE)(*arrays, np.float32(eps), out_TE.numpy())
+        return out_TE
+
+    def rope_(self, x_TXD: Tensor, num_heads: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
+        _pick(_rope, x_TXD)(x_TXD.numpy(), num_heads, cos_TD.numpy(), sin_TD.numpy())
 
 
 def _both(function: Callable[..., None]) -> tuple[Any, Any]:

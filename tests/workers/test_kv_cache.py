@@ -1,0 +1,160 @@
+"""The paged KV memory: what is written at a slot is what is read there, in either layout of the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, num_blocks_for, parse_memory
+
+LAYOUTS = pytest.mark.parametrize("transposed_keys", [False, True])
+
+
+def small_cache(transposed_keys: bool, dtype: torch.dtype = torch.float32, **sizes: int) -> KVCache:
+    shape = {"num_layers": 2, "num_blocks": 5, "num_kv_heads": 3, "block_size": 4, "head_dim": 8, **sizes}
+    return KVCache(**shape, dtype=dtype, device="cpu", transposed_keys=transposed_keys)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    transposed_keys=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    slots=st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True),
+    layer=st.integers(0, 1),
+)
+def test_a_token_is_read_where_it_was_written_and_nothing_else_changes(
+    transposed_keys: bool, dtype: torch.dtype, slots: list[int], layer: int
+) -> None:
+    cache = small_cache(transposed_keys, dtype)
+    kv_T2KD = torch.randn(len(slots), 2, 3, 8).to(dtype)
+    cache.write(layer, kv_T2KD[:, 0], kv_T2KD[:, 1], torch.tensor(slots))
+    everything = torch.arange(5, dtype=torch.int32)
+    k_KCD, v_KCD = cache.gather(layer, everything, 20)
+    for token, slot in enumerate(slots):
+        assert torch.equal(k_KCD[:, slot], kv_T2KD[token, 0])
+        assert torch.equal(v_KCD[:, slot], kv_T2KD[token, 1])
+    untouched = [slot for slot in range(20) if slot not in slots]
+    assert not k_KCD[:, untouched].any() and not v_KCD[:, untouched].any()
+    assert not any(x.any() for x in cache.gather(1 - layer, everything, 20))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8])
+def test_gather_follows_the_block_table_and_stops_at_the_length(transposed_keys: bool, length: int) -> None:
+    cache = small_cache(transposed_keys)
+    k_TKD, v_TKD = torch.randn(8, 3, 8), torch.randn(8, 3, 8)
+    cache.write(1, k_TKD, v_TKD, torch.tensor([12, 13, 14, 15, 4, 5, 6, 7]))
+    k_KCD, v_KCD = cache.gather(1, torch.tensor([3, 1, 0], dtype=torch.int32), length)
+    assert torch.equal(k_KCD, k_TKD[:length].transpose(0, 1))
+    assert torch.equal(v_KCD, v_TKD[:length].transpose(0, 1))
+
+
+@pytest.mark.parametrize("from_transposed", [False, True])
+@pytest.mark.parametrize("into_transposed", [False, True])
+def test_a_block_moves_between_caches_of_either_layout(from_transposed: bool, into_transposed: bool) -> None:
+    source, target = small_cache(from_transposed), small_cache(into_transposed)
+    k_TKD, v_TKD = torch.randn(4, 3, 8), torch.randn(4, 3, 8)
+    source.write(1, k_TKD, v_TKD, torch.arange(8, 12))
+    k_SD, v_SD = source.export_block(1, 2, 2)
+    assert k_SD.is_contiguous() and v_SD.is_contiguous()
+    assert torch.equal(k_SD, k_TKD[:, 2]) and torch.equal(v_SD, v_TKD[:, 2])
+    target.import_block(0, 1, 4, k_SD, v_SD)
+    for got, sent in zip(target.export_block(0, 1, 4), (k_SD, v_SD), strict=True):
+        assert torch.equal(got, sent)
+    assert torch.count_nonzero(target.keys) == torch.count_nonzero(k_SD)
+    assert torch.count_nonzero(target.values) == torch.count_nonzero(v_SD)
+
+
+@LAYOUTS
+def test_an_exported_block_is_a_copy(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    for x_SD in cache.export_block(0, 0, 0):
+        x_SD.fill_(7.0)
+    assert not cache.keys.any() and not cache.values.any()
+
+
+@LAYOUTS
+def test_copy_block_copies_every_layer_and_head_and_leaves_the_source(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    cache.keys.normal_()
+    cache.values.normal_()
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.copy_block(1, 3)
+    keys[:, 3], values[:, 3] = keys[:, 1], values[:, 1]
+    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+
+
+@LAYOUTS
+def test_indices_and_tensors_that_do_not_fit_are_refused(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    block = torch.zeros(4, 8)
+    for place, field in (((2, 0, 0), "layer"), ((0, 3, 0), "head"), ((0, 0, 5), "block"), ((0, 0, -1), "block")):
+        with pytest.raises(InvalidValueError, match=f"^{field}="):
+            cache.export_block(*place)
+        with pytest.raises(InvalidValueError, match=f"^{field}="):
+            cache.import_block(*place, block, block)
+    with pytest.raises(InvalidValueError, match=r"^k_SD=.*\(4, 8\)"):
+        cache.import_block(0, 0, 0, block.T, block)
+    with pytest.raises(InvalidValueError, match=r"^v_SD=.*float32"):
+        cache.import_block(0, 0, 0, block, block.half())
+    with pytest.raises(InvalidValueError, match="^dst=5"):
+        cache.copy_block(0, 5)
+    with pytest.raises(InvalidValueError, match="^src=-1"):
+        cache.copy_block(-1, 0)
+    with pytest.raises(InvalidValueError, match="^num_blocks=0"):
+        small_cache(transposed_keys, num_blocks=0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_allocated(transposed_keys: bool, dtype: torch.dtype) -> None:
+    cache = small_cache(transposed_keys, dtype)
+    per_block = bytes_per_block(2, 3, 4, 8, dtype)
+    assert (
+        cache.nbytes == 5 * per_block == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+    )
+    assert num_blocks_for(5 * per_block, 2, 3, 4, 8, dtype) == 5
+    assert num_blocks_for(5 * per_block - 1, 2, 3, 4, 8, dtype) == 4
+    assert num_blocks_for(per_block - 1, 2, 3, 4, 8, dtype) == num_blocks_for(-1, 2, 3, 4, 8, dtype) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2GiB", 2 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("64KiB", 65536),
+        ("4096", 4096),
+        (4096, 4096),
+        (4096.0, 4096),
+        ("1e9", 10**9),
+        (0.25, 250),
+        ("0.25", 250),
+        (".5", 500),
+        (1.0, 1000),
+        (1, 1000),
+        ("1B", 1),
+    ],
+)
+def test_memory_budgets(text: str | int | float, budget: int) -> None:
+    assert parse_memory(text, total=1000) == budget
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "lots", "2TiB", "-1GiB", "GiB", -5, 0, 0.0, "0GiB", "0.0001", True, float("nan"), float("inf"), "1 2", None],
+)
+def test_what_is_no_memory_budget_is_refused_by_name(text: Any) -> None:
+    with pytest.raises(InvalidValueError, match="^kv_memory="):
+        parse_memory(text, total=1000)
+
+
+def test_available_memory_is_part_of_the_machine() -> None:
+    assert 0 < available_memory("cpu") < 1 << 46

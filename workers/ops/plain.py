@@ -1,0 +1,30 @@
+"""The small operations in plain torch: right on every device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class PlainOps:
+    """See :class:`~headwise.workers.ops.Ops`."""
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        x32_TE = x_TE.float()
+        scale_T1 = torch.rsqrt(x32_TE.square().mean(-1, keepdim=True) + eps)
+        return (x32_TE * scale_T1).to(x_TE.dtype).mul_(weight_E)
+
+    def add_rms_norm(self, residual_TE: Tensor, delta_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(residual_TE.add_(delta_TE), weight_E, eps)
+
+    def rope_(self, x_TXD: Tensor, num_heads: int, cos_TD: Tensor, sin_TD: Tensor) -> None:
+        first, second = x_TXD[:, :num_heads].chunk(2, dim=-1)
+        cos_T1D, sin_T1D = cos_TD.unsqueeze(1), sin_TD.unsqueeze(1)
+        turned = first * cos_T1D - second * sin_T1D
+        second.copy_(second * cos_T1D + first * sin_T1D)
+        first.copy_(turned)
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
+        return functional.silu(gate_TM).mul_(up_TM)
