@@ -13,7 +13,7 @@ Progress = Callable[[int, int], None]
 """Gets (layers loaded, layers)."""
 
 
-class ShardGroupDied(HeadwiseError):  # noqa: N818  (an event's name, as Ray names its own)
+class ShardGroupDied(HeadwiseError):
     """A rank of the group is gone; the whole group is, since no rank can step without the others."""
 
     def __init__(self, rank: int, node: str, cause: str) -> None:

@@ -1,0 +1,60 @@
+"""Which Ray this process talks to: one it was told to join, or one it started and will end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+import ray
+
+OBJECT_STORE_BYTES = 100 << 20
+"""Of a Ray started here. Headwise puts next to nothing into it: steps have a channel of their own."""
+
+_lock = threading.Lock()
+_users = 0
+_started_here = False
+
+
+class RaySession:
+    """One group's use of this process's Ray. The last one to leave a Ray that was started here ends it."""
+
+    _left = False
+
+    def leave(self) -> None:
+        """Idempotent."""
+        global _users, _started_here
+        with _lock:
+            if self._left:
+                return
+            self._left = True
+            _users -= 1
+            if _users == 0 and _started_here:
+                _started_here = False
+                ray.shutdown()
+
+
+def join(address: str | None) -> RaySession:
+    """Connects to the Ray at ``address`` or RAY_ADDRESS; with neither, to the one this process already uses; else
+    starts one on this machine, without a dashboard.
+
+    Raises:
+        ConnectionError: no Ray answers there.
+    """
+    global _users, _started_here
+    with _lock:
+        if not ray.is_initialized():
+            target = address or os.environ.get("RAY_ADDRESS")
+            if target:
+                ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
+                _started_here = True
+        _users += 1
+        return RaySession()

@@ -1,0 +1,122 @@
+"""The step channel: order, sizes, who may come in, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind, ShardChannel, ShardEndpoint
+from headwise.workers.errors import InvalidValueError
+
+DEADLINE_S = 10.0
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def channel(request: pytest.FixtureRequest) -> Iterator[EngineChannel]:
+    engine = EngineChannel(2, request.param)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def ranks(channel: EngineChannel) -> Iterator[list[ShardChannel]]:
+    shards = [ShardChannel(channel.endpoint(rank)) for rank in range(2)]
+    yield shards
+    for shard in shards:
+        shard.close(linger_s=0)
+
+
+def test_messages_arrive_in_order_at_their_rank(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+    for i in range(200):
+        channel.send_all(Kind.STEP, b"all %d" % i)
+    channel.send(1, Kind.CALL, b"one")
+    for rank in ranks:
+        assert [rank.receive(DEADLINE_S) for _ in range(200)] == [(Kind.STEP, b"all %d" % i) for i in range(200)]
+    assert ranks[1].receive(DEADLINE_S) == (Kind.CALL, b"one")
+    assert ranks[0].receive(0.05) is None
+
+
+def test_replies_say_whose_they_are(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+    ranks[1].send(Kind.OUTPUT, b"x" * 10_000_000)
+    assert channel.receive(DEADLINE_S) == (Kind.OUTPUT, 1, b"x" * 10_000_000)
+    ranks[0].send(Kind.ERROR, b"")
+    assert channel.receive(DEADLINE_S) == (Kind.ERROR, 0, b"")
+    assert channel.receive(0) is None
+
+
+def test_wake_ends_a_wait(channel: EngineChannel) -> None:
+    answers: list[object] = []
+    waiter = threading.Thread(target=lambda: answers.append(channel.receive(DEADLINE_S)))
+    waiter.start()
+    channel.wake()
+    waiter.join(DEADLINE_S)
+    assert answers == [None]
+
+
+def test_waking_a_closed_channel_is_harmless(channel: EngineChannel) -> None:
+    channel.close()
+    channel.wake()
+    channel.close()
+
+
+def test_sockets_live_in_a_private_folder_that_goes_with_the_channel() -> None:
+    channel = EngineChannel(1, "ipc")
+    folder = Path(channel.endpoint(0).plans.removeprefix("ipc://")).parent
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    channel.close()
+    assert not folder.exists()
+
+
+def test_a_long_temporary_path_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
+    channel = EngineChannel(1, "ipc")
+    assert channel.endpoint(0).plans.startswith("ipc:///tmp/")
+    channel.close()
+
+
+@pytest.mark.parametrize("stranger", ["no keys", "keys of its own"])
+def test_strangers_are_kept_out(stranger: str) -> None:
+    channel = EngineChannel(1, "tcp")
+    mine = channel.endpoint(0)
+    public, secret = zmq.curve_keypair()
+    keys = (mine.server_key, public, secret) if stranger == "keys of its own" else (b"", b"", b"")
+    intruder = ShardChannel(ShardEndpoint(0, mine.plans, mine.replies, *keys))
+    rank = ShardChannel(mine)
+    try:
+        intruder.send(Kind.OUTPUT, b"wrong text")
+        rank.send(Kind.OUTPUT, b"right")
+        assert channel.receive(DEADLINE_S) == (Kind.OUTPUT, 0, b"right")
+        assert channel.receive(0.3) is None
+        channel.send(0, Kind.STEP, b"plan")
+        assert rank.receive(DEADLINE_S) == (Kind.STEP, b"plan")
+        assert intruder.receive(0.1) is None
+    finally:
+        intruder.close(linger_s=0)
+        rank.close(linger_s=0)
+        channel.close()
+
+
+def test_a_full_queue_is_an_error_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.cluster.channel.SEND_TIMEOUT_S", 0.05)
+    channel = EngineChannel(1, "ipc")
+    sent = 0
+    with pytest.raises(ChannelError, match="rank 0 has not read"):
+        while sent < 100_000:
+            channel.send(0, Kind.STEP, sent.to_bytes(4, "big"))
+            sent += 1
+    rank = ShardChannel(channel.endpoint(0))
+    received = [rank.receive(DEADLINE_S) for _ in range(sent)]
+    assert [int.from_bytes(message[1], "big") for message in received if message] == list(range(sent))
+    rank.close(linger_s=0)
+    channel.close()
+
+
+def test_unknown_transport() -> None:
+    with pytest.raises(InvalidValueError, match="transport='udp'"):
+        EngineChannel(1, "udp")

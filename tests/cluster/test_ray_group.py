@@ -1,0 +1,139 @@
+"""Shards in Ray actors: real processes, their heads, their deaths, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from headwise.cluster.group import GroupStartError, ShardGroupDied
+from headwise.cluster.ray_group import RayShardGroup
+from headwise.runtime import LLM, SamplingParams
+from headwise.workers.errors import InvalidValueError
+from tests.runtime.test_parity import expected, prompts
+
+PARAMS = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray() -> Iterator[None]:
+    """One Ray for the module: starting one takes seconds. Groups join it and leave it running."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield
+    ray.shutdown()
+
+
+def llm(directory: Path, **settings: Any) -> LLM:
+    return LLM(directory, **{"quiet": True, "kv_memory": "64MiB", "cpus_per_rank": 0.5, **settings})
+
+
+def nothing_left(pids: list[int]) -> None:
+    """Every actor's process and placement group is gone."""
+    alive = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert alive == []
+    states = {group["state"] for group in ray.util.placement_group_table().values()}
+    assert states <= {"REMOVED"}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_ranks_are_processes_with_their_own_heads(checkpoint: Callable[..., Path], tp: int) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=tp) as model:
+        outputs = model.generate(prompts(), PARAMS)
+        stats = model.stats()
+    assert [output.outputs[0].token_ids for output in outputs] == expected(checkpoint("uneven"))
+    pids = stats["shard_pids"]
+    assert len({os.getpid(), *pids}) == tp + 1
+    num_kv_heads = [stop - start for start, stop in (shard["kv_heads"] for shard in stats["shards"])]
+    assert num_kv_heads == {1: [3], 2: [2, 1], 4: [1, 1, 2, 1]}[tp]
+    per_head = 2 * 2 * 16 * 16 * 4 * stats["num_blocks"]  # K and V, layers, block, head_dim, float32
+    assert stats["kv_bytes_per_rank"] == [heads * per_head for heads in num_kv_heads]
+    nothing_left(pids)
+
+
+def test_the_death_of_a_rank_is_reported_and_leaves_nothing(checkpoint: Callable[..., Path]) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        pids = model.stats()["shard_pids"]
+        stream = model.stream(prompts()[0], LONG)
+        next(stream)
+        killed = time.monotonic()
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(ShardGroupDied, match=r"rank 1 on node \d+\.\d+") as death:
+            list(stream)
+        assert time.monotonic() - killed < 5
+        assert death.value.rank == 1 and death.value.cause
+        with pytest.raises(ShardGroupDied):
+            model.generate(prompts()[0], PARAMS)
+    nothing_left(pids)
+
+
+def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Callable[..., Path]) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        pids = model.stats()["shard_pids"]
+        os.kill(pids[0], signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(ShardGroupDied, match="rank 0"):
+            model.generate(prompts()[0], LONG)
+        assert time.monotonic() - started < 5
+    nothing_left(pids)
+
+
+def test_two_models_at_once_do_not_collide(checkpoint: Callable[..., Path]) -> None:
+    first_dir, second_dir = checkpoint("uneven"), checkpoint("gqa")
+    with llm(first_dir, tensor_parallel_size=2) as first, llm(second_dir, tensor_parallel_size=2) as second:
+        found: dict[Path, list[list[int]]] = {}
+
+        def run(model: LLM, directory: Path) -> None:
+            found[directory] = [output.outputs[0].token_ids for output in model.generate(prompts(), PARAMS)]
+
+        threads = [threading.Thread(target=run, args=pair) for pair in ((first, first_dir), (second, second_dir))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        pids = first.stats()["shard_pids"] + second.stats()["shard_pids"]
+    assert len(set(pids)) == 4
+    assert found == {first_dir: expected(first_dir), second_dir: expected(second_dir)}
+    nothing_left(pids)
+
+
+def test_a_placement_that_cannot_be_met_says_what_there_is(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(
+        GroupStartError, match=r"want 6 CPU; the cluster has 4 CPU.*cpus_per_rank=3 \(--cpus-per-rank\)"
+    ):
+        llm(checkpoint("uneven"), tensor_parallel_size=2, cpus_per_rank=3, start_timeout=1.0)
+    nothing_left([])
+
+
+def test_an_error_while_loading_is_the_rank_s_own(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidValueError, match="kv_memory='1KiB'.*max_model_len=512"):
+        llm(checkpoint("uneven"), tensor_parallel_size=2, kv_memory="1KiB")
+    nothing_left([])
+
+
+def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way ranks of several hosts talk, on one."""
+    monkeypatch.setattr(RayShardGroup, "_on_one_node", lambda self: False)
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        outputs = model.generate(prompts(), PARAMS)
+        pids = model.stats()["shard_pids"]
+    assert [output.outputs[0].token_ids for output in outputs] == expected(checkpoint("uneven"))
+    nothing_left(pids)
+
+
+def test_close_after_an_exception_and_twice(checkpoint: Callable[..., Path]) -> None:
+    pids: list[int] = []
+    with pytest.raises(ZeroDivisionError), llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        pids = model.stats()["shard_pids"]
+        for _ in model.stream(prompts()[0], LONG):
+            _ = 1 / 0
+    model.close()
+    nothing_left(pids)
