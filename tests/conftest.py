@@ -14,6 +14,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from headwise.cluster.group import ShardGroup
 from headwise.runtime import LLM, startup
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.models import resolve
 from headwise.workers.shard import ShardSpec
 from tests.checkpoints import SHAPES, write_checkpoint
 from tests.thread_group import ThreadShardGroup
@@ -34,6 +35,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, converted once a session, in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return resolve("smollm2")
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_a_placement_that_cannot_be_met_says_what_there_is(checkpoint: Callable[
 
 
 def test_an_error_while_loading_is_the_rank_s_own(checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(InvalidValueError, match="kv_memory='1KiB'.*max_model_len=512"):
+    with pytest.raises(InvalidValueError, match=r"kv_memory='1KiB'.*max_model_len=512"):
         llm(checkpoint("uneven"), tensor_parallel_size=2, kv_memory="1KiB")
     nothing_left([])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -55,8 +56,8 @@ class Case:
         self.q = [self.random(queries, self.q_starts[-1], self.head_dim) for queries, _ in self.rows]
         used = [-(-context // self.block_size) for _, context in self.rows]
         self.num_blocks = sum(used) + 2
-        blocks = torch.randperm(self.num_blocks, generator=self.generator).int().split([*used, 2])[:-1]
-        self.tables_BN = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
+        blocks = torch.split(torch.randperm(self.num_blocks, generator=self.generator).int(), [*used, 2])[:-1]
+        self.tables_BN = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -88,7 +89,7 @@ class Case:
         """The step's queries, keys and values as views of one tensor."""
         parts = [torch.cat([q, kv[-len(q) :].flatten(1, 2)], 1) for q, kv in zip(self.q, self.kv, strict=True)]
         heads = [self.q_starts[-1], self.num_kv_heads, self.num_kv_heads]
-        q_THD, k_TKD, v_TKD = torch.cat(parts).split(heads, dim=1)
+        q_THD, k_TKD, v_TKD = torch.split(torch.cat(parts), heads, dim=1)
         return q_THD, k_TKD, v_TKD
 
     def run(self, backend: AttentionBackend, batch: AttentionBatch | None = None) -> Tensor:
@@ -243,7 +244,7 @@ def test_exp2_is_right_to_a_few_ulp() -> None:
     x = np.concatenate([np.linspace(-124.9, 0, 200_001), -np.logspace(-8, 2, 1000)]).astype(np.float32)
     exact = np.exp2(x.astype(np.float64))
     ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
-    exp2 = cpu_kernels.numba.njit(lambda value: simd.exp2(value))
+    exp2 = numba.njit(lambda value: simd.exp2(value))
     got = np.array([exp2(value) for value in x], dtype=np.float64)
     assert np.abs((got - exact) / ulp).max() < 2
     assert exp2(np.float32(0)) == 1 and np.isnan(exp2(np.float32(NAN)))
@@ -289,16 +290,16 @@ def test_a_batch_that_would_touch_foreign_memory_is_refused(
     break_it: Callable[[AttentionBatch], AttentionBatch], field: str
 ) -> None:
     case = Case([(1, 40)], (0, 2), 16)
-    with pytest.raises(InvalidValueError, match=f"^{field}="):
+    with pytest.raises(InvalidValueError, match=rf"^{field}="):
         case.run(case.backend("cpu"), break_it(case.batch()))
 
 
 def test_tensors_of_the_wrong_kind_are_refused() -> None:
     case = Case([(1, 40)], (0, 2), 16)
     backend, batch, (q_THD, k_TKD, v_TKD) = case.backend("cpu"), case.batch(), case.qkv()
-    with pytest.raises(InvalidValueError, match="^v_TKD="):
+    with pytest.raises(InvalidValueError, match=r"^v_TKD="):
         backend.write(1, k_TKD, v_TKD.half(), batch)
-    with pytest.raises(InvalidValueError, match="^q_THD="):
+    with pytest.raises(InvalidValueError, match=r"^q_THD="):
         backend.attend(1, q_THD.transpose(0, 1).contiguous(), batch)
 
 
@@ -307,15 +308,15 @@ def test_backends_refuse_what_they_cannot_serve() -> None:
     with pytest.raises(InvalidValueError, match=r"^attention_backend='fast'.*reference, cpu"):
         create_backend("fast", cache, (0, 1, 2), 1.0)
     for q_starts in ((0, 1), (1, 2, 3), (0, 2, 2)):
-        with pytest.raises(InvalidValueError, match="^q_starts="):
+        with pytest.raises(InvalidValueError, match=r"^q_starts="):
             create_backend("cpu", cache, q_starts, 1.0)
-    with pytest.raises(InvalidValueError, match="^num_threads=0"):
+    with pytest.raises(InvalidValueError, match=r"^num_threads=0"):
         create_backend("cpu", cache, (0, 1, 2), 1.0, 0)
-    with pytest.raises(InvalidValueError, match="^transposed_keys=False"):
+    with pytest.raises(InvalidValueError, match=r"^transposed_keys=False"):
         create_backend("cpu", KVCache(1, 1, 1, 16, 8, torch.float32), (0, 1), 1.0)
     for block_size, head_dim, dtype in ((8, 8, torch.float32), (16, 12, torch.float32), (16, 8, torch.bfloat16)):
         other = KVCache(1, 1, 1, block_size, head_dim, dtype, transposed_keys=True)
-        with pytest.raises(InvalidValueError, match="^attention_backend="):
+        with pytest.raises(InvalidValueError, match=r"^attention_backend="):
             create_backend("cpu", other, (0, 1), 1.0)
         assert default_backend("cpu", dtype, block_size, head_dim) == "reference"
     assert default_backend("cpu", torch.float32, 16, 64) == "cpu"

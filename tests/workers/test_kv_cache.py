@@ -94,19 +94,19 @@ def test_indices_and_tensors_that_do_not_fit_are_refused(transposed_keys: bool) 
     cache = small_cache(transposed_keys)
     block = torch.zeros(4, 8)
     for place, field in (((2, 0, 0), "layer"), ((0, 3, 0), "head"), ((0, 0, 5), "block"), ((0, 0, -1), "block")):
-        with pytest.raises(InvalidValueError, match=f"^{field}="):
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
             cache.export_block(*place)
-        with pytest.raises(InvalidValueError, match=f"^{field}="):
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
             cache.import_block(*place, block, block)
     with pytest.raises(InvalidValueError, match=r"^k_SD=.*\(4, 8\)"):
         cache.import_block(0, 0, 0, block.T, block)
     with pytest.raises(InvalidValueError, match=r"^v_SD=.*float32"):
         cache.import_block(0, 0, 0, block, block.half())
-    with pytest.raises(InvalidValueError, match="^dst=5"):
+    with pytest.raises(InvalidValueError, match=r"^dst=5"):
         cache.copy_block(0, 5)
-    with pytest.raises(InvalidValueError, match="^src=-1"):
+    with pytest.raises(InvalidValueError, match=r"^src=-1"):
         cache.copy_block(-1, 0)
-    with pytest.raises(InvalidValueError, match="^num_blocks=0"):
+    with pytest.raises(InvalidValueError, match=r"^num_blocks=0"):
         small_cache(transposed_keys, num_blocks=0)
 
 
@@ -152,7 +152,7 @@ def test_memory_budgets(text: str | int | float, budget: int) -> None:
     ["", "lots", "2TiB", "-1GiB", "GiB", -5, 0, 0.0, "0GiB", "0.0001", True, float("nan"), float("inf"), "1 2", None],
 )
 def test_what_is_no_memory_budget_is_refused_by_name(text: Any) -> None:
-    with pytest.raises(InvalidValueError, match="^kv_memory="):
+    with pytest.raises(InvalidValueError, match=r"^kv_memory="):
         parse_memory(text, total=1000)
 
 
