@@ -38,7 +38,7 @@ from headwise.workers.attention.cpu_plan import (
     TILE_RUNS,
 )
 
-SIMD_DIGEST = "0468442db457bc0ea2132ef4abe731227a4b0db7f9a5a44d97a43ffe79f7a697"
+SIMD_DIGEST = "a341df28a3fa5ca504b7f12335db18a1efad0a386cf91e1bb18ff4470f3ed0cc"
 """SHA-256 of simd.py. Numba renews what it cached of a kernel when the kernel's own file changes, so this must too."""
 
 _ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
@@ -218,7 +218,9 @@ def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next
         column = 0
         while column < head_dim:
             left = head_dim - column
-            width = 64 if left >= 64 else 32 if left >= 32 else 16 if left >= 16 else 8
+            width = simd.COLUMNS_AT_ONCE
+            while width > left:
+                width //= 2
             into = output + at + _FLOAT_BYTES * column
             simd.add_values(rows, width, scores, alpha, values, next_values, head_dim, column, num_keys, into)
             column += width

@@ -3,7 +3,7 @@
 Numba compiles scalar loops and leaves vectors to LLVM, which does not keep a tile of accumulators in registers. So
 the inner loops are built here as LLVM instructions on vectors of 16 floats: one AVX-512 register, and two or four on
 machines with narrower ones. Tiles, runs, chunks and query rows are those of cpu_plan.py: 6 rows x 4 vectors of
-accumulators, 4 vectors of keys and one query element fill 29 of 32 registers.
+accumulators, 4 vectors of keys and one query element fill 29 of AVX-512's 32 registers.
 
 Addresses are bytes as int64; strides and offsets count floats.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils as numba_cgutils
@@ -23,6 +25,14 @@ from numba.extending import intrinsic
 from headwise.workers.attention.cpu_plan import CHUNK_ROWS, RUN_KEYS, TILE_KEYS, TILE_RUNS
 
 cgutils: Any = numba_cgutils  # has no types
+
+_features: dict[str, bool] = llvmlite.binding.get_host_cpu_features()
+_forced: str = numba.config.CPU_FEATURES or ""  # type: ignore[attr-defined]
+# A chunk's accumulators must stay in registers: AVX-512 has 32 of 16 floats, others 16 of 8 or 32 of 4.
+_HAS_AVX512 = "+avx512f" in _forced if _forced else _features.get("avx512f", False)
+_RUNS_AT_ONCE = TILE_RUNS if _HAS_AVX512 else 1
+COLUMNS_AT_ONCE = 64 if _HAS_AVX512 else 16
+"""How many columns of the values ``add_values`` takes at most."""
 
 _I32, _I64, _F32, _PTR = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.PointerType()
 _V16 = ir.VectorType(_F32, 16)
@@ -137,18 +147,23 @@ def _emit_scores(builder: Any, rows: Any, *args: Any) -> None:
     _switch(builder, rows, cases)
 
 
-def _emit_scores_of(
-    builder: Any, rows: int, q: Any, runs: Any, next_runs: Any, key_stride: Any, head_dim: Any, s: Any
+def _emit_scores_of(builder: Any, rows: int, *args: Any) -> None:
+    for first in range(0, TILE_RUNS, _RUNS_AT_ONCE):
+        _emit_scores_of_runs(builder, rows, range(first, first + _RUNS_AT_ONCE), *args)
+
+
+def _emit_scores_of_runs(
+    builder: Any, rows: int, tile_runs: range, q: Any, runs: Any, next_runs: Any, key_stride: Any, head_dim: Any, s: Any
 ) -> None:
-    tile = [(row, run) for row in range(rows) for run in range(TILE_RUNS)]
+    tile = [(row, run) for row in range(rows) for run in tile_runs]
     sums = {at: cgutils.alloca_once_value(builder, _constant(_V16, 0.0)) for at in tile}
-    keys = [_load(builder, _at(builder, runs, run, 8), _I64) for run in range(TILE_RUNS)]
-    next_keys = [_load(builder, _at(builder, next_runs, run, 8), _I64) for run in range(TILE_RUNS)]
+    keys = {run: _load(builder, _at(builder, runs, run, 8), _I64) for run in tile_runs}
+    next_keys = [_load(builder, _at(builder, next_runs, run, 8), _I64) for run in tile_runs]
     with cgutils.for_range(builder, head_dim) as loop:
         offset = builder.mul(loop.index, key_stride)
         for address in next_keys:
             _prefetch(builder, _at(builder, address, offset))
-        vectors = [_load(builder, _at(builder, address, offset), _V16) for address in keys]
+        vectors = {run: _load(builder, _at(builder, address, offset), _V16) for run, address in keys.items()}
         column = _at(builder, q, builder.mul(loop.index, _I64(rows)))
         elements = [_splat(builder, _load(builder, _at(builder, column, row))) for row in range(rows)]
         for row, run in tile:
@@ -162,12 +177,13 @@ def _emit_scores_of(
 def _emit_add_values(builder: Any, rows: Any, width: Any, *args: Any) -> None:
     """o[rows, width] = o * alpha[rows] + p[rows, num_keys] times a tile's values, fetching the next tile's ahead.
 
-    ``o`` and the values are at the first of ``width`` (8, 16, 32 or 64) columns of their D.
+    ``o`` and the values are at the first of ``width`` columns of their D: 8, 16, 32 or 64, up to COLUMNS_AT_ONCE.
     """
     cases = {
         n * 64 + w: partial(_emit_add_values_of, builder, n, w, *args)
         for n in range(1, CHUNK_ROWS + 1)
         for w in (8, 16, 32, 64)
+        if w <= COLUMNS_AT_ONCE
     }
     _switch(builder, builder.add(builder.mul(rows, _I64(64)), width), cases)
 

@@ -1,0 +1,157 @@
+"""Paged attention on this CPU against its limits: memory bandwidth for decode, torch's own kernel for prefill.
+
+    python benchmarks/attention.py [--threads N] [--query-heads 9] [--kv-heads 3] [--head-dim 64] [--layers 30]
+
+Decode reads every key and value once, so it is compared with a copy by as many threads of as many bytes (a copy also
+writes them: its traffic is twice that). Prefill is compared with scaled_dot_product_attention on contiguous tensors.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from headwise.workers.attention import AttentionBackend, AttentionBatch, create_backend
+from headwise.workers.kv_cache import KVCache
+
+BLOCK_SIZE = 16
+DECODES = ((1, 1024), (1, 4096), (8, 256), (32, 256), (32, 1024))
+PREFILLS = ((64, 1024), (512, 512), (512, 2048), (1024, 1024))
+
+Result = dict[str, int | float | str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--query-heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    if args.query_heads % args.kv_heads:
+        parser.error(f"--query-heads {args.query_heads} is no multiple of --kv-heads {args.kv_heads}")
+    torch.set_num_threads(args.threads)
+    results = [measure_decode(args, batch, context) for batch, context in DECODES]
+    results += [measure_prefill(args, queries, context) for queries, context in PREFILLS]
+    print(json.dumps({"benchmark": "attention", **vars(args), "torch": torch.__version__, "results": results}))
+
+
+def measure_decode(args: argparse.Namespace, batch: int, context: int) -> Result:
+    """One token for each row, all layers: milliseconds, and GB/s of keys and values read."""
+    backend, step = prepare(args, [(1, context)] * batch, args.layers)
+    q_THD, k_TKD, v_TKD = random_qkv(args, batch)
+
+    def decode() -> None:
+        for layer in range(args.layers):
+            backend.write(layer, k_TKD, v_TKD, step)
+            backend.attend(layer, q_THD, step)
+
+    read = 2 * 4 * batch * context * args.kv_heads * args.head_dim * args.layers
+    source = torch.ones(read // 4)
+    target = torch.zeros_like(source)
+    seconds, copy_seconds = alternate(args.repeats, decode, lambda: target.copy_(source))
+    result: Result = {
+        "case": f"decode {batch} x {context}",
+        "ms": round(seconds * 1e3, 3),
+        "gb_per_s": round(read / seconds / 1e9, 2),
+        "copy_traffic_gb_per_s": round(2 * read / copy_seconds / 1e9, 2),
+        "of_copy_traffic": round(copy_seconds / seconds / 2, 3),
+    }
+    say(result, f"{result['gb_per_s']:>6} GB/s, {result['of_copy_traffic']:.0%} of a copy's")
+    return result
+
+
+def measure_prefill(args: argparse.Namespace, queries: int, context: int) -> Result:
+    """One chunk of one row, one layer: milliseconds, and GFLOP/s that the causal mask leaves."""
+    backend, step = prepare(args, [(queries, context)], 1)
+    q_THD, k_TKD, v_TKD = random_qkv(args, queries)
+    q_1HTD = q_THD.transpose(0, 1)[None].contiguous()
+    k_1KCD, v_1KCD = torch.randn(2, 1, args.kv_heads, context, args.head_dim)
+    mask_TC = None if queries == context else torch.ones(queries, context).tril(context - queries).bool()
+
+    def prefill() -> None:
+        backend.write(0, k_TKD, v_TKD, step)
+        backend.attend(0, q_THD, step)
+
+    def torch_prefill() -> None:
+        scaled_dot_product_attention(
+            q_1HTD, k_1KCD, v_1KCD, attn_mask=mask_TC, is_causal=mask_TC is None, enable_gqa=True
+        )
+
+    seconds, torch_seconds = alternate(args.repeats, prefill, torch_prefill)
+    visible = queries * context - queries * (queries - 1) // 2
+    result: Result = {
+        "case": f"prefill {queries} at {context}",
+        "ms": round(seconds * 1e3, 3),
+        "gflop_per_s": round(4 * visible * args.query_heads * args.head_dim / seconds / 1e9, 1),
+        "torch_ms": round(torch_seconds * 1e3, 3),
+        "times_torch": round(torch_seconds / seconds, 2),
+    }
+    say(result, f"{result['gflop_per_s']:>6} GFLOP/s, {result['times_torch']} x torch")
+    return result
+
+
+def prepare(
+    args: argparse.Namespace, rows: list[tuple[int, int]], num_layers: int
+) -> tuple[AttentionBackend, AttentionBatch]:
+    """A backend over a full cache whose blocks lie in random order, and the batch of (queries, context) rows."""
+    queries_B, contexts_B = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
+    blocks_B = torch.div(contexts_B + BLOCK_SIZE - 1, BLOCK_SIZE, rounding_mode="floor")
+    num_blocks = int(blocks_B.sum())
+    cache = KVCache(num_layers, num_blocks, args.kv_heads, BLOCK_SIZE, args.head_dim, torch.float32, "cpu", True)
+    cache.keys.normal_()
+    cache.values.normal_()
+    blocks = torch.split(torch.randperm(num_blocks).int(), blocks_B.tolist())
+    slots = []
+    for blocks_N, (queries, context) in zip(blocks, rows, strict=True):
+        positions_T = torch.arange(context - queries, context)
+        slots.append(blocks_N.long()[positions_T // BLOCK_SIZE] * BLOCK_SIZE + positions_T % BLOCK_SIZE)
+    batch = AttentionBatch(
+        torch.cat([torch.zeros(1, dtype=torch.int32), queries_B.cumsum(0).int()]),
+        contexts_B,
+        torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True),
+        torch.cat(slots),
+        int(queries_B.max()),
+        int(contexts_B.max()),
+    )
+    group = args.query_heads // args.kv_heads
+    q_starts = tuple(range(0, args.query_heads + 1, group))
+    return create_backend("cpu", cache, q_starts, args.head_dim**-0.5, args.threads), batch
+
+
+def random_qkv(args: argparse.Namespace, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as views of one tensor, as the model's projection leaves them."""
+    heads = [args.query_heads, args.kv_heads, args.kv_heads]
+    q_THD, k_TKD, v_TKD = torch.split(torch.randn(num_tokens, sum(heads), args.head_dim), heads, dim=1)
+    return q_THD, k_TKD, v_TKD
+
+
+def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:
+    """The median seconds of each function, called in turn so that a busy machine slows all of them."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, measured in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            if repeat:
+                measured.append(time.perf_counter() - start)
+    return [statistics.median(measured) for measured in seconds]
+
+
+def say(result: Result, rate: str) -> None:
+    print(f"{result['case']:<20} {result['ms']:>9} ms  {rate}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
