@@ -7,12 +7,13 @@ authenticated with CURVE (curvezmq.org): the engine admits the keys it made for 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -52,7 +53,7 @@ class ShardEndpoint:
     replies: str
     server_key: bytes = b""
     public_key: bytes = b""
-    secret_key: bytes = b""
+    secret_key: bytes = field(default=b"", repr=False)
 
 
 class EngineChannel:
@@ -104,7 +105,7 @@ class EngineChannel:
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ChannelError: the rank has not read for SEND_TIMEOUT_S.
+            ChannelError: the rank has not read for SEND_TIMEOUT_S, or the payload is over MAX_MESSAGE_BYTES.
         """
         _send(self._plans[rank], [bytes([kind]), payload], f"rank {rank}")
 
@@ -127,7 +128,9 @@ class EngineChannel:
         """Lets a blocked :meth:`receive` return None. May be called from any thread."""
         with self._lock:
             if not self._closed:
-                self._wake_out.send(b"")
+                # A full queue says that many calls before this one are still to be seen: one more adds nothing.
+                with contextlib.suppress(zmq.Again):
+                    self._wake_out.send(b"", zmq.NOBLOCK)
 
     def close(self) -> None:
         """Closes the sockets and removes their folder. Idempotent. Messages not read yet are lost."""
@@ -177,7 +180,7 @@ class ShardChannel:
     def send(self, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ChannelError: the engine has not read for SEND_TIMEOUT_S.
+            ChannelError: the engine has not read for SEND_TIMEOUT_S, or the payload is over MAX_MESSAGE_BYTES.
         """
         _send(self._replies, [bytes([kind]), self._rank, payload], "the engine")
 
@@ -218,6 +221,11 @@ def _milliseconds(seconds: float | None) -> int | None:
 
 
 def _send(socket: zmq.Socket[bytes], parts: list[bytes], receiver: str) -> None:
+    if len(parts[-1]) > MAX_MESSAGE_BYTES:
+        # The receiving socket would drop the connection over it, and the message with it.
+        raise ChannelError(
+            f"a message of {len(parts[-1])} bytes to {receiver} is over the limit of {MAX_MESSAGE_BYTES}"
+        )
     try:
         socket.send_multipart(parts)
     except zmq.Again:
