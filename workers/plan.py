@@ -6,6 +6,8 @@ A request keeps one *row* on every shard: its tokens, its block table and how it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -133,12 +135,13 @@ def decode_plan(data: bytes) -> StepPlan:
     Raises:
         ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
     """
-    step, drops, admits, appends, decodes, chunks = _unpack(data)
-    rows = [
-        RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields))
-        for row, tokens, prompt_len, computed, blocks, fields in admits
-    ]
-    return StepPlan(step, drops, rows, _pairs(appends), [(row, 1) for row in decodes] + _pairs(chunks))
+    with _foreign_is_value_error():
+        step, drops, admits, appends, decodes, chunks = _unpack(data)
+        rows = [
+            RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields))
+            for row, tokens, prompt_len, computed, blocks, fields in admits
+        ]
+        return StepPlan(step, drops, rows, _pairs(appends), [(row, 1) for row in decodes] + _pairs(chunks))
 
 
 def encode_output(output: StepOutput) -> bytes:
@@ -152,9 +155,20 @@ def decode_output(data: bytes) -> StepOutput:
     Raises:
         ValueError: not an output, or larger than MAX_MESSAGE_BYTES.
     """
-    step, tokens, logprobs, failed, seconds = _unpack(data)
-    parsed = {row: TokenLogprobs(chosen, rank, tuple(ids), tuple(top)) for row, (chosen, rank, ids, top) in logprobs}
-    return StepOutput(step, _pairs(tokens), parsed, [(row, why) for row, why in failed], seconds)
+    with _foreign_is_value_error():
+        step, tokens, logprobs, failed, seconds = _unpack(data)
+        parsed = {
+            row: TokenLogprobs(chosen, rank, tuple(ids), tuple(top)) for row, (chosen, rank, ids, top) in logprobs
+        }
+        return StepOutput(step, _pairs(tokens), parsed, [(row, why) for row, why in failed], seconds)
+
+
+@contextmanager
+def _foreign_is_value_error() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"a message is not of the expected form: {error}") from error
 
 
 def _sampling(fields: list[Any]) -> RowSampling:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +26,8 @@ from headwise.workers.plan import RowSampling, TokenLogprobs
 GREEDY_TEMPERATURE = 1e-5
 """A temperature below this is greedy, as in vLLM."""
 
-_PREFILTERS = (512, 8192)
-"""How many of the most likely tokens a CPU looks at before it sorts a row's whole vocabulary."""
-
-_CHUNK_ROWS = 8
-"""How many rows a CPU works on at a time: larger temporaries come from fresh pages and cost four times as much."""
+_CHUNK_LOGITS = 1 << 18
+"""How many logits a CPU works on at a time: larger temporaries come from fresh pages and cost four times as much."""
 
 _ONE = 2.0**40
 """The integer weight of the most likely token; 2**23 tokens of that weight still fit in an int64."""
@@ -207,7 +205,7 @@ class Sampler:
         return processed_BV
 
     def _chunks(self, rows: list[int]) -> list[list[int]]:
-        size = _CHUNK_ROWS if self.device.type == "cpu" else self.max_rows
+        size = max(1, _CHUNK_LOGITS // self.vocab_size) if self.device.type == "cpu" else self.max_rows
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
@@ -306,12 +304,12 @@ def _choose(logits_RV: Tensor, sampling: Sequence[RowSampling], uniforms: Sequen
     temperature_R1 = _tensor([[s.temperature] for s in sampling], torch.float32, device)
     # The largest logit is subtracted before the division, so that no temperature overflows.
     scaled_RV = (logits_RV - top_R1).div_(temperature_R1)
-    weights_RV = scaled_RV.exp().mul_(_ONE).to(torch.int64)
+    weights_RV = _weights(scaled_RV)
     cut = [i for i, s in enumerate(sampling) if _truncates(s, logits_RV.shape[1])]
     if cut:
         index = _tensor(cut, torch.int64, device)
         floor_R1 = torch.full_like(top_R1, -math.inf)
-        floor_R1[index] = _floor(_take(scaled_RV, index), _take(weights_RV, index), [sampling[i] for i in cut])
+        floor_R1[index] = _floor(_take(scaled_RV, index), [sampling[i] for i in cut])
         weights_RV.masked_fill_(scaled_RV < floor_R1, 0)
     sums_RV = weights_RV.cumsum(-1)
     total_R1 = sums_RV[:, -1:]
@@ -322,51 +320,39 @@ def _choose(logits_RV: Tensor, sampling: Sequence[RowSampling], uniforms: Sequen
     return tokens_R1[:, 0], top_R1[:, 0].isfinite()
 
 
-def _floor(scaled_CV: Tensor, weights_CV: Tensor, sampling: Sequence[RowSampling]) -> Tensor:
-    """The lowest scaled logit that survives min_p, top_k and top_p, [C, 1]; tokens equal to it all survive."""
+def _weights(scaled_RV: Tensor) -> Tensor:
+    """Probabilities relative to the most likely token's, as int64 multiples of 2**-40."""
+    return scaled_RV.exp().mul_(_ONE).to(torch.int64)
+
+
+def _floor(scaled_CV: Tensor, sampling: Sequence[RowSampling]) -> Tensor:
+    """The lowest scaled logit that survives min_p, then top_k, then top_p, [C, 1]; tokens equal to it all survive."""
     device, vocab_size = scaled_CV.device, scaled_CV.shape[1]
-    min_p_C1 = _tensor([[math.log(s.min_p) if s.min_p > 0 else -math.inf] for s in sampling], torch.float32, device)
-    floor_C1 = min_p_C1.clone()
-    left = [i for i, s in enumerate(sampling) if s.top_p < 1 or 0 < s.top_k < vocab_size]
-    # A GPU sorts everything: to ask which rows fit, the host would have to wait for it.
-    widths = [width for width in _PREFILTERS if width < vocab_size] if device.type == "cpu" else []
-    for width in [*widths, vocab_size]:
-        tried = [i for i in left if sampling[i].top_k <= width or width == vocab_size]
-        if not tried:
-            continue
-        index = _tensor(tried, torch.int64, device)
-        needed = width if any(sampling[i].top_k == 0 for i in tried) else max(sampling[i].top_k for i in tried)
-        floor_C1[index], fits_C = _ranked_floor(
-            _take(scaled_CV, index),
-            _take(weights_CV, index),
-            min_p_C1[index],
-            [sampling[i] for i in tried],
-            min(needed, vocab_size),
-        )
-        if width < vocab_size:
-            fitted = {i for i, fits in zip(tried, fits_C.tolist(), strict=True) if fits}
-            left = [i for i in left if i not in fitted]
+    floor_C1 = _tensor([[math.log(s.min_p) if s.min_p > 0 else -math.inf] for s in sampling], torch.float32, device)
+    ranked = [i for i, s in enumerate(sampling) if 0 < s.top_k < vocab_size or s.top_p < 1]
+    if not ranked:
+        return floor_C1
+    index = _tensor(ranked, torch.int64, device)
+    top_k_C1 = _tensor([[min(sampling[i].top_k or vocab_size, vocab_size)] for i in ranked], torch.int64, device)
+    top_p_C1 = _tensor([[sampling[i].top_p] for i in ranked], torch.float64, device)
+    # Negated, the most likely token comes first in ascending order, which is what searchsorted needs.
+    negated_CV = _sort(_take(scaled_CV, index).neg())
+    lowest_C1 = torch.maximum(floor_C1[index], -negated_CV.gather(1, top_k_C1 - 1))
+    count_C1 = torch.searchsorted(negated_CV, -lowest_C1, right=True).clamp_(min=1)
+    sorted_CV = negated_CV.neg_()
+    sums_CV = _weights(sorted_CV).cumsum(-1)
+    # The nucleus ends with the token that reaches top_p of the survivors' mass.
+    mass_C1 = (sums_CV.gather(1, count_C1 - 1) * top_p_C1).ceil().to(torch.int64)
+    last_C1 = torch.minimum(torch.searchsorted(sums_CV, mass_C1), count_C1 - 1)
+    floor_C1[index] = torch.maximum(lowest_C1, sorted_CV.gather(1, last_C1))
     return floor_C1
 
 
-def _ranked_floor(
-    scaled_CV: Tensor, weights_CV: Tensor, floor_C1: Tensor, sampling: Sequence[RowSampling], width: int
-) -> tuple[Tensor, Tensor]:
-    """The floor of top_k and then top_p, seen from the ``width`` most likely tokens, and whether they were enough."""
-    device, vocab_size = scaled_CV.device, scaled_CV.shape[1]
-    sorted_CK, ids_CK = scaled_CV.topk(width, dim=-1)
-    top_k_C1 = _tensor([[min(s.top_k or vocab_size, vocab_size)] for s in sampling], torch.int64, device)
-    top_p_C1 = _tensor([[s.top_p] for s in sampling], torch.float64, device)
-    kth_C1 = sorted_CK.gather(1, (top_k_C1 - 1).clamp_(max=width - 1))
-    floor_C1 = torch.where(top_k_C1 <= width, torch.maximum(floor_C1, kth_C1), floor_C1)
-    mass_C1 = weights_CV.masked_fill(scaled_CV < floor_C1, 0).sum(-1, keepdim=True) * top_p_C1
-    sums_CK = weights_CV.gather(1, ids_CK).cumsum(-1)
-    before_CK = sums_CK - weights_CV.gather(1, ids_CK)
-    # The nucleus ends with the token that reaches top_p of the mass: it holds those with less than that before them.
-    size_C1 = (before_CK < mass_C1).sum(-1, keepdim=True).clamp_(min=1)
-    floor_C1 = torch.maximum(floor_C1, sorted_CK.gather(1, size_C1 - 1))
-    fits_C = (top_k_C1 <= width)[:, 0] | (sums_CK[:, -1:] >= mass_C1)[:, 0]
-    return floor_C1, fits_C
+def _sort(x_CV: Tensor) -> Tensor:
+    if x_CV.device.type != "cpu":
+        return x_CV.sort(-1).values
+    # NumPy sorts floats with AVX-512, AVX2 or NEON: 0.15 ms for 49,152 of them, torch.sort 3.6 ms, torch.topk(512) 0.3.
+    return torch.from_numpy(np.sort(x_CV.numpy(), axis=-1))
 
 
 def _tensor(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import zmq
 
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind, ShardChannel, ShardEndpoint
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import MAX_MESSAGE_BYTES
 
 DEADLINE_S = 10.0
 
@@ -57,6 +59,39 @@ def test_wake_ends_a_wait(channel: EngineChannel) -> None:
     channel.wake()
     waiter.join(DEADLINE_S)
     assert answers == [None]
+
+
+def test_waking_over_and_over_neither_blocks_nor_hides_a_message(
+    channel: EngineChannel, ranks: list[ShardChannel]
+) -> None:
+    for _ in range(5000):
+        channel.wake()
+    ranks[0].send(Kind.OUTPUT, b"seen")
+    assert any(channel.receive(DEADLINE_S) == (Kind.OUTPUT, 0, b"seen") for _ in range(5001))
+
+
+def test_waiting_costs_no_processor_time(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+    start = time.process_time()
+    assert channel.receive(0.5) is None
+    assert ranks[0].receive(0.5) is None
+    assert time.process_time() - start < 0.05
+
+
+def test_too_large_a_message_is_refused_by_its_sender(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+    too_large = bytes(MAX_MESSAGE_BYTES + 1)
+    with pytest.raises(ChannelError, match=f"{MAX_MESSAGE_BYTES + 1} bytes to rank 1"):
+        channel.send(1, Kind.STEP, too_large)
+    with pytest.raises(ChannelError, match="to the engine is over the limit"):
+        ranks[1].send(Kind.OUTPUT, too_large)
+    channel.send(1, Kind.STEP, b"small")
+    assert ranks[1].receive(DEADLINE_S) == (Kind.STEP, b"small")
+
+
+def test_an_endpoint_does_not_print_its_secret_key() -> None:
+    channel = EngineChannel(1, "tcp")
+    endpoint = channel.endpoint(0)
+    assert endpoint.secret_key and endpoint.secret_key.decode() not in repr(endpoint)
+    channel.close()
 
 
 def test_waking_a_closed_channel_is_harmless(channel: EngineChannel) -> None:

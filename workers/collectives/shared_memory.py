@@ -87,7 +87,7 @@ class SharedMemory(Collectives):
         try:
             self._attach(time.monotonic() + timeout_s, timeout_s)
         except BaseException as error:
-            self.abort(f"did not start: {error or type(error).__name__}")
+            self.abort(f"did not start: {str(error) or type(error).__name__}")
             self.close()
             raise
         finally:
@@ -155,6 +155,7 @@ class SharedMemory(Collectives):
             if self._gave_up is None:
                 self._set(spin.STATUS, _CLOSED)
             for descriptor in self._watched.values():
+                self._deaths.unregister(descriptor)
                 os.close(descriptor)
             self._watched.clear()
             # The mapping goes with the object, so that a thread still inside an operation finds it in place.
@@ -170,14 +171,14 @@ class SharedMemory(Collectives):
                 if outcome & 3 == spin.MISMATCH:
                     self._raise_mismatch(outcome >> 2, signature)
                 self._check_open()
-                self._check_peers(spin.SEQUENCE, self._sequence)
+                self._check_peers()
                 outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, True)
         except PeerDiedError as error:
             # Not told to the others: they see for themselves which rank was the first to go.
             self._gave_up = self._gave_up or f"lost rank {error.rank}"
             raise
         except BaseException as error:
-            self.abort(f"left an operation: {error or type(error).__name__}")
+            self.abort(f"left an operation: {str(error) or type(error).__name__}")
             raise
 
     def _shown(self, rank: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
@@ -190,7 +191,7 @@ class SharedMemory(Collectives):
         self._set(spin.STATUS, _ATTACHED)
         while missing := [r for r in range(self.world_size) if self._get(r, spin.STATUS) == _ABSENT]:
             self._watch_peers()
-            self._check_peers(spin.STATUS, _ATTACHED)
+            self._check_peers()
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"ranks {missing} of {self.world_size} did not attach within {timeout_s:g} s; "
@@ -217,24 +218,21 @@ class SharedMemory(Collectives):
         if self._gave_up is not None:
             raise PeerDiedError(self.rank, f"gave up: {self._gave_up}")
 
-    def _check_peers(self, word: int, reached: int) -> None:
-        """Raise if a peer is gone whose control ``word`` has not ``reached`` a value; the first cause goes first."""
-        dead = {descriptor for descriptor, _ in self._deaths.poll(0)} if not self._closed else set()
-        states = [self._get(peer, spin.STATUS) for peer in range(self.world_size)]
-        # Read after the states: a peer that came to this operation and then left has done its part of it.
-        late = [peer for peer in range(self.world_size) if self._get(peer, word) < reached and peer != self.rank]
-        if word == spin.STATUS:
-            late = [peer for peer in range(self.world_size) if peer != self.rank]
-        for peer in late:
-            if states[peer] == _ABORTED:
+    def _check_peers(self) -> None:
+        """Raise if the group has lost a rank, also one that had come to this operation; the first cause goes first."""
+        dead = {descriptor for descriptor, _ in self._deaths.poll(0)}
+        peers = [(peer, self._get(peer, spin.STATUS)) for peer in range(self.world_size) if peer != self.rank]
+        for peer, status in peers:
+            if status == _ABORTED:
                 length = self._get(peer, spin.CAUSE_BYTES)
                 text = self._controls[peer, spin.CAUSE : spin.CAUSE + length].tobytes().decode(errors="replace")
                 raise PeerDiedError(peer, f"gave up: {text}")
-        for peer in late:
-            if states[peer] == _ATTACHED and self._watched.get(peer) in dead:
+        for peer, status in peers:
+            if status == _ATTACHED and self._watched.get(peer) in dead:
                 raise PeerDiedError(peer, f"died (pid {self._get(peer, spin.PID)} is gone)")
-        for peer in late:
-            if states[peer] == _CLOSED:
+        for peer, status in peers:
+            # Read after the status: a peer that came to this operation before it closed has done its part.
+            if status == _CLOSED and self._get(peer, spin.SEQUENCE) < self._sequence:
                 raise PeerDiedError(peer, "closed its end")
 
     def _raise_mismatch(self, peer: int, signature: int) -> None:
