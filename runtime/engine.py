@@ -52,8 +52,13 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live or self._in_flight)
 
+    @property
+    def request_ids(self) -> set[str]:
+        """Of every request that waits or runs."""
+        return {request.request_id for request, _, _ in self._live.values()}
+
     def add(self, request: Request, text: TextStream | None, sink: Sink) -> None:
-        """Queues a request; its deltas go to ``sink``, on the engine's thread."""
+        """Queues a request, whose key no other may have; its deltas go to ``sink``, on the engine's thread."""
         self._live[request.key] = (request, text, sink)
         self._scheduler.add(request)
 

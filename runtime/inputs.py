@@ -26,17 +26,21 @@ class InputProcessor:
         """The prompt's tokens.
 
         Raises:
-            InvalidValueError: it is empty, too long, not text or tokens, or text where there is no tokenizer.
+            InvalidValueError: it is empty, too long, not text or tokens, not in the vocabulary, or text where there is
+                no tokenizer.
         """
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InvalidValueError("prompt", prompt, "must be text or a list of whole token ids")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidValueError(
                     "prompt", prompt, "the model's directory has no tokenizer", "give a list of token ids instead"
                 )
+            _check_unicode("prompt", prompt)
             ids = self.tokenizer.encode(prompt)
         else:
             ids = list(prompt)
-            self._check_ids(ids)
+        self._check_ids(ids)
         if not ids:
             raise InvalidValueError("prompt", prompt, "must have at least one token")
         if len(ids) >= self._max_model_len:
@@ -55,18 +59,21 @@ class InputProcessor:
             InvalidValueError: no messages, one without role or content, or no tokenizer or template.
         """
         if self.tokenizer is None:
-            raise InvalidValueError("messages", len(messages), "the model's directory has no tokenizer")
-        if not messages:
-            raise InvalidValueError("messages", messages, "must have at least one message")
+            raise InvalidValueError("messages", messages, "the model's directory has no tokenizer")
+        if not isinstance(messages, Sequence) or not messages:
+            raise InvalidValueError("messages", messages, "must be a list of at least one message")
         for message in messages:
             if not isinstance(message, Mapping) or not all(
                 isinstance(message.get(k), str) for k in ("role", "content")
             ):
                 raise InvalidValueError("messages", message, "each must have a role and a content, both strings")
+            _check_unicode("messages", message["content"])
         return self.tokenizer.apply_chat_template([dict(message) for message in messages])
 
     def requests(self, request_id: str, token_ids: list[int], params: SamplingParams, number: int) -> Iterator[Request]:
         """The ``n`` requests of a prompt. ``number``: of the call, the seed of one that brings none depends on it."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self._model.vocab_size, max_model_len=self._max_model_len)
         room = self._max_model_len - len(token_ids)
         for index in range(params.n):
@@ -94,3 +101,12 @@ class InputProcessor:
                 raise InvalidValueError("prompt", token, "must be text or a list of whole token ids")
             if not 0 <= token < self._model.vocab_size:
                 raise InvalidValueError("prompt", token, f"token ids are in [0, {self._model.vocab_size})")
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(
+            field, text, f"character {error.start} is half of a surrogate pair, which is no text"
+        ) from None

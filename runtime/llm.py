@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,7 +107,7 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers conversations, each a list of ``{"role": …, "content": …}``; else as :meth:`generate`."""
-        single = not messages or isinstance(messages[0], dict)
+        single = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
         listed: Sequence[Any] = [messages] if single else messages
         ids = [self._inputs.chat_token_ids(conversation) for conversation in listed]
         ids = [self._inputs.token_ids(tokens) for tokens in ids]
@@ -122,10 +122,17 @@ class LLM:
     ) -> Iterator[OutputDelta]:
         """Completes one prompt, or answers one conversation, bit by bit.
 
+        Args:
+            request_id: for :meth:`abort`; no other that runs may have it.
+
         Leaving the iterator early aborts the request.
+
+        Raises:
+            InvalidValueError: the prompt, a parameter or the request_id is wrong; the last at the first increment.
+            ShardGroupDied: a shard died.
         """
         params = sampling_params or SamplingParams()
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         ids = self._inputs.chat_token_ids(prompt) if chat else prompt  # type: ignore[arg-type]
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
@@ -133,7 +140,7 @@ class LLM:
         return self._stream(requests)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request that another thread generates or streams; its output so far has the finish_reason ``abort``."""
+        """Ends a request that another thread runs; its output so far has the finish_reason ``abort``."""
         self._loop.call(lambda engine: engine.abort(request_id))
 
     def stats(self) -> dict[str, Any]:
@@ -197,13 +204,18 @@ class LLM:
         ids = {request.request_id for request in requests}
 
         def add(engine: Engine) -> None:
+            if taken := ids & engine.request_ids:
+                raise InvalidValueError("request_id", min(taken), "a request with this id still runs")
             for request in requests:
                 engine.add(request, self._inputs.text_stream(request.params), deltas.put)
 
-        running = 0
+        running = len(requests)
         try:
-            self._loop.call(add)
-            running = len(requests)
+            try:
+                self._loop.call(add)
+            except InvalidValueError:
+                running = 0
+                raise
             while running:
                 delta = deltas.get()
                 if isinstance(delta, BaseException):
@@ -214,7 +226,7 @@ class LLM:
         finally:
             self._queues.discard(deltas)
             if running:
-                self._loop.call(lambda engine: _abort_all(engine, ids))
+                self._loop.post(lambda engine: _abort_all(engine, ids))
 
     def _output(self, prompt: Prompt | None, group: list[Request], texts: dict[str, list[str]]) -> RequestOutput:
         first = group[0]
@@ -274,17 +286,20 @@ def _close(loop: EngineLoop, started: Started) -> None:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes)):
         return [prompts]
-    listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
+    if not isinstance(prompts, Sequence):
+        raise InvalidValueError("prompts", prompts, "must be a string, a list of token ids, or a list of such")
+    if prompts and not any(isinstance(item, Sequence) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
 
 
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+    if params is None:
+        return [SamplingParams()] * count
+    if not isinstance(params, Sequence):
+        return [params] * count
     if len(params) != count:
         raise InvalidValueError("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
     return list(params)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine import Engine
 from headwise.workers.errors import HeadwiseError
 
@@ -35,6 +36,7 @@ class EngineLoop:
 
         Raises:
             EngineStoppedError: the loop was closed.
+            ShardGroupDied: a shard died; the loop has ended.
             TimeoutError: no answer in time; the call may still be made.
         """
         future: Future[T] = Future()
@@ -44,12 +46,19 @@ class EngineLoop:
             self._calls.put((function, future))
         return future.result(timeout_s)
 
+    def post(self, function: Callable[[Engine], object]) -> None:
+        """As :meth:`call`, but waits for nothing and raises nothing; after the loop's end, does nothing.
+
+        Takes no lock: it may run anywhere, in a finalizer on the engine's own thread too.
+        """
+        self._calls.put((function, Future()))
+
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the loop after the step in progress. Idempotent."""
-        with self._lock:
-            if self._ended is None:
-                self._calls.put(None)
-        self._thread.join(timeout_s)
+        self._calls.put(None)
+        # A forgotten LLM may be collected on the engine's thread, which cannot wait for itself.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         try:
@@ -76,6 +85,8 @@ class EngineLoop:
             future.set_result(function(self._engine))
         except Exception as error:
             future.set_exception(error)
+            if isinstance(error, ShardGroupDied):  # not the call's mistake: every other caller must learn of it too
+                raise
 
     def _end(self, error: BaseException) -> None:
         self._on_failure(error)

@@ -1,0 +1,221 @@
+"""The command line with no Ray: what goes to stdout, what to stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from headwise.cluster.group import GroupStartError, ShardGroupDied
+from headwise.runtime import LLM, SamplingParams, cli
+from headwise.runtime.bench.throughput import prompts
+from headwise.workers.errors import HeadwiseError
+from tests.checkpoints import write_checkpoint
+from tests.runtime.test_tokenizer import byte_level
+
+DEADLINE_S = 120
+LOCAL = ["--executor", "local", "--kv-memory", "8MiB", "--cpus-per-rank", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_checkpoint(tmp_path_factory.mktemp("model"), 8, 4, vocab_size=280)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def mute(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("mute"), 8, 4)
+
+
+class Run:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command in this process."""
+        self._monkeypatch.setattr(sys, "argv", ["headwise", *arguments])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        code = left.value.code or 0
+        assert isinstance(code, int)
+        return code, *self._capfd.readouterr()
+
+
+@pytest.fixture
+def headwise(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capfd)
+
+
+def expected(model: Path, prompt: str, max_tokens: int = 6) -> str:
+    with LLM(model, executor="local", kv_memory="8MiB", quiet=True) as llm:
+        text = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=max_tokens))[0].outputs[0].text
+    assert text is not None
+    return text
+
+
+# generate and chat
+
+
+def test_generate_streams_the_text_to_stdout(headwise: Run, model: Path) -> None:
+    text = expected(model, "hello")
+    code, out, err = headwise("generate", "hello", "--model", str(model), "--max-tokens", "6", *LOCAL)
+    assert (code, out) == (0, text + "\n") and "KV memory" in err
+    code, out, _ = headwise("generate", "-", "-m", str(model), "--max-tokens", "6", *LOCAL, stdin="hello")
+    assert (code, out) == (0, text + "\n")
+
+
+def test_generate_json_is_one_object_and_nothing_else(model: Path) -> None:
+    arguments = ["generate", "hello", "--model", str(model), "--max-tokens", "6", "--json", *LOCAL]
+    done = subprocess.run(
+        [sys.executable, "-m", "headwise.runtime.cli", *arguments], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    output = json.loads(done.stdout)
+    assert output["prompt"] == "hello" and output["finished"] and output["error"] is None
+    [sample] = output["outputs"]
+    assert (sample["index"], sample["text"], sample["finish_reason"]) == (0, expected(model, "hello"), "length")
+    assert len(sample["token_ids"]) == 6 and all(isinstance(token, int) for token in sample["token_ids"])
+
+
+def test_generate_with_stop_and_chat(headwise: Run, model: Path) -> None:
+    text = expected(model, "user:hello ", 12)
+    stop = text[4:6]
+    arguments = ["generate", "hello", "--chat", "--model", str(model), "--max-tokens", "12", "--stop", stop, *LOCAL]
+    code, out, _ = headwise(*arguments)
+    assert (code, out) == (0, text[: text.find(stop)] + "\n")
+    code, out, _ = headwise(*arguments, "--json")
+    assert code == 0 and json.loads(out)["outputs"][0]["stop_reason"] == stop
+
+
+def test_chat_keeps_the_conversation(headwise: Run, model: Path) -> None:
+    first = expected(model, "system:be good user:hello ")
+    second = expected(model, f"system:be good user:hello assistant:{first} user:you ")
+    arguments = ["chat", "--model", str(model), "--max-tokens", "6", "--system", "be good", *LOCAL]
+    code, out, _ = headwise(*arguments, stdin="hello\nyou\n\nnot read\n")
+    assert (code, out) == (0, f"{first}\n{second}\n")
+    code, out, _ = headwise(*arguments, "--json", stdin="hello\nyou\n")
+    # Not splitlines: a model may well say other line ends.
+    answers = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
+    assert code == 0 and answers == [{"role": "assistant", "content": text} for text in (first, second)]
+
+
+# bench
+
+
+def test_bench_throughput_prints_a_line_a_batch(headwise: Run, mute: Path) -> None:
+    flags = ["--batches", "1,3", "--tokens", "9", "--prompt-tokens", "5", "--repeats", "2", "--max-model-len", "64"]
+    code, out, _ = headwise("bench", "throughput", "--model", str(mute), *flags, "--json", *LOCAL)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [line["batch"] for line in lines] == [1, 3]
+    with LLM(mute, executor="local", kv_memory="8MiB", quiet=True) as llm:
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        firsts = [llm.generate(prompts(b, 5, 256), params)[0].outputs[0].token_ids[:8] for b in (1, 3)]
+    for line, first in zip(lines, firsts, strict=True):
+        assert line.keys() >= {"engine", "batch", "tok_s", "first_ids", "startup_s"}
+        assert line["engine"] == "headwise" and line["first_ids"] == first
+        assert line["tok_s"] >= line["median_tok_s"] > 0 and line["startup_s"] >= 0
+
+
+def test_bench_throughput_prints_a_table(headwise: Run, mute: Path) -> None:
+    flags = ["--batches", "2", "--tokens", "3", "--repeats", "1", "--max-model-len", "64"]
+    code, out, _ = headwise("bench", "throughput", "--model", str(mute), *flags, *LOCAL)
+    assert code == 0 and "batch" in out and "best" in out and "median" in out
+
+
+def test_bench_prompts_are_the_published_ones() -> None:
+    """Numbers of different engines and versions are only worth comparing on the same tokens."""
+    one, eight, last = prompts(1, 42, 49152), prompts(8, 42, 49152), prompts(32, 42, 49152)[-1]
+    assert [len(one), len(eight)] == [1, 8] and {len(prompt) for prompt in (*one, *eight, last)} == {42}
+    assert one[0][:4] == [48763, 7811, 7464, 42658]
+    assert eight[0][:4] == [11495, 15516, 44495, 3287]
+    assert last[:4] == [45349, 15505, 5875, 13056]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-tokens", "0"], "max_tokens=0"),
+        (["--max-tokens", "many"], "--max-tokens"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["--top-p", "2"], "top_p=2"),
+        (["--tp", "0"], "tensor_parallel_size=0"),
+        (["--tp", "2"], "tensor_parallel_size=2"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--kv-memory", "1KiB"], "kv_memory='1KiB'"),
+        (["--max-model-len", "100000"], "max_model_len=100000"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_bad_flags_exit_with_2(headwise: Run, model: Path, flags: list[str], words: str) -> None:
+    code, out, err = headwise("generate", "hello", "--model", str(model), *LOCAL, *flags)
+    assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batches", "1,none"], "--batches='none'"),
+        (["--batches", "0"], "--batches='0'"),
+        (["--batches", ""], "--batches=''"),
+        (["--tokens", "0"], "--tokens"),
+        (["--repeats", "0"], "--repeats"),
+        (["--prompt-tokens", "0"], "--prompt-tokens"),
+    ],
+)
+def test_bad_bench_flags_exit_with_2(headwise: Run, mute: Path, flags: list[str], words: str) -> None:
+    code, out, err = headwise("bench", "throughput", "--model", str(mute), "--max-model-len", "64", *LOCAL, *flags)
+    assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+def test_models_and_prompts_that_are_wrong_exit_with_2(headwise: Run, model: Path, mute: Path, tmp_path: Path) -> None:
+    for name, prompt, words in [
+        ("no-such-model", "hello", "headwise: model='no-such-model'"),
+        (str(tmp_path), "hello", "config.json"),
+        (str(mute), "hello", "no tokenizer"),
+        (str(model), "", "at least one token"),
+    ]:
+        code, out, err = headwise("generate", prompt, "--model", name, *LOCAL)
+        assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ShardGroupDied(1, "here", "killed"), 3),
+        (GroupStartError("no room"), 1),
+        (HeadwiseError("something"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    headwise: Run, model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LLM, "stream", fail)
+    found, _, err = headwise("generate", "hello", "--model", str(model), *LOCAL)
+    assert found == code and "Traceback" not in err
+    assert f"headwise: {error}" in err or isinstance(error, KeyboardInterrupt)
+
+
+def test_help_lists_the_commands(headwise: Run) -> None:
+    code, out, _ = headwise("--help")
+    assert code == 0 and all(name in out for name in ("generate", "chat", "bench"))
+    code, out, _ = headwise("generate", "--help")
+    assert code == 0 and "--model" in out
