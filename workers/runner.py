@@ -151,12 +151,12 @@ class Runner:
         values_B, ids_B, finite_B = greedy(logits_BV)
         if self._collectives.world_size == 1:
             return ids_B, finite_B
-        # float64 holds a token id, a float32 logit and a flag exactly.
-        local_B3 = torch.stack((values_B.double(), ids_B.double() + self._vocab_start, finite_B.double()), dim=1)
-        all_BN3 = self._collectives.all_gather(local_B3, [3] * self._collectives.world_size).view(len(ids_B), -1, 3)
-        # argmax takes the first of equals, and ranks hold ascending ids: the lowest id wins a tie.
-        best_B1 = _first_argmax(all_BN3[..., 0]).unsqueeze(1)
-        return all_BN3[..., 1].gather(1, best_B1).squeeze(1).long(), all_BN3[..., 2].bool().all(dim=1)
+        # float64 holds a token id and a float32 logit exactly.
+        local_B2 = torch.stack((values_B.double(), ids_B.double() + self._vocab_start), dim=1)
+        all_BN2 = self._collectives.all_gather(local_B2, [2] * self._collectives.world_size).view(len(ids_B), -1, 2)
+        # Ranks hold ascending ids: of equal values the first rank's is the lowest. NaN counts as the largest of all.
+        best_B1 = _first_argmax(all_BN2[..., 0]).unsqueeze(1)
+        return all_BN2[..., 1].gather(1, best_B1).squeeze(1).long(), all_BN2[..., 0].amax(dim=1).isfinite()
 
     def _draw(
         self, logits_BV: Tensor, rows: list[int], positions: list[int], generated: list[int], output: StepOutput
