@@ -12,7 +12,8 @@ from headwise.cluster.channel import Kind, ShardChannel, ShardEndpoint
 
 if TYPE_CHECKING:
     from headwise.workers.collectives import Rendezvous
-    from headwise.workers.shard import Shard, ShardSpec
+    from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
 
 CALLS = ("stats",)
 """The methods of Shard that a group may call on every rank."""
@@ -97,8 +98,8 @@ class ShardActor:
 
         dead = error.rank if isinstance(error, PeerDiedError) else self._rank
         cause = error.cause if isinstance(error, PeerDiedError) else f"{type(error).__name__}: {error}"
-        self._channel.send(Kind.ERROR, msgpack.packb((dead, cause)))
         shard.abort(cause)
+        self._channel.send(Kind.ERROR, msgpack.packb((dead, cause)))
 
     def _report(self, done: int, total: int) -> None:
         self._channel.send(Kind.PROGRESS, msgpack.packb((done, total)))

@@ -21,7 +21,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.plan import MAX_MESSAGE_BYTES
 
-SEND_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 3.0
 """How long a message may wait for a receiver that does not read; steps are answered one by one, so queues are short."""
 
 _MAX_PATH = 100

@@ -11,7 +11,8 @@ from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
 from headwise.workers.collectives import Solo
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import StepOutput, StepPlan
-from headwise.workers.shard import Shard, ShardSpec
+from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
 
 
 class LocalShardGroup(ShardGroup):

@@ -17,11 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headwise.cluster import ray_session
 from headwise.cluster.actor import ShardActor
-from headwise.cluster.channel import EngineChannel, Kind
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.group import GroupStartError, Progress, ShardGroup, ShardGroupDied
 from headwise.workers.collectives import Rendezvous
+from headwise.workers.errors import PeerDiedError
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
-from headwise.workers.shard import ShardSpec
+from headwise.workers.spec import ShardSpec
 
 CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end by themselves before they are killed, and killed ones to be gone."""
@@ -65,7 +66,7 @@ class RayShardGroup(ShardGroup):
         self._session = ray_session.join(self._address)
         self._place()
         self._places = self._all("place")
-        transport = "ipc" if self._on_one_node() else "tcp"
+        transport = "ipc" if self._nodes() == {ray.get_runtime_context().get_node_id()} else "tcp"
         self._channel = EngineChannel(self._tp, transport, ray.util.get_node_ip_address())
         kind, host = self._collectives(), self._places[0]["address"]
         self._rendezvous = self._wait([self._actors[0].open_rendezvous.remote(kind, host)])[0]
@@ -82,35 +83,41 @@ class RayShardGroup(ShardGroup):
         return int(blocks)
 
     def submit(self, plan: StepPlan) -> None:
-        assert self._channel is not None, "start() comes first"
-        self._channel.send_all(Kind.STEP, encode_plan(plan))
+        self._send_all(Kind.STEP, encode_plan(plan))
 
     def collect(self) -> StepOutput:
         return decode_output(self._receive(Kind.OUTPUT, None)[1])
 
     def call(self, method: str) -> list[Any]:
-        assert self._channel is not None, "start() comes first"
-        self._channel.send_all(Kind.CALL, method.encode())
+        self._send_all(Kind.CALL, method.encode())
         replies = dict(self._receive(Kind.REPLY, CALL_TIMEOUT_S) for _ in range(self._tp))
         return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
 
     def close(self) -> None:
         self._closing.set()
-        with contextlib.suppress(RayError):
-            self._end_actors()
+        # Whatever fails or interrupts one of these, the others are done; the last pushed is the first.
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._leave_ray)
+            stack.callback(self._remove_placement)
+            stack.callback(self._close_channel)
+            stack.callback(self._end_actors)
+
+    def _leave_ray(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave()
+
+    def _remove_placement(self) -> None:
+        placement, self._placement = self._placement, None
+        if placement is not None and ray.is_initialized():
+            remove_placement_group(placement)
+
+    def _close_channel(self) -> None:
         if self._watcher is not None:
             self._watcher.join(CLOSE_TIMEOUT_S)
-            self._watcher = None
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._placement is not None:
-            if ray.is_initialized():
-                remove_placement_group(self._placement)
-            self._placement = None
-        if self._session is not None:
-            self._session.leave()
-            self._session = None
+        channel, self._channel, self._watcher = self._channel, None, None
+        if channel is not None:
+            channel.close()
 
     def _place(self) -> None:
         gpu = self._spec.device == "cuda"
@@ -142,11 +149,10 @@ class RayShardGroup(ShardGroup):
             return "solo"
         if self._spec.device == "cuda":
             return "nccl"
-        return "shared_memory" if self._on_one_node() else "gloo"
+        return "shared_memory" if len(self._nodes()) == 1 else "gloo"
 
-    def _on_one_node(self) -> bool:
-        """Whether all ranks are on the engine's own node."""
-        return {place["node_id"] for place in self._places} == {ray.get_runtime_context().get_node_id()}
+    def _nodes(self) -> set[str]:
+        return {place["node_id"] for place in self._places}
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._wait([getattr(actor, method).remote(*args) for actor in self._actors])
@@ -176,6 +182,20 @@ class RayShardGroup(ShardGroup):
         except RayActorError as error:
             raise self._died(rank, _first_line(error)) from None
 
+    def _send_all(self, kind: Kind, payload: bytes) -> None:
+        """
+        Raises:
+            ShardGroupDied: a rank died, or does not read what it is sent.
+        """
+        assert self._channel is not None, "start() comes first"
+        if self._death is None:
+            try:
+                self._channel.send_all(kind, payload)
+                return
+            except ChannelError as error:
+                self._death = self._death or self._died(0, str(error))
+        raise self._death
+
     def _receive(self, kind: Kind, timeout_s: float | None) -> tuple[int, bytes]:
         """The next message of a kind, with its rank.
 
@@ -198,20 +218,23 @@ class RayShardGroup(ShardGroup):
 
     def _watch(self) -> None:
         """Notices, on a thread of its own, a rank whose run() ends before the group closes."""
-        while not self._closing.is_set():
-            ready, _ = ray.wait(self._runs, timeout=0.25)
-            if not ready or self._closing.is_set():
-                continue
-            rank = self._runs.index(ready[0])
+        rank, cause = 0, ""
+        while not cause and not self._closing.is_set():
             try:
-                ray.get(ready[0])
-                cause = "its run() returned"
-            except RayError as error:
+                ready, _ = ray.wait(self._runs, timeout=0.25)
+                if ready:
+                    rank = self._runs.index(ready[0])
+                    ray.get(ready[0])
+                    cause = "its run() returned"
+            except RayTaskError as error:
+                root = error.cause
+                rank, cause = (root.rank, root.cause) if isinstance(root, PeerDiedError) else (rank, _first_line(error))
+            except Exception as error:  # Ray itself may be gone
                 cause = _first_line(error)
+        if cause and not self._closing.is_set():
             self._death = self._death or self._died(rank, cause)
             if self._channel is not None:
                 self._channel.wake()
-            return
 
     def _died(self, rank: int, cause: str) -> ShardGroupDied:
         node = self._places[rank]["address"] if self._places else "unknown"
@@ -219,17 +242,20 @@ class RayShardGroup(ShardGroup):
 
     def _end_actors(self) -> None:
         """Asks every rank to end, kills those that do not, and waits until the processes on this host are gone."""
+        if not ray.is_initialized():
+            return
         if self._runs and self._channel is not None and self._death is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ChannelError, RayError):
                 self._channel.send_all(Kind.CLOSE, b"")
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=CLOSE_TIMEOUT_S)
+                ray.wait(self._runs, num_returns=len(self._runs), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
-            ray.kill(actor, no_restart=True)
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
         for ref in (*self._refs, *self._runs):  # Ray logs an error that nobody asked for
             with contextlib.suppress(Exception):
                 ray.get(ref, timeout=CLOSE_TIMEOUT_S)
-        if self._rendezvous is not None and self._on_one_node():
-            Rendezvous(**self._rendezvous).close()  # a rank killed before all had met leaves its file
+        if self._rendezvous is not None:
+            Rendezvous(**self._rendezvous).close()  # ranks killed before all had met leave a file, if it is here
         self._actors, self._runs, self._refs, self._rendezvous = [], [], [], None
         here, processes = ray.get_runtime_context().get_node_id(), []
         for place in self._places:

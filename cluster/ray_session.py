@@ -8,6 +8,8 @@ import threading
 
 import ray
 
+from headwise.cluster.group import GroupStartError
+
 OBJECT_STORE_BYTES = 100 << 20
 """Of a Ray started here. Headwise puts next to nothing into it: steps have a channel of their own."""
 
@@ -39,14 +41,17 @@ def join(address: str | None) -> RaySession:
     starts one on this machine, without a dashboard.
 
     Raises:
-        ConnectionError: no Ray answers there.
+        GroupStartError: no Ray answers there.
     """
     global _users, _started_here
     with _lock:
         if not ray.is_initialized():
             target = address or os.environ.get("RAY_ADDRESS")
             if target:
-                ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
+                try:
+                    ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise GroupStartError(f"no Ray at address={target!r} (--address, RAY_ADDRESS): {error}") from error
             else:
                 ray.init(
                     address="local",

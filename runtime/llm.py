@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import weakref
@@ -74,6 +75,10 @@ class LLM:
         self._queues: set[queue.SimpleQueue[Delta | BaseException]] = set()
         self._loop = EngineLoop(started.engine, _FailAll(self._queues))
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
+        # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
+        # been registered long ago, and would find Ray gone.
+        self._finalizer.atexit = False
+        atexit.register(self._finalizer)
 
     def generate(
         self,
@@ -157,6 +162,7 @@ class LLM:
     def close(self) -> None:
         """Ends everything that runs and leaves nothing behind. Idempotent."""
         self._finalizer()
+        atexit.unregister(self._finalizer)
 
     def __enter__(self) -> LLM:
         return self
@@ -281,8 +287,10 @@ def _abort_all(engine: Engine, request_ids: set[str]) -> None:
 
 
 def _close(loop: EngineLoop, started: Started) -> None:
-    loop.close()
-    started.group.close()
+    try:
+        loop.close()
+    finally:
+        started.group.close()
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

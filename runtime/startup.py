@@ -24,7 +24,7 @@ from headwise.workers.checkpoint import verify_checkpoint
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model_config import ModelConfig, load_model_config
 from headwise.workers.partition import partition_model
-from headwise.workers.shard import ShardSpec
+from headwise.workers.spec import ShardSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from headwise.cluster.group import ShardGroup
 from headwise.runtime import LLM, startup
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.models import resolve
-from headwise.workers.shard import ShardSpec
+from headwise.workers.spec import ShardSpec
 from tests.checkpoints import SHAPES, write_checkpoint
 from tests.thread_group import ThreadShardGroup
 

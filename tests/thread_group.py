@@ -10,7 +10,8 @@ from typing import Any
 from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
 from headwise.workers import collectives
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
-from headwise.workers.shard import Shard, ShardSpec
+from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
 
 DEADLINE_S = 120.0
 

@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from headwise.workers.attention import create_backend, default_backend, transposed_keys
 from headwise.workers.checkpoint import load_shard
 from headwise.workers.collectives import Collectives
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv_cache import KVCache, bytes_per_block, parse_memory
+from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.llama import Llama
 from headwise.workers.model_config import load_model_config
 from headwise.workers.partition import partition_model
 from headwise.workers.plan import StepOutput, StepPlan
 from headwise.workers.runner import Runner
 from headwise.workers.sampler import Sampler
+from headwise.workers.spec import ShardSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
-    """What every rank of a group is built from; the same on all of them.
-
-    Attributes:
-        model_dir: a directory in Hugging Face form, at the same path on every rank's host.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu`` or ``cuda`` (the process's first GPU).
-        attention: the attention backend, ``reference`` or ``cpu``; None takes the best one for device and dtype.
-        kv_memory: what this rank may spend on KV: ``"2GiB"``, bytes, or a fraction of the memory that is free once
-            the weights are loaded (on CPU shared out among the ranks of the group).
-    """
-
-    model_dir: str
-    tensor_parallel_size: int
-    dtype: str
-    device: str
-    block_size: int
-    max_num_seqs: int
-    max_model_len: int
-    kv_memory: str | int | float
-    attention: str | None = None
 
 
 class Shard:
@@ -84,10 +59,7 @@ class Shard:
             InvalidValueError: not enough for one request of ``max_model_len`` tokens.
         """
         spec, ranks = self._spec, self._spec.tensor_parallel_size
-        if self._device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._device)[0]
-        else:
-            free = psutil.virtual_memory().available // ranks
+        free = available_memory(self._device) // (ranks if self._device.type == "cpu" else 1)
         budget = parse_memory(spec.kv_memory, free)
         per_block = self._bytes_per_block()
         blocks, needed = budget // per_block, -(-spec.max_model_len // spec.block_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +123,7 @@ def test_an_error_while_loading_is_the_rank_s_own(checkpoint: Callable[..., Path
 
 def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way ranks of several hosts talk, on one."""
-    monkeypatch.setattr(RayShardGroup, "_on_one_node", lambda self: False)
+    monkeypatch.setattr(RayShardGroup, "_nodes", lambda self: {"one", "another"})
     with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
         outputs = model.generate(prompts(), PARAMS)
         pids = model.stats()["shard_pids"]
@@ -137,3 +139,24 @@ def test_close_after_an_exception_and_twice(checkpoint: Callable[..., Path]) -> 
             _ = 1 / 0
     model.close()
     nothing_left(pids)
+
+
+def test_an_actor_sets_its_threads_before_torch_is_imported() -> None:
+    code = "import sys, headwise.cluster.actor, headwise.workers.spec; print({'torch', 'numba'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_an_unclosed_model_leaves_nothing_at_exit(checkpoint: Callable[..., Path]) -> None:
+    code = """
+import sys
+from headwise.runtime import LLM
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], tensor_parallel_size=2, kv_memory="64MiB", quiet=True)
+    print(*llm.stats()["shard_pids"])
+"""
+    command = [sys.executable, "-c", code, str(checkpoint("uneven"))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    assert "Traceback" not in run.stderr
+    pids = [int(pid) for pid in run.stdout.split()]
+    assert len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids)

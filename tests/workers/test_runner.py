@@ -13,7 +13,8 @@ from torch import Tensor
 from headwise.workers.collectives import Solo
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.runner import Runner
-from headwise.workers.shard import Shard, ShardSpec
+from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
 
 
 @pytest.fixture

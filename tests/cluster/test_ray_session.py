@@ -1,0 +1,24 @@
+"""Which Ray a process joins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import ray
+
+from headwise.cluster import ray_session
+from headwise.cluster.group import GroupStartError
+
+
+def test_an_address_where_no_ray_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(GroupStartError, match=r"address='10\.0\.0\.1:6379' \(--address, RAY_ADDRESS\): nobody there"):
+        ray_session.join("10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    with pytest.raises(GroupStartError, match="elsewhere:1"):
+        ray_session.join(None)
