@@ -52,20 +52,60 @@ class LLM:
         config: what it was built with.
     """
 
-    def __init__(self, model: str | Path, *, quiet: bool = False, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        device: str = "auto",
+        executor: str = "ray",
+        max_model_len: int | None = None,
+        block_size: int = 16,
+        kv_memory: str | int | float | None = None,
+        num_blocks: int | None = None,
+        max_num_batched_tokens: int = 1024,
+        max_num_seqs: int = 128,
+        pipeline_depth: int = 1,
+        attention: str | None = None,
+        seed: int = 0,
+        address: str | None = None,
+        cpus_per_rank: float | None = None,
+        start_timeout: float = 120.0,
+        quiet: bool = False,
+    ) -> None:
         """Loads a model.
 
         Args:
             model: a directory in Hugging Face form, a .gguf file, or ``"smollm2"``.
             quiet: nothing on stderr.
-            settings: the fields of :class:`~headwise.runtime.config.EngineConfig`.
+
+        All others are those of :class:`~headwise.runtime.config.EngineConfig`, which says what they mean.
 
         Raises:
             InvalidValueError: a setting is out of its limits.
             UnsupportedModelError, CheckpointError: the model cannot be served.
             GroupStartError, ShardGroupDied: the shards did not start.
         """
-        self.config: EngineConfig = engine_config(model=str(model), **settings)
+        self.config: EngineConfig = engine_config(
+            model=str(model),
+            tensor_parallel_size=tensor_parallel_size,
+            dtype=dtype,
+            device=device,
+            executor=executor,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            kv_memory=kv_memory,
+            num_blocks=num_blocks,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            pipeline_depth=pipeline_depth,
+            attention=attention,
+            seed=seed,
+            address=address,
+            cpus_per_rank=cpus_per_rank,
+            start_timeout=start_timeout,
+        )
         started = start_engine(self.config, quiet)
         self.model_path = started.model_path
         self._inputs: InputProcessor = started.inputs

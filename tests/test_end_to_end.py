@@ -92,7 +92,7 @@ def test_ctrl_c_leaves_nothing_behind(smollm2: Path, tmp_path: Path) -> None:
     )
     assert run.stdout is not None
     assert run.stdout.read(20)  # it is generating
-    run.send_signal(signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     run.communicate(timeout=60)
     assert run.returncode == 130
     deadline = time.monotonic() + 20

@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from headwise.runtime import LLM, SamplingParams
+from headwise.runtime.config import engine_config
 from headwise.workers.errors import CheckpointError, InvalidValueError, UnsupportedModelError
 from tests.checkpoints import write_checkpoint
 from tests.runtime.test_tokenizer import byte_level
@@ -190,7 +191,6 @@ def test_params_of_another_type(llm: LLM, params: Any) -> None:
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size", ["int"]),
         ({"max_model_len": 1}, "max_model_len", ["greater than or equal to 2"]),
         ({"max_model_len": 513}, "max_model_len", ["513", "512"]),
-        ({"max_modellen": 64}, "max_modellen", []),
         ({"dtype": "int8"}, "dtype", ["float32"]),
         ({"device": "tpu"}, "device", ["cpu"]),
         ({"executor": "threads"}, "executor", ["local"]),
@@ -210,6 +210,13 @@ def test_params_of_another_type(llm: LLM, params: Any) -> None:
 )
 def test_settings(spoken: Path, settings: dict[str, Any], field: str, words: list[str]) -> None:
     refused(field, lambda: start(spoken, **settings), *words)
+
+
+def test_an_unknown_setting_is_named(spoken: Path) -> None:
+    with pytest.raises(TypeError, match="max_modellen"):
+        start(spoken, max_modellen=64)
+    with pytest.raises(InvalidValueError, match="max_modellen"):
+        engine_config(model="smollm2", max_modellen=64)
 
 
 def test_the_smallest_memory_that_is_named_is_enough(spoken: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, startup
+from headwise.runtime.config import EngineConfig
 from headwise.runtime.loop import EngineStoppedError
 from headwise.runtime.tokenizer import Tokenizer, load_tokenizer
 from headwise.workers.plan import StepOutput
@@ -475,3 +477,11 @@ def test_smollm2_answers(smollm2: Path) -> None:
             "".join(d.text or "" for d in llm.stream("😀 and 👍🏽:", GREEDY))
             == llm.generate("😀 and 👍🏽:", GREEDY, use_tqdm=False)[0].outputs[0].text
         )
+
+
+def test_the_signature_is_the_config() -> None:
+    parameters = dict(inspect.signature(LLM.__init__).parameters)
+    for name in ("self", "model", "quiet"):
+        del parameters[name]
+    defaults = {name: field.default for name, field in EngineConfig.model_fields.items() if name != "model"}
+    assert {name: parameter.default for name, parameter in parameters.items()} == defaults
