@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,11 @@ class ShardActor:
         """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords."""
         from headwise.workers import collectives
         from headwise.workers.shard import Shard
+        from headwise.workers.warmup import WarmUpError, ensure_warm
 
+        if self._spec.device == "cpu":
+            with contextlib.suppress(WarmUpError):
+                ensure_warm()  # has been done where the engine is, which may be another machine
         self._channel = ShardChannel(endpoint)
         rendezvous = self._rendezvous or published
         peers = collectives.connect(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from headwise.runtime.gguf import STAGES, convert
+from headwise.workers.disk_cache import cache_directory, locked
 from headwise.workers.errors import CheckpointError, InvalidValueError
 
 DEMO_MODEL = "smollm2"
@@ -53,15 +50,6 @@ def resolve(name: str | Path) -> Path:
     )
 
 
-def cache_directory() -> Path:
-    """``$HEADWISE_CACHE``, else ``headwise`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("HEADWISE_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "headwise"
-
-
 def _demo_file() -> Path:
     # Found, not imported: importing the wheel needs llama_cpp.
     spec = importlib.util.find_spec(_DEMO_WHEEL)
@@ -85,7 +73,7 @@ def _converted(gguf: Path) -> Path:
         directory = models / f"{gguf.stem}-{digest[:16]}-v{_CONVERSION}"
         if not directory.is_dir():
             models.mkdir(parents=True, exist_ok=True)
-            with _locked(models / f"{directory.name}.lock"):
+            with locked(models / f"{directory.name}.lock", f"converts {directory.name}"):
                 if not directory.is_dir():  # the process that held the lock may have converted it
                     _convert_into(gguf, directory)
     except OSError as error:
@@ -112,15 +100,3 @@ def _convert_into(gguf: Path, directory: Path) -> None:
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; it ends with the process, however that ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that converts {path.stem}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,13 +13,14 @@ from rich.progress import Progress as RichProgress
 
 from headwise.cluster.group import Progress, ShardGroup
 from headwise.cluster.local import LocalShardGroup
-from headwise.runtime.config import DEFAULT_KV_MEMORY, EngineConfig
+from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine import Engine
 from headwise.runtime.inputs import InputProcessor
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.models import resolve
 from headwise.runtime.scheduler import Scheduler
 from headwise.runtime.tokenizer import load_tokenizer
+from headwise.runtime.warmup import prepare_kernels
 from headwise.workers.checkpoint import verify_checkpoint
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model_config import ModelConfig, load_model_config
@@ -46,7 +47,10 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     verify_checkpoint(path, model)
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(path)
-    group = make_group(config, _spec(config, path, model, max_model_len))
+    spec = _spec(config, path, model, max_model_len)
+    if spec.device == "cpu":
+        prepare_kernels(quiet)
+    group = make_group(config, spec)
     try:
         with _load_progress(quiet) as progress:
             num_blocks = group.start(progress, config.num_blocks)
@@ -61,7 +65,8 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     if not quiet:
         print(f"KV memory: {num_tokens:,} tokens in {num_blocks:,} blocks of {config.block_size}", file=sys.stderr)
     pool = BlockPool(num_blocks)
-    scheduler = Scheduler(pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+    mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
+    scheduler = Scheduler(pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, mixed)
     inputs = InputProcessor(tokenizer, model, max_model_len, config.seed)
     return Started(path, inputs, group, Engine(group, pool, scheduler, config.pipeline_depth))
 

@@ -80,7 +80,7 @@ def test_what_is_in_the_wheel_can_be_imported(wheel: zipfile.ZipFile, tmp_path: 
         "import headwise.runtime.cli as cli, headwise.v1.inference_pb2 as pb2, headwise.runtime.bench.throughput\n"
         "print(cli.__file__, pb2.__file__, sep='\\n')"
     )
-    done = run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
+    done = run_python(code, tmp_path, PYTHONPATH=str(tmp_path), HEADWISE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"{tmp_path}/headwise/runtime/cli.py",

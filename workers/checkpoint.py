@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class LayerWeights:
     gate_up_bias: Tensor | None
     down_weight: Tensor
     down_bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        tensors: list[Tensor | None] = [getattr(self, field.name) for field in fields(self)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(slots=True)

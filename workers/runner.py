@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headwise.workers.attention import AttentionBackend, AttentionBatch
 from headwise.workers.collectives import Collectives
-from headwise.workers.llama import Llama, StepInput
+from headwise.workers.model import Model, StepInput
 from headwise.workers.plan import RowAdmit, StepOutput, StepPlan
 from headwise.workers.sampler import Sampler, greedy
 
@@ -20,11 +20,15 @@ Ints = NDArray[np.int64]
 
 
 class Runner:
-    """One shard's rows. Every rank applies the same plans in the same order, so their rows are always alike."""
+    """One shard's rows. Every rank applies the same plans in the same order, so their rows are always alike.
+
+    Attributes:
+        seconds: wall time of building and sampling since the start; the model knows its own.
+    """
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         attention: AttentionBackend,
         sampler: Sampler,
         collectives: Collectives,
@@ -40,6 +44,7 @@ class Runner:
         self._vocab_sizes, self._vocab_start = vocab_sizes, sum(vocab_sizes[: collectives.rank])
         self._block_size, self._device = block_size, device
         self._next_step = 0
+        self.seconds = {"build": 0.0, "sample": 0.0}
         # A token more than the model's length: the last one sampled is stored, never computed.
         self._tokens_RL = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
         self._block_table_RN = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
@@ -92,12 +97,16 @@ class Runner:
     def _compute(self, plan: StepPlan, output: StepOutput) -> None:
         rows_B = np.array([row for row, _ in plan.computes], np.int64)
         counts_B = np.array([count for _, count in plan.computes], np.int64)
+        started = time.perf_counter()
         built = self._build(rows_B, counts_B)
+        self.seconds["build"] += time.perf_counter() - started
         logits_BV = self._model.forward(built.step, self._attention)
         self._computed_R[rows_B] += counts_B
         sampled_B = rows_B[built.samples_B]
+        started = time.perf_counter()
         if sampled_B.size:
             self._sample(logits_BV, sampled_B, output)
+        self.seconds["sample"] += time.perf_counter() - started
 
     def _build(self, rows_B: Ints, counts_B: Ints) -> _Built:
         context_B = self._computed_R[rows_B] + counts_B
@@ -148,7 +157,7 @@ class Runner:
 
     def _greedy(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """The best token of each row; ranks exchange their best (value, id) instead of their logits."""
-        values_B, ids_B, finite_B = greedy(logits_BV)
+        values_B, ids_B, finite_B = greedy(logits_BV, self._attention.num_threads)
         if self._collectives.world_size == 1:
             return ids_B, finite_B
         # float64 holds a token id and a float32 logit exactly.

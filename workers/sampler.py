@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise.workers.cpu.argmax import argmax
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling, TokenLogprobs
 
@@ -46,8 +47,8 @@ def uniform(seed: int, position: int) -> float:
     return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
 
 
-def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest logit of each row, of the whole vocabulary or of one rank's slice of it.
+def greedy(logits_BV: Tensor, num_threads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit of each row, float32, of the whole vocabulary or of one rank's slice of it.
 
     A NaN counts as the largest, then +inf. Ranks that exchange (value, first id of the slice + id) and keep the
     largest value of the lowest rank get the whole vocabulary's answer, and the row is finite if that value is.
@@ -55,7 +56,11 @@ def greedy(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         values_B (float32), ids_B (int64, the lowest of equals), finite_B (bool: no NaN, no +inf and not all -inf).
     """
-    values_B, ids_B = logits_BV.max(dim=-1)
+    if logits_BV.device.type == "cpu" and logits_BV.stride(1) == 1:
+        ids_B = argmax(logits_BV, num_threads)
+        values_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
+    else:
+        values_B, ids_B = logits_BV.max(dim=-1)
     return values_B, ids_B, values_B.isfinite()
 
 

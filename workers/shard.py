@@ -12,9 +12,11 @@ import torch
 from headwise.workers.attention import create_backend, default_backend, transposed_keys
 from headwise.workers.checkpoint import load_shard
 from headwise.workers.collectives import Collectives
+from headwise.workers.cpu import CpuLlama
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.llama import Llama
+from headwise.workers.model import Model
 from headwise.workers.model_config import load_model_config
 from headwise.workers.partition import partition_model
 from headwise.workers.plan import StepOutput, StepPlan
@@ -36,11 +38,15 @@ class Shard:
         self._config = load_model_config(Path(spec.model_dir))
         self._partitions = partition_model(self._config, spec.tensor_parallel_size)
         self._partition = self._partitions[collectives.rank]
-        self._model: Llama | None = None
+        self._model: Model | None = None
         self._kv_cache: KVCache | None = None
         self._runner: Runner | None = None
+        self._backend = spec.attention or default_backend(
+            self._device, self._dtype, spec.block_size, self._config.head_dim
+        )
         if self._device.type == "cpu":
-            torch.set_num_threads(num_threads)
+            # The compiled layers have threads of their own, and torch's would stand in their way between two steps.
+            torch.set_num_threads(1 if self._backend == "cpu" else num_threads)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads and prepares this rank's weights. ``progress`` gets (layers done, layers).
@@ -50,7 +56,9 @@ class Shard:
         """
         directory = Path(self._spec.model_dir)
         weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
-        self._model = Llama(self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
+        parts = (self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
+        # The compiled layers attend by themselves, with the cpu backend's kernels; the others are plain torch.
+        self._model = CpuLlama(*parts, self._num_threads) if self._backend == "cpu" else Llama(*parts)
 
     def affordable_blocks(self) -> int:
         """How many KV blocks ``kv_memory`` pays for on this rank.
@@ -77,8 +85,6 @@ class Shard:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank."""
         spec, heads = self._spec, self._partition.heads
         assert self._model is not None, "load() comes first"
-        config, block_size = self._config, spec.block_size
-        backend = spec.attention or default_backend(self._device, self._dtype, block_size, config.head_dim)
         self._kv_cache = KVCache(
             num_layers=self._config.num_layers,
             num_blocks=num_blocks,
@@ -87,10 +93,10 @@ class Shard:
             head_dim=self._config.head_dim,
             dtype=self._dtype,
             device=self._device,
-            transposed_keys=transposed_keys(backend),
+            transposed_keys=transposed_keys(self._backend),
         )
         attention = create_backend(
-            backend,
+            self._backend,
             self._kv_cache,
             q_starts=heads.q_starts,
             scale=self._config.head_dim**-0.5,
@@ -114,7 +120,8 @@ class Shard:
         return self._runner.step(plan)
 
     def stats(self) -> dict[str, Any]:
-        """This rank's place and memory: pid, rank, heads (global half-open ranges) and bytes."""
+        """This rank's place and memory: pid, rank, heads (global half-open ranges), bytes, and seconds of its steps
+        by part since the start, as far as they are measured."""
         heads = self._partition.heads
         return {
             "pid": os.getpid(),
@@ -123,7 +130,12 @@ class Shard:
             "kv_heads": (heads.kv_start, heads.kv_stop),
             "kv_bytes": self._kv_cache.nbytes if self._kv_cache else 0,
             "weight_bytes": self._model.nbytes if self._model else 0,
+            "seconds": self._seconds(),
         }
+
+    def _seconds(self) -> dict[str, float]:
+        model = self._model.seconds if self._model else {}
+        return (self._runner.seconds if self._runner else {}) | model
 
     def abort(self, cause: str) -> None:
         """Tells the peers that this rank gives up, so that none of them waits for it."""

@@ -16,9 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headwise.runtime import models
-from headwise.runtime.models import cache_directory, resolve
+from headwise.runtime.models import resolve
 from headwise.runtime.tokenizer import load_tokenizer
 from headwise.workers.checkpoint import verify_checkpoint
+from headwise.workers.disk_cache import cache_directory
 from headwise.workers.errors import CheckpointError, InvalidValueError, UnsupportedModelError
 from headwise.workers.model_config import load_model_config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ class Others(Solo):
 def test_ranks_agree_on_the_best_token(others: list[tuple[float, int]], token: int | None, finite: bool) -> None:
     runner = object.__new__(Runner)
     runner._collectives, runner._vocab_start = Others(*others), 0
+    runner._attention = SimpleNamespace(num_threads=1)
     tokens, ok = runner._greedy(torch.tensor([[0.0, 1.0, -3.0]]))
     assert ok.tolist() == [finite]
     assert token is None or tokens.tolist() == [token]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.attention import cpu_kernels as kernels
@@ -22,6 +25,19 @@ _PARALLEL_WRITE_FLOATS = 65_536
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 # The work queue ends the process when two threads launch at once, and two launches would share the same cores anyway.
 _launch = threading.Lock()
+
+
+class KernelInputs(NamedTuple):
+    """The arguments of cpu_kernels.py for a step: its items, tables, q_starts and sizes, the tokens' slots, the scale
+    for powers of 2, the number of parts, and the addresses of scratch (bytes a thread) and parts."""
+
+    arrays: tuple[Any, Any, Any, Any]
+    slots_T: NDArray[np.int64]
+    scale: np.float32
+    num_parts: int
+    scratch: int
+    scratch_bytes: int
+    parts: int
 
 
 class CpuAttention(AttentionBackend):
@@ -49,8 +65,10 @@ class CpuAttention(AttentionBackend):
         self.num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._q_starts = np.array(q_starts, dtype=np.int64)
         self._max_rows = rows_of_item(self._q_starts)
-        sizes = (cache.num_kv_heads, cache.block_size, cache.head_dim, q_starts[-1], self._max_rows, cache.num_blocks)
+        o_stride = q_starts[-1] * cache.head_dim
+        sizes = (cache.num_kv_heads, cache.block_size, cache.head_dim, o_stride, self._max_rows, cache.num_blocks)
         self._sizes = np.array(sizes, dtype=np.int64)
+        self._strided_sizes = self._sizes.copy()
         # The kernels compute 2 ** x, so the queries carry the logarithm.
         self._scale = np.float32(scale * math.log2(math.e))
         self._scratch_bytes = 4 * kernels.scratch_floats(self._max_rows, cache.head_dim)
@@ -58,7 +76,7 @@ class CpuAttention(AttentionBackend):
         self._scratch_address = -(-self._scratch.data_ptr() // 64) * 64
         self._parts = torch.empty(0)
         self._step: StepItems | None = None
-        self._layers = [
+        self.layers = [
             (keys.data_ptr(), values.data_ptr()) for keys, values in zip(cache.keys, cache.values, strict=True)
         ]
 
@@ -66,15 +84,31 @@ class CpuAttention(AttentionBackend):
     def supports(dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
         return dtype is torch.float32 and block_size % RUN_KEYS == 0 and head_dim % 8 == 0
 
+    def kernel_inputs(self, batch: AttentionBatch, o_stride: int) -> KernelInputs:
+        """What a compiled step needs to attend by itself; ``o_stride`` floats lie between two tokens' outputs.
+
+        Raises:
+            InvalidValueError: slots are not in the cache, or rows, context and blocks do not fit each other.
+        """
+        step = self._items_of(batch)
+        slots_T, limit = step.slots_T, self.cache.num_blocks * self.cache.block_size
+        if len(slots_T) and not 0 <= slots_T.min() <= slots_T.max() < limit:
+            raise InvalidValueError("slots_T", slots_T.tolist(), f"must be in [0, {limit - 1}]")
+        if self._strided_sizes[3] != o_stride:
+            self._strided_sizes[3] = o_stride
+        arrays = (step.items, step.tables_BN, self._q_starts, self._strided_sizes)
+        scratch = (self._scratch_address, self._scratch_bytes, self._parts.data_ptr())
+        return KernelInputs(arrays, slots_T, self._scale, step.num_parts, *scratch)
+
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, batch: AttentionBatch) -> None:
         slots_T = self._items_of(batch).slots_T
         shape = (len(slots_T), self.cache.num_kv_heads, self.cache.head_dim)
         k, v = _strided("k_TKD", k_TKD, shape), _strided("v_TKD", v_TKD, shape)
         if self.num_threads == 1 or k_TKD.numel() < _PARALLEL_WRITE_FLOATS:
-            bad = kernels.write(slots_T, self._sizes, 0, len(slots_T), k, v, self._layers[layer])
+            bad = kernels.write(slots_T, self._sizes, 0, len(slots_T), k, v, self.layers[layer])
         else:
-            with self._threads():
-                bad = kernels.write_parallel(slots_T, self._sizes, self.num_threads, k, v, self._layers[layer])
+            with self.threads():
+                bad = kernels.write_parallel(slots_T, self._sizes, self.num_threads, k, v, self.layers[layer])
         if bad:
             limit = f"{bad} are not in [0, {self.cache.num_blocks * self.cache.block_size - 1}]"
             raise InvalidValueError("slots_T", slots_T.tolist(), limit)
@@ -83,10 +117,10 @@ class CpuAttention(AttentionBackend):
         step = self._items_of(batch)
         q = _strided("q_THD", q_THD, (len(step.slots_T), self.q_starts[-1], self.cache.head_dim))
         o_THD = torch.empty(q_THD.shape, dtype=torch.float32)
-        sources = (step.items, step.tables_BN, self._q_starts, self._sizes, q, self._layers[layer], self._scale)
+        sources = (step.items, step.tables_BN, self._q_starts, self._sizes, q, self.layers[layer], self._scale)
         targets = (o_THD.data_ptr(), self._scratch_address, self._parts.data_ptr())
         if step.parallel:
-            with self._threads():
+            with self.threads():
                 kernels.attend_parallel(*sources, *targets, self.num_threads, self._scratch_bytes)
         else:
             kernels.attend_serial(*sources, *targets)
@@ -100,7 +134,8 @@ class CpuAttention(AttentionBackend):
                 self._parts = torch.empty(floats)
         return self._step
 
-    def _threads(self) -> threading.Lock:
+    def threads(self) -> AbstractContextManager[object]:
+        """To be held while a compiled function with threads runs."""
         if numba.get_num_threads() != self.num_threads:
             numba.set_num_threads(self.num_threads)
         return _launch

@@ -4,7 +4,7 @@ The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a c
 parts is Flash-Decoding (Dao et al., 2023). Arguments that many kernels share:
 
     items, tables, q_starts: see cpu_plan.py.
-    sizes: int64 [KV heads, block size, head dim, query heads, query rows of an item at most, blocks].
+    sizes: int64 [KV heads, block size, head dim, token stride of o, query rows of an item at most, blocks].
     q, k, v: (address, token stride, head stride) of a step's queries, keys and values.
     layer: the addresses of a layer's keys and values in the cache.
     scratch: the address of scratch_floats() floats for a thread, aligned to 64 bytes.
@@ -15,7 +15,6 @@ Addresses are bytes; strides and offsets count floats.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -37,9 +36,7 @@ from headwise.workers.attention.cpu_plan import (
     TILE_KEYS,
     TILE_RUNS,
 )
-
-SIMD_DIGEST = "a341df28a3fa5ca504b7f12335db18a1efad0a386cf91e1bb18ff4470f3ed0cc"
-"""SHA-256 of simd.py. Numba renews what it cached of a kernel when the kernel's own file changes, so this must too."""
+from headwise.workers.kernel_cache import kernel
 
 _ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
 _RUNS_BYTES = _ADDRESS_BYTES * TILE_RUNS
@@ -91,7 +88,7 @@ def _attend_serial(
     last = len(items) - 1
     for i in range(len(items)):
         attend_item(items[i], items[min(i + 1, last)], tables, q_starts, sizes, q, layer, scale, o, scratch, parts)
-    combine_parts(items, q_starts, sizes, o, parts)
+    combine_parts(items, q_starts, sizes, o, parts, 0, 1)
 
 
 def _attend_parallel(
@@ -119,7 +116,7 @@ def _attend_parallel(
             after = simd.take_ticket(counter)
             attend_item(items[i], items[min(after, last)], tables, q_starts, sizes, q, layer, scale, o, own, parts)
             i = after
-    combine_parts(items, q_starts, sizes, o, parts)
+    combine_parts(items, q_starts, sizes, o, parts, 0, 1)
 
 
 def _attend_item(
@@ -229,7 +226,7 @@ def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next
 def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, parts: int) -> None:
     """Put the item's outputs into o, or what is to be combined into its part."""
     _packed, output, highest, total, _scores = state
-    head_dim, num_heads, max_rows = sizes[2], sizes[3], sizes[4]
+    head_dim, o_stride, max_rows = sizes[2], sizes[3], sizes[4]
     part = parts + item[PART] * _FLOAT_BYTES * max_rows * (head_dim + 2)
     m = 0
     for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
@@ -238,7 +235,7 @@ def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, par
             for lane in range(_LANES):
                 weight += simd.load_float(total, m * _LANES + lane)
             if item[PART] < 0:
-                target = (token * num_heads + head) * head_dim
+                target = token * o_stride + head * head_dim
                 for d in range(head_dim):
                     simd.store_float(o, target + d, simd.load_float(output, m * head_dim + d) / weight)
             else:
@@ -249,18 +246,18 @@ def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, par
             m += 1
 
 
-def _combine_parts(items: Any, q_starts: Any, sizes: Any, o: int, parts: int) -> None:
-    """Make one output of the parts of each context that was divided."""
-    head_dim, num_heads, max_rows = sizes[2], sizes[3], sizes[4]
+def _combine_parts(items: Any, q_starts: Any, sizes: Any, o: int, parts: int, member: int, members: int) -> None:
+    """Make one output of the parts of each context that was divided: this member's share of the items."""
+    head_dim, o_stride, max_rows = sizes[2], sizes[3], sizes[4]
     stride = _FLOAT_BYTES * max_rows * (head_dim + 2)
-    for i in range(len(items)):
+    for i in range(member, len(items), members):
         item = items[i]
         if item[PART] < 0 or item[KEY_START] > 0:
             continue
         m = 0
         for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
             for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
-                target = o + _FLOAT_BYTES * (token * num_heads + head) * head_dim
+                target = o + _FLOAT_BYTES * (token * o_stride + head * head_dim)
                 combine_row(parts + item[PART] * stride, stride, item[NUM_PARTS], m, head_dim, max_rows, target)
                 m += 1
 
@@ -273,7 +270,7 @@ def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int,
         simd.store_float(o, d, np.float32(0.0))
     for part in range(num_parts):
         base = first + part * stride
-        factor = simd.exp2(simd.load_float(base, max_rows * head_dim + m) - highest)
+        factor = simd.exp2_of(simd.load_float(base, max_rows * head_dim + m) - highest)
         total += factor * simd.load_float(base, max_rows * (head_dim + 1) + m)
         for d in range(head_dim):
             simd.store_float(o, d, simd.load_float(o, d) + factor * simd.load_float(base, m * head_dim + d))
@@ -281,18 +278,14 @@ def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int,
         simd.store_float(o, d, simd.load_float(o, d) / total)
 
 
-def _jit(function: Callable[..., Any], **options: Any) -> Any:
-    return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-
-
-write = _jit(_write)
-write_parallel = _jit(_write_parallel, parallel=True)
-attend_serial = _jit(_attend_serial)
-attend_parallel = _jit(_attend_parallel, parallel=True)
-attend_item = _jit(_attend_item)
-pack_queries = _jit(_pack_queries)
-locate_runs = _jit(_locate_runs)
-attend_tile = _jit(_attend_tile)
-store_outputs = _jit(_store_outputs)
-combine_parts = _jit(_combine_parts)
-combine_row = _jit(_combine_row)
+write = kernel(_write)
+write_parallel = kernel(_write_parallel, parallel=True)
+attend_serial = kernel(_attend_serial)
+attend_parallel = kernel(_attend_parallel, parallel=True)
+attend_item = kernel(_attend_item)
+pack_queries = kernel(_pack_queries)
+locate_runs = kernel(_locate_runs)
+attend_tile = kernel(_attend_tile)
+store_outputs = kernel(_store_outputs)
+combine_parts = kernel(_combine_parts)
+combine_row = kernel(_combine_row)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from headwise.workers.attention.base import AttentionBatch
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kernel_cache import kernel
 from headwise.workers.kv_cache import KVCache
 
 RUN_KEYS = 16
@@ -153,5 +153,5 @@ def _divide_context(place: Any, key_cost: int, max_cost: int, next_part: int, it
     return parts
 
 
-plan_items = numba.njit(cache=True, nogil=True, error_model="numpy")(_plan_items)
-divide_context = numba.njit(cache=True, nogil=True, error_model="numpy")(_divide_context)
+plan_items = kernel(_plan_items)
+divide_context = kernel(_divide_context)

@@ -19,9 +19,11 @@ import numpy as np
 from llvmlite import ir
 from numba import extending
 
+from headwise.workers.kernel_cache import kernel
+
 # Numba's hints describe its classes; inside a compiled function the same names mean machine types.
 _numba: Any = numba
-njit, carray, types = _numba.njit, _numba.carray, _numba.types
+carray, types = _numba.carray, _numba.types
 intrinsic: Any = extending.intrinsic
 
 CONTROL_BYTES = 512
@@ -75,14 +77,14 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _now_ns(scratch: int) -> int:
     _clock_gettime(_CLOCK_MONOTONIC, scratch)
     timespec = carray(_pointer(scratch), 2, dtype=np.int64)
     return int(timespec[0] * 1_000_000_000 + timespec[1])
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _await_flag(flag: int, sequence: int, spins: int, may_yield: bool, scratch: int) -> bool:
     """Wait until a flag has come to ``sequence``; False after _RETURNS_AFTER_NS without it."""
     for _ in range(spins):
@@ -100,7 +102,7 @@ def _await_flag(flag: int, sequence: int, spins: int, may_yield: bool, scratch: 
     return True
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _sum_f32(slots: int, slot_bytes: int, world_size: int, into: int, count: int) -> None:
     x = carray(_pointer(into), count, dtype=np.float32)
     first = carray(_pointer(slots), count, dtype=np.float32)
@@ -113,9 +115,7 @@ def _sum_f32(slots: int, slot_bytes: int, world_size: int, into: int, count: int
             x[i] += part[i]
 
 
-@njit(  # type: ignore[untyped-decorator]
-    "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean)", nogil=True, cache=True
-)
+@kernel
 def step(
     memory: int,
     rank: int,

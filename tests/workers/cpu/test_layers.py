@@ -1,0 +1,31 @@
+"""The compiled layers against plain torch, on odd sizes and with threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.test_llama import logits_of_a_rank
+
+CHANGES = {
+    "plain": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "odd": {"hidden_size": 72, "intermediate_size": 71, "vocab_size": 261},
+    "narrow": {"head_dim": 8},
+    "wide": {"head_dim": 80},
+    "untied": {"tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("changes", list(CHANGES))
+def test_logits_are_those_of_plain_torch(checkpoint: Callable[..., Path], changes: str, threads: int) -> None:
+    directory = checkpoint("gqa", **CHANGES[changes])
+    token_ids = torch.randint(3, 256, (183,), generator=torch.Generator().manual_seed(3)).tolist()
+    chunks = [1, 30, 140, 1, 11]
+    expected = logits_of_a_rank(directory, token_ids, chunks, "reference")
+    found = logits_of_a_rank(directory, token_ids, chunks, "cpu", threads)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,38 @@
+"""The best token of each row of logits, on CPU cores: one pass over them, nothing sorted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.workers.cpu.pointwise_simd import best
+from headwise.workers.kernel_cache import kernel
+
+
+def argmax(logits_BV: Tensor, num_threads: int) -> Tensor:
+    """The index of each row's largest value, int64: the first of equals; a NaN counts as larger than all.
+
+    Args:
+        logits_BV: float32, rows contiguous.
+    """
+    ids_B = np.empty(len(logits_BV), np.int64)
+    rows, width = logits_BV.shape
+    arguments = (logits_BV.data_ptr(), logits_BV.stride(0), rows, width, ids_B)
+    if num_threads > 1 and rows > 1:
+        _best_parallel(*arguments)
+    else:
+        _best_serial(*arguments)
+    return torch.from_numpy(ids_B)
+
+
+def _best_rows(logits: int, stride: int, rows: int, width: int, ids_B: Any) -> None:
+    for b in numba.prange(rows):
+        ids_B[b] = best(logits + 4 * stride * b, width)
+
+
+_best_serial = kernel(_best_rows)
+_best_parallel = kernel(_best_rows, parallel=True)

@@ -1,0 +1,182 @@
+"""One rank's part of a Llama model on CPU cores, float32."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headwise.workers.attention import AttentionBackend
+from headwise.workers.attention.cpu import CpuAttention, KernelInputs
+from headwise.workers.checkpoint import LayerWeights, ShardWeights
+from headwise.workers.collectives import Collectives
+from headwise.workers.cpu import layers as kernels
+from headwise.workers.cpu.linear import PackedLinear, aligned_zeros, padded
+from headwise.workers.cpu.team import team_bytes
+from headwise.workers.model import StepInput, rope_tables
+from headwise.workers.model_config import ModelConfig
+from headwise.workers.partition import ShardPartition
+
+
+class CpuLlama:
+    """See :class:`~headwise.workers.model.Model`. A step is one compiled call on one rank; with more of them, one for
+    each stretch between two all-reduces.
+
+    Attributes:
+        nbytes: memory of the weights, in bytes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        partition: ShardPartition,
+        weights: ShardWeights,
+        collectives: Collectives,
+        max_model_len: int,
+        num_threads: int,
+    ) -> None:
+        self._config, self._partition, self._collectives = config, partition, collectives
+        self._num_threads = num_threads
+        self._embed_VE = weights.embed_VE.contiguous()
+        self._final_norm_E = _padded_row(weights.final_norm_E)
+        self._lm_head = PackedLinear(weights.lm_head_VE)
+        self._layers: list[_Layer] = []
+        while weights.layers:  # a plain weight is let go as soon as its packed form stands
+            self._layers.append(_Layer(weights.layers.pop(0)))
+        self._cos_LD, self._sin_LD = rope_tables(config, max_model_len)
+        self.nbytes = self._embed_VE.nbytes + self._lm_head.nbytes + sum(layer.nbytes for layer in self._layers)
+        self._shape = self._shape_of(config, partition)
+        self._times = np.zeros(len(kernels.PARTS), np.int64)
+        self._team = aligned_zeros(team_bytes(num_threads) // 4)
+        self._table = np.zeros((len(self._layers), kernels.LAYER_WORDS), np.int64)
+        self._forward_seconds = self._all_reduce_seconds = 0.0
+        self._attention: CpuAttention | None = None
+        self._activations = _Activations(self._shape, 0, 0)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time by part since the start, see :data:`~headwise.workers.cpu.layers.PARTS`; ``launch`` is the rest."""
+        compiled = {part: float(ns) / 1e9 for part, ns in zip(kernels.PARTS, self._times, strict=True)}
+        launch = self._forward_seconds - self._all_reduce_seconds - sum(compiled.values())
+        return compiled | {"all_reduce": self._all_reduce_seconds, "launch": launch}
+
+    def forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
+        """See :class:`~headwise.workers.model.Model`; the logits are good until the next step."""
+        assert isinstance(attention, CpuAttention)
+        started = time.perf_counter()
+        if attention is not self._attention:
+            self._bind(attention)
+        tokens, wanted = len(step.token_ids_T), len(step.logit_tokens_B)
+        if tokens > self._activations.tokens or wanted > self._activations.wanted:
+            self._activations = _Activations(self._shape, tokens, wanted)
+        self._run_phases(attention, self._arguments(step, attention), tokens)
+        start, stop = self._partition.vocab
+        self._forward_seconds += time.perf_counter() - started
+        return self._activations.logits_BV[:wanted, : stop - start]
+
+    def _run_phases(self, attention: CpuAttention, arguments: tuple[Any, ...], tokens: int) -> None:
+        run = kernels.run_parallel if attention.num_threads > 1 else kernels.run_member
+        phases = 2 * len(self._layers) + 2
+        stretch = phases if self._collectives.world_size == 1 else 1
+        for first in range(0, phases, stretch):
+            if first > 0:
+                started = time.perf_counter()
+                self._collectives.all_reduce_(self._activations.delta_TE[:tokens])
+                self._all_reduce_seconds += time.perf_counter() - started
+            with attention.threads():
+                run(first, first + stretch, *arguments)
+
+    def _arguments(self, step: StepInput, attention: CpuAttention) -> tuple[Any, ...]:
+        inputs = attention.kernel_inputs(step.attention, self._shape.attn_width)
+        state = kernels.Step(
+            threads=attention.num_threads,
+            tokens=len(step.token_ids_T),
+            num_parts=inputs.num_parts,
+            eps=np.float32(self._config.rms_norm_eps),
+            scale=inputs.scale,
+        )
+        tokens = tuple(x.numpy() for x in (step.token_ids_T, step.positions_T))
+        wanted_B = step.logit_tokens_B.numpy()
+        return (self._shape, self._buffers(inputs), state, *tokens, inputs.slots_T, wanted_B, inputs.arrays)
+
+    def _bind(self, attention: CpuAttention) -> None:
+        self._attention = attention
+        for words, layer, (keys, values) in zip(self._table, self._layers, attention.layers, strict=True):
+            words[:] = (*layer.addresses, keys, values)
+
+    def _buffers(self, inputs: KernelInputs) -> kernels.Buffers:
+        return kernels.Buffers(
+            layers=self._table.ctypes.data,
+            embed=self._embed_VE.data_ptr(),
+            final_norm=self._final_norm_E.ctypes.data,
+            lm_head=self._lm_head.address,
+            cos=self._cos_LD.data_ptr(),
+            sin=self._sin_LD.data_ptr(),
+            times=self._times.ctypes.data,
+            **self._activations.addresses,
+            scratch=inputs.scratch,
+            scratch_bytes=inputs.scratch_bytes,
+            parts=inputs.parts,
+            team=self._team.ctypes.data,
+        )
+
+    def _shape_of(self, config: ModelConfig, partition: ShardPartition) -> kernels.Shape:
+        heads, first = partition.heads, self._layers[0]
+        return kernels.Shape(
+            num_layers=len(self._layers),
+            width=config.hidden_size,
+            padded_width=padded(config.hidden_size),
+            heads=heads.q_stop - heads.q_start,
+            kv_heads=heads.kv_stop - heads.kv_start,
+            head_dim=config.head_dim,
+            qkv_width=first.qkv.width,
+            attn_width=first.o.depth,
+            act_width=first.down.depth,
+            logit_width=self._lm_head.width,
+            vocab_start=partition.vocab[0],
+            vocab_stop=partition.vocab[1],
+        )
+
+
+class _Layer:
+    def __init__(self, weights: LayerWeights) -> None:
+        self._attn_norm_E, self._mlp_norm_E = _padded_row(weights.attn_norm_E), _padded_row(weights.mlp_norm_E)
+        self.qkv = PackedLinear(weights.qkv_weight, weights.qkv_bias)
+        self.o = PackedLinear(weights.o_weight, weights.o_bias)
+        self.gate_up = PackedLinear(weights.gate_up_weight, weights.gate_up_bias, gated=True)
+        self.down = PackedLinear(weights.down_weight, weights.down_bias)
+        linears = (self.qkv, self.o, self.gate_up, self.down)
+        self.nbytes = sum(linear.nbytes for linear in linears)
+        norms = (self._attn_norm_E.ctypes.data, self._mlp_norm_E.ctypes.data)
+        self.addresses = (*norms, *(linear.address for linear in linears))
+
+
+class _Activations:
+    """The rows that a step works in, kept from step to step; what lies beyond a row's width stays zero."""
+
+    def __init__(self, shape: kernels.Shape, tokens: int, wanted: int) -> None:
+        self.tokens, self.wanted = tokens, wanted
+        widths = {
+            "residual": shape.padded_width,
+            "delta": shape.padded_width,
+            "x": shape.padded_width,
+            "qkv": shape.qkv_width,
+            "attn": shape.attn_width,
+            "act": shape.act_width,
+        }
+        rows = {name: aligned_zeros(tokens * width) for name, width in widths.items()}
+        rows["logits"] = aligned_zeros(wanted * shape.logit_width)
+        self._rows = rows
+        self.addresses: dict[str, int] = {name: array.ctypes.data for name, array in rows.items()}
+        self.delta_TE = torch.from_numpy(rows["delta"]).view(tokens, shape.padded_width)
+        self.logits_BV = torch.from_numpy(rows["logits"]).view(wanted, shape.logit_width)
+
+
+def _padded_row(row_E: Tensor) -> NDArray[np.float32]:
+    into_E = aligned_zeros(padded(len(row_E)))
+    into_E[: len(row_E)] = row_E.numpy()
+    return into_E

@@ -1,0 +1,35 @@
+"""Headwise's folder for what is made once and kept: converted models, compiled kernels."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """``$HEADWISE_CACHE``, else ``headwise`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("HEADWISE_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "headwise"
+
+
+@contextmanager
+def locked(path: Path, work: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file; it ends with the process, however that ends.
+
+    Args:
+        work: what is done under the lock, for the line on stderr where another process holds it: ``converts x``.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another process that {work}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
