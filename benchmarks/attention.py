@@ -50,11 +50,10 @@ def main() -> None:
 def measure_decode(args: argparse.Namespace, batch: int, context: int) -> Result:
     """One token for each row, all layers: milliseconds, and GB/s of keys and values read."""
     backend, step = prepare(args, [(1, context)] * batch, args.layers)
-    q_THD, k_TKD, v_TKD = random_qkv(args, batch)
+    q_THD = random_queries(args, batch)
 
     def decode() -> None:
         for layer in range(args.layers):
-            backend.write(layer, k_TKD, v_TKD, step)
             backend.attend(layer, q_THD, step)
 
     read = 2 * 4 * batch * context * args.kv_heads * args.head_dim * args.layers
@@ -75,13 +74,12 @@ def measure_decode(args: argparse.Namespace, batch: int, context: int) -> Result
 def measure_prefill(args: argparse.Namespace, queries: int, context: int) -> Result:
     """One chunk of one row, one layer: milliseconds, and GFLOP/s that the causal mask leaves."""
     backend, step = prepare(args, [(queries, context)], 1)
-    q_THD, k_TKD, v_TKD = random_qkv(args, queries)
+    q_THD = random_queries(args, queries)
     q_1HTD = q_THD.transpose(0, 1)[None].contiguous()
     k_1KCD, v_1KCD = torch.randn(2, 1, args.kv_heads, context, args.head_dim)
     mask_TC = None if queries == context else torch.ones(queries, context).tril(context - queries).bool()
 
     def prefill() -> None:
-        backend.write(0, k_TKD, v_TKD, step)
         backend.attend(0, q_THD, step)
 
     def torch_prefill() -> None:
@@ -130,11 +128,10 @@ def prepare(
     return create_backend("cpu", cache, q_starts, args.head_dim**-0.5, args.threads), batch
 
 
-def random_qkv(args: argparse.Namespace, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as views of one tensor, as the model's projection leaves them."""
-    heads = [args.query_heads, args.kv_heads, args.kv_heads]
-    q_THD, k_TKD, v_TKD = torch.split(torch.randn(num_tokens, sum(heads), args.head_dim), heads, dim=1)
-    return q_THD, k_TKD, v_TKD
+def random_queries(args: argparse.Namespace, num_tokens: int) -> Tensor:
+    """Queries as a view of one tensor with room for keys and values, as the model's projection leaves them."""
+    heads = args.query_heads + 2 * args.kv_heads
+    return torch.randn(num_tokens, heads, args.head_dim)[:, : args.query_heads]
 
 
 def alternate(repeats: int, *functions: Callable[[], object]) -> list[float]:

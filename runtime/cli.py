@@ -1,4 +1,4 @@
-"""The command line: ``headwise generate | chat | bench``.
+"""The command line: ``headwise generate | chat | warmup | bench``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 130 interrupted.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,20 @@ from typing import Annotated, Any
 
 import typer
 
+from headwise.runtime.bench.cli import bench
+from headwise.runtime.options import (
+    Address,
+    AsJson,
+    CpusPerRank,
+    Device,
+    Dtype,
+    Executor,
+    KvMemory,
+    MaxModelLen,
+    Model,
+    Tp,
+    engine_settings,
+)
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError, UnsupportedModelError
 
 app = typer.Typer(
@@ -23,25 +38,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench = typer.Typer(help="Measure this machine's throughput and latency.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face directory, a .gguf file, or smollm2.")]
-Tp = Annotated[int, typer.Option("--tp", help="Ranks the model is split over.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Executor = Annotated[str, typer.Option(help="ray: an actor a rank; local: one rank in this process.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of a request, prompt and output.")]
-KvMemory = Annotated[str | None, typer.Option(help="KV memory of each rank: 2GiB, 512MiB, or a fraction such as 0.5.")]
-CpusPerRank = Annotated[float | None, typer.Option(help="CPUs each rank asks Ray for; default: cores / ranks.")]
-Address = Annotated[str | None, typer.Option(help="The Ray to join; default: RAY_ADDRESS, or start one here.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from so many of the most likely tokens; 0 is all.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -78,7 +82,7 @@ def generate(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
     )
-    settings = _settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
     with LLM(model, **settings) as llm:
         question: Any = [{"role": "user", "content": text}] if chat else text
         if as_json:
@@ -115,7 +119,7 @@ def chat(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     messages = [{"role": "system", "content": system}] if system else []
-    settings = _settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
     with LLM(model, **settings) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})
@@ -131,57 +135,19 @@ def chat(
                 _write("\n")
 
 
-@bench.command()
-def throughput(
-    model: Model,
-    tp: Tp = 1,
-    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 42,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs a batch size; reported: the best and the median.")] = 3,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    executor: Executor = "ray",
-    max_model_len: MaxModelLen = 2048,
-    kv_memory: KvMemory = None,
-    cpus_per_rank: CpusPerRank = None,
-    address: Address = None,
-    as_json: AsJson = False,
-) -> None:
-    """Decode throughput, prefill included: greedy, end-of-sequence ignored, random prompts without a shared prefix."""
-    from headwise.runtime.bench import throughput as measure
+@app.command()
+def warmup(as_json: AsJson = False) -> None:
+    """Compile the CPU kernels of this machine now, so that no start waits for it."""
+    from headwise.runtime.warmup import compile_kernels
+    from headwise.workers.kernel_cache import kernel_folder
 
-    sizes = [_positive("--batches", size) for size in batches.split(",")]
-    settings = _settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
-    measure.run(model, sizes, tokens, prompt_tokens, repeats, settings, as_json=as_json)
-
-
-def _settings(
-    tp: int,
-    dtype: str,
-    device: str,
-    executor: str,
-    max_model_len: int | None,
-    kv_memory: str | None,
-    cpus_per_rank: float | None,
-    address: str | None,
-) -> dict[str, Any]:
-    return {
-        "tensor_parallel_size": tp,
-        "dtype": dtype,
-        "device": device,
-        "executor": executor,
-        "max_model_len": max_model_len,
-        "kv_memory": kv_memory,
-        "cpus_per_rank": cpus_per_rank,
-        "address": address,
-    }
-
-
-def _positive(flag: str, text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise InvalidValueError(flag, text, "must be a whole number of at least 1")
-    return int(text)
+    started = time.perf_counter()
+    compiled, folder = compile_kernels(), str(kernel_folder())
+    seconds = time.perf_counter() - started
+    if as_json:
+        _print_json({"folder": folder, "compiled": compiled, "seconds": round(seconds, 3)})
+    else:
+        print(f"{folder}: {f'compiled in {seconds:.1f} s' if compiled else 'ready'}")
 
 
 def _ask() -> str:

@@ -11,6 +11,9 @@ from headwise.workers.errors import InvalidValueError
 DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
 """By device: a fixed share of a machine that others use too, or nearly all of a GPU that nobody else does."""
 
+DEFAULT_MIXED_PREFILL_TOKENS: dict[str, int | None] = {"cpu": 64, "cuda": None}
+"""By device: a CPU's step time grows with every token, a GPU's hardly does before max_num_batched_tokens."""
+
 
 class EngineConfig(BaseModel):
     """
@@ -26,7 +29,9 @@ class EngineConfig(BaseModel):
             the weights are loaded; None is DEFAULT_KV_MEMORY.
         num_blocks: never more KV blocks than this, whatever kv_memory affords.
         max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks.
-        max_num_seqs: most requests that run at once.
+        max_mixed_prefill_tokens: most prompt tokens of a step that also decodes, a bound on how long the prompts of
+            others hold up a next token; None is DEFAULT_MIXED_PREFILL_TOKENS.
+        max_num_seqs: most requests that run at once; never more than max_num_batched_tokens.
         pipeline_depth: steps in flight at once.
         attention: the attention backend; None is the fastest that fits.
         seed: of requests that bring none.
@@ -47,6 +52,7 @@ class EngineConfig(BaseModel):
     kv_memory: str | int | float | None = None
     num_blocks: int | None = Field(default=None, ge=1)
     max_num_batched_tokens: int = Field(default=1024, ge=1)
+    max_mixed_prefill_tokens: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=128, ge=1, le=4096)
     pipeline_depth: int = Field(default=1, ge=1, le=2)
     attention: Literal["reference", "cpu"] | None = None

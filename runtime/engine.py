@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from headwise.cluster.group import ShardGroup
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.output import TextStream
 from headwise.runtime.request import FinishReason, Request, RequestState
-from headwise.runtime.scheduler import Schedule, Scheduled, Scheduler
+from headwise.runtime.scheduler import Schedule, Scheduler
 from headwise.workers.plan import StepOutput, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What is new of a request since the last one.
 
     Attributes:
@@ -33,7 +31,8 @@ class Delta:
     finished: bool
 
 
-Sink = Callable[[Delta], None]
+Sink = Callable[[list[Delta]], None]
+"""Gets what is new of its requests since the last time, in order."""
 
 
 class Engine:
@@ -45,8 +44,11 @@ class Engine:
         self._group, self._pool, self._scheduler, self._depth = group, pool, scheduler, pipeline_depth
         self._in_flight: deque[Schedule] = deque()
         self._live: dict[str, tuple[Request, TextStream | None, Sink]] = {}
+        self._new: dict[Sink, list[Delta]] = {}
         self.num_steps = 0
         self.num_generated_tokens = 0
+        self._seconds = dict.fromkeys(("schedule", "submit", "collect", "emit"), 0.0)
+        self._cpu_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -58,7 +60,8 @@ class Engine:
         return {request.request_id for request, _, _ in self._live.values()}
 
     def add(self, request: Request, text: TextStream | None, sink: Sink) -> None:
-        """Queues a request, whose key no other may have; its deltas go to ``sink``, on the engine's thread."""
+        """Queues a request, whose key no other may have. Its deltas go to ``sink`` on the engine's thread, once a
+        step, together with those of other requests that have the same."""
         self._live[request.key] = (request, text, sink)
         self._scheduler.add(request)
 
@@ -67,6 +70,7 @@ class Engine:
         request may just have finished."""
         for request in [r for r, _, _ in self._live.values() if r.request_id == request_id]:
             self._emit(request, [], None, FinishReason.ABORT)
+        self._deliver()
 
     def step(self) -> None:
         """Submits as much as may be in flight and processes the oldest output.
@@ -74,19 +78,21 @@ class Engine:
         Raises:
             ShardGroupDied: the group is gone; every request is still known.
         """
-        while len(self._in_flight) < self._depth:
-            schedule = self._scheduler.schedule()
-            if schedule is None:
-                break
-            self._group.submit(schedule.plan)
-            self._in_flight.append(schedule)
+        cpu_started = time.thread_time()
+        while len(self._in_flight) < self._depth and self._submit_next():
+            pass
         if self._in_flight:
-            self._process(self._in_flight.popleft(), self._group.collect())
+            self._collect_oldest()
         elif self._live:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
+        self._cpu_seconds += time.thread_time() - cpu_started
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, and what holds now."""
+        """Counts since the start, and what holds now.
+
+        ``engine_seconds`` is the wall time of all steps by part: ``schedule``, ``submit``, ``collect`` (which waits for
+        the shards) and ``emit``; ``engine_cpu_seconds`` is the processor time that the engine's thread spent in them.
+        """
         return {
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
@@ -95,12 +101,14 @@ class Engine:
             "num_steps": self.num_steps,
             "num_generated_tokens": self.num_generated_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
+            "engine_seconds": dict(self._seconds),
+            "engine_cpu_seconds": self._cpu_seconds,
         }
 
     def call_shards(self, method: str) -> list[Any]:
         """The answers of every rank, in rank order; the steps in flight are processed first."""
         while self._in_flight:
-            self._process(self._in_flight.popleft(), self._group.collect())
+            self._collect_oldest()
         return self._group.call(method)
 
     def check_integrity(self) -> None:
@@ -110,27 +118,47 @@ class Engine:
         """
         self._pool.check_integrity()
 
+    def _submit_next(self) -> bool:
+        """Submits a step, if there is anything to compute."""
+        started = time.perf_counter()
+        schedule = self._scheduler.schedule()
+        scheduled = time.perf_counter()
+        self._seconds["schedule"] += scheduled - started
+        if schedule is None:
+            return False
+        self._group.submit(schedule.plan)
+        self._in_flight.append(schedule)
+        self._seconds["submit"] += time.perf_counter() - scheduled
+        return True
+
+    def _collect_oldest(self) -> None:
+        started = time.perf_counter()
+        output = self._group.collect()
+        collected = time.perf_counter()
+        self._process(self._in_flight.popleft(), output)
+        self._seconds["collect"] += collected - started
+        self._seconds["emit"] += time.perf_counter() - collected
+
     def _process(self, schedule: Schedule, output: StepOutput) -> None:
         if output.step != schedule.plan.step:
             raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
         self.num_steps += 1
+        self._scheduler.complete(schedule)
         tokens, failed = dict(output.tokens), dict(output.failed)
-        for entry in schedule.entries:
-            request = entry.request
-            request.num_in_flight -= 1
-            request.num_pending -= entry.samples
-            if not entry.samples or request.state is RequestState.FINISHED:
+        for request, row, samples in schedule.entries:
+            # One that ended after this step was submitted gets nothing more.
+            if not samples or request.state is RequestState.FINISHED:
                 continue
-            if entry.row in failed:
-                request.error = failed[entry.row]
+            if row in failed:
+                request.error = failed[row]
                 self._emit(request, [], None, FinishReason.ERROR)
             else:
-                self._take_token(entry, tokens[entry.row], output.logprobs.get(entry.row))
+                self._take_token(request, tokens[row], output.logprobs.get(row))
+        self._deliver()
         if not self.has_work:
             self.check_integrity()
 
-    def _take_token(self, entry: Scheduled, token: int, logprobs: TokenLogprobs | None) -> None:
-        request = entry.request
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         request.generated.append(token)
         if logprobs is not None:
             request.logprobs.append(logprobs)
@@ -153,7 +181,7 @@ class Engine:
     def _emit(
         self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None, reason: FinishReason | None
     ) -> None:
-        """Turns new tokens into text, ends the request if there is a reason to, and sends its delta."""
+        """Turns new tokens into text, ends the request if there is a reason to, and notes its delta."""
         _, stream, sink = self._live[request.key]
         text: str | None = None
         if stream is not None:
@@ -169,4 +197,9 @@ class Engine:
         if reason is not None:
             del self._live[request.key]
             self._scheduler.finish(request, reason)
-        sink(Delta(request, token_ids, text, logprobs, reason is not None))
+        self._new.setdefault(sink, []).append(Delta(request, token_ids, text, logprobs, reason is not None))
+
+    def _deliver(self) -> None:
+        new, self._new = self._new, {}
+        for sink, deltas in new.items():
+            sink(deltas)

@@ -65,6 +65,7 @@ class LLM:
         kv_memory: str | int | float | None = None,
         num_blocks: int | None = None,
         max_num_batched_tokens: int = 1024,
+        max_mixed_prefill_tokens: int | None = None,
         max_num_seqs: int = 128,
         pipeline_depth: int = 1,
         attention: str | None = None,
@@ -98,6 +99,7 @@ class LLM:
             kv_memory=kv_memory,
             num_blocks=num_blocks,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
             max_num_seqs=max_num_seqs,
             pipeline_depth=pipeline_depth,
             attention=attention,
@@ -112,7 +114,7 @@ class LLM:
         self._group: ShardGroup = started.group
         self._quiet = quiet
         self._numbers = itertools.count()
-        self._queues: set[queue.SimpleQueue[Delta | BaseException]] = set()
+        self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()
         self._loop = EngineLoop(started.engine, _FailAll(self._queues))
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
         # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
@@ -189,10 +191,12 @@ class LLM:
         self._loop.call(lambda engine: engine.abort(request_id))
 
     def stats(self) -> dict[str, Any]:
-        """What the engine and its shards hold and have done, among it ``shard_pids`` and ``kv_bytes_per_rank``."""
+        """What the engine and its shards hold and have done, among it ``shard_pids``, ``kv_bytes_per_rank``, and the
+        seconds of :meth:`Engine.stats <headwise.runtime.engine.Engine.stats>`."""
 
         def read(engine: Engine) -> dict[str, Any]:
-            return engine.stats() | {"shards": engine.call_shards("stats")}
+            shards = engine.call_shards("stats")  # first: it processes the steps in flight
+            return engine.stats() | {"shards": shards}
 
         stats = self._loop.call(read)
         stats["shard_pids"] = [shard["pid"] for shard in stats["shards"]]
@@ -228,7 +232,8 @@ class LLM:
             for delta in self._deltas(requests):
                 if delta.text is not None:
                     texts[delta.request.key].append(delta.text)
-                bar.update(delta.finished)
+                if delta.finished:
+                    bar.update()
         return [self._output(prompt, group, texts) for prompt, group in zip(prompts, groups, strict=True)]
 
     def _stream(self, requests: list[Request]) -> Iterator[OutputDelta]:
@@ -245,7 +250,8 @@ class LLM:
 
     def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
         """Runs requests; leaving early, by an exception or Ctrl-C too, aborts those that still run."""
-        deltas: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
+        deltas: queue.SimpleQueue[list[Delta] | BaseException] = queue.SimpleQueue()
+        sink = deltas.put
         self._queues.add(deltas)
         ids = {request.request_id for request in requests}
 
@@ -253,7 +259,7 @@ class LLM:
             if taken := ids & engine.request_ids:
                 raise InvalidValueError("request_id", min(taken), "a request with this id still runs")
             for request in requests:
-                engine.add(request, self._inputs.text_stream(request.params), deltas.put)
+                engine.add(request, self._inputs.text_stream(request.params), sink)
 
         running = len(requests)
         try:
@@ -263,12 +269,13 @@ class LLM:
                 running = 0
                 raise
             while running:
-                delta = deltas.get()
-                if isinstance(delta, BaseException):
+                new = deltas.get()
+                if isinstance(new, BaseException):
                     running = 0
-                    raise delta
-                running -= delta.finished
-                yield delta
+                    raise new
+                for delta in new:
+                    running -= delta.finished
+                    yield delta
         finally:
             self._queues.discard(deltas)
             if running:
@@ -313,7 +320,7 @@ class LLM:
 class _FailAll:
     """Tells every caller that waits that the engine is gone. Holds no LLM, so that one can be collected."""
 
-    def __init__(self, queues: set[queue.SimpleQueue[Delta | BaseException]]) -> None:
+    def __init__(self, queues: set[queue.SimpleQueue[list[Delta] | BaseException]]) -> None:
         self._queues = queues
 
     def __call__(self, error: BaseException) -> None:

@@ -82,6 +82,8 @@ class TextStream:
         return piece, stop
 
     def _search(self, new: str, searching: bool) -> tuple[str, str | None]:
+        if not self._stop:
+            return new, None
         text = self._held + new
         if not searching:
             return text, None

@@ -57,7 +57,8 @@ class Request:
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
         num_pending: sampled by a step in flight and not seen yet.
         num_in_flight: steps in flight that compute it.
-        row: its row on the shards while RUNNING, else -1.
+        row, block_ids: on the shards; held while RUNNING, and until the last step in flight is done. -1 is none.
+        key: tells the samples of one call apart.
         generated: tokens seen so far.
     """
 
@@ -80,6 +81,10 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = f"{self.request_id}#{self.index}"
 
     @property
     def num_tokens(self) -> int:
@@ -92,8 +97,3 @@ class Request:
         if len(self.generated) + self.num_pending >= self.max_tokens:
             return 0
         return self.num_tokens - self.num_computed
-
-    @property
-    def key(self) -> str:
-        """Tells the samples of one call apart."""
-        return f"{self.request_id}#{self.index}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
-_LONG_WINDOW = 16
+_LONG_WINDOW = 8
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -48,6 +49,9 @@ class Tokenizer:
         self._backend: Any = self._tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        # Asked for each token that is generated.
+        self._token = functools.cache(self._backend.id_to_token)
+        self._is_byte = functools.cache(lambda i: _BYTE_TOKEN.fullmatch(self._token(i) or "") is not None)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -72,8 +76,12 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it; None for an unknown id."""
-        token: str | None = self._backend.id_to_token(token_id)
+        token: str | None = self._token(token_id)
         return token
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is one byte of a character, as Llama 2's vocabulary writes it: ``<0x0A>``."""
+        return self._is_byte(token_id)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """The tokens of a conversation by the model's own template, up to where the next answer starts.
@@ -118,7 +126,8 @@ class IncrementalDetokenizer:
         if not new:
             return ""
         self._window += new
-        if self._ends_in_byte_token():
+        # One invalid byte turns a whole run of byte tokens into replacement characters, so none of it is certain.
+        if self._tokenizer.is_byte(new[-1]):
             return ""
         text = self._text()
         # The next token may complete the last character, or show that it is none.
@@ -137,10 +146,6 @@ class IncrementalDetokenizer:
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=False)
-
-    def _ends_in_byte_token(self) -> bool:
-        # One invalid byte turns a whole run of byte tokens into replacement characters, so none of it is certain.
-        return _BYTE_TOKEN.fullmatch(self._tokenizer.token(self._window[-1]) or "") is not None
 
     def _shorten(self) -> None:
         """Keep only the last token. It must have text of its own, or the next one would read as a sequence's first."""

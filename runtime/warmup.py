@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from headwise.workers.kernel_cache import cpu_name, kernel_folder, kernels_ready
 from headwise.workers.warmup import WarmUpError, ensure_warm
 
-_ABOUT_S = 20
+_ABOUT_S = 25
 
 
 def compile_kernels(quiet: bool = False) -> bool:

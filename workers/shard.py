@@ -12,7 +12,7 @@ import torch
 from headwise.workers.attention import create_backend, default_backend, transposed_keys
 from headwise.workers.checkpoint import load_shard
 from headwise.workers.collectives import Collectives
-from headwise.workers.cpu import CpuLlama
+from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.llama import Llama

@@ -48,14 +48,11 @@ class WarmUpError(HeadwiseError):
 
 WARM_UPS: list[Callable[[], None]] = [
     lambda: serve(),
-    lambda: serve(bias=True),
     lambda: serve(threads=2),
-    lambda: serve(threads=2, bias=True),
     lambda: serve(ranks=2),
-    lambda: serve(attention="reference"),
-    lambda: serve(attention="reference", threads=2),
+    lambda: multiply(),
 ]
-"""What compiles everything. A kernel that serving calls in a form that none of these reaches needs one more."""
+"""What compiles everything. A kernel that is called in a form that none of these reaches needs one more."""
 
 
 def ensure_warm(progress: Progress | None = None, quiet: bool = False) -> bool:
@@ -102,14 +99,14 @@ def warm_up(progress: Progress | None = None) -> None:
             kernel_cache.mark_ready()
 
 
-def serve(ranks: int = 1, threads: int = 1, bias: bool = False, attention: str | None = None) -> None:
+def serve(ranks: int = 1, threads: int = 1) -> None:
     """Serves requests of a tiny random model: a long prompt, a batch of short ones, greedy and sampled tokens."""
     from headwise.workers import collectives
     from headwise.workers.shard import Shard
     from headwise.workers.spec import ShardSpec
 
     with tempfile.TemporaryDirectory(prefix="headwise-warm-up-") as folder:
-        _write_model(Path(folder), bias)
+        _write_model(Path(folder))
         spec = ShardSpec(
             model_dir=folder,
             tensor_parallel_size=ranks,
@@ -119,7 +116,6 @@ def serve(ranks: int = 1, threads: int = 1, bias: bool = False, attention: str |
             max_num_seqs=_BATCH,
             max_model_len=_PROMPT_TOKENS + 64,
             kv_memory="64MiB",
-            attention=attention,
         )
         rendezvous = collectives.open_rendezvous("solo" if ranks == 1 else "shared_memory", ranks)
 
@@ -138,6 +134,16 @@ def serve(ranks: int = 1, threads: int = 1, bias: bool = False, attention: str |
         with ThreadPoolExecutor(ranks) as pool:
             for done in [pool.submit(run, rank) for rank in range(ranks)]:
                 done.result()
+
+
+def multiply() -> None:
+    """Calls a product by itself, as the benchmarks of the machine's limits do."""
+    import torch
+
+    from headwise.workers.cpu.linear import PackedLinear
+
+    for threads in (1, 2):
+        PackedLinear(torch.zeros(32, 32))(torch.zeros(1, 32), threads)
 
 
 def _run(progress: Progress) -> None:
@@ -160,7 +166,7 @@ def _run(progress: Progress) -> None:
     progress(total, total)
 
 
-def _write_model(folder: Path, bias: bool) -> None:
+def _write_model(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -176,17 +182,9 @@ def _write_model(folder: Path, bias: bool) -> None:
             shapes[f"layers.{layer}.{norm}.weight"] = (hidden,)
         for name, shape in linears.items():
             shapes[f"layers.{layer}.{name}.weight"] = shape
-            if bias:
-                shapes[f"layers.{layer}.{name}.bias"] = shape[:1]
     tensors = {f"model.{name}": torch.randn(shape) / 10 for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
-    others = {
-        "model_type": "llama",
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "attention_bias": bias,
-        "mlp_bias": bias,
-    }
+    others = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(_MODEL | others))
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from headwise.cluster.group import GroupStartError, ShardGroupDied
 from headwise.runtime import LLM, SamplingParams, cli
-from headwise.runtime.bench.throughput import prompts
 from headwise.workers.errors import HeadwiseError
 from tests.checkpoints import write_checkpoint
 from tests.runtime.test_tokenizer import byte_level
@@ -111,38 +110,6 @@ def test_chat_keeps_the_conversation(headwise: Run, model: Path) -> None:
     assert code == 0 and answers == [{"role": "assistant", "content": text} for text in (first, second)]
 
 
-# bench
-
-
-def test_bench_throughput_prints_a_line_a_batch(headwise: Run, mute: Path) -> None:
-    flags = ["--batches", "1,3", "--tokens", "9", "--prompt-tokens", "5", "--repeats", "2", "--max-model-len", "64"]
-    code, out, _ = headwise("bench", "throughput", "--model", str(mute), *flags, "--json", *LOCAL)
-    lines = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [line["batch"] for line in lines] == [1, 3]
-    with LLM(mute, executor="local", kv_memory="8MiB", quiet=True) as llm:
-        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-        firsts = [llm.generate(prompts(b, 5, 256), params)[0].outputs[0].token_ids[:8] for b in (1, 3)]
-    for line, first in zip(lines, firsts, strict=True):
-        assert line.keys() >= {"engine", "batch", "tok_s", "first_ids", "startup_s"}
-        assert line["engine"] == "headwise" and line["first_ids"] == first
-        assert line["tok_s"] >= line["median_tok_s"] > 0 and line["startup_s"] >= 0
-
-
-def test_bench_throughput_prints_a_table(headwise: Run, mute: Path) -> None:
-    flags = ["--batches", "2", "--tokens", "3", "--repeats", "1", "--max-model-len", "64"]
-    code, out, _ = headwise("bench", "throughput", "--model", str(mute), *flags, *LOCAL)
-    assert code == 0 and "batch" in out and "best" in out and "median" in out
-
-
-def test_bench_prompts_are_the_published_ones() -> None:
-    """Numbers of different engines and versions are only worth comparing on the same tokens."""
-    one, eight, last = prompts(1, 42, 49152), prompts(8, 42, 49152), prompts(32, 42, 49152)[-1]
-    assert [len(one), len(eight)] == [1, 8] and {len(prompt) for prompt in (*one, *eight, last)} == {42}
-    assert one[0][:4] == [48763, 7811, 7464, 42658]
-    assert eight[0][:4] == [11495, 15516, 44495, 3287]
-    assert last[:4] == [45349, 15505, 5875, 13056]
-
-
 # Errors
 
 
@@ -163,22 +130,6 @@ def test_bench_prompts_are_the_published_ones() -> None:
 )
 def test_bad_flags_exit_with_2(headwise: Run, model: Path, flags: list[str], words: str) -> None:
     code, out, err = headwise("generate", "hello", "--model", str(model), *LOCAL, *flags)
-    assert (code, out) == (2, "") and words in err and "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--batches", "1,none"], "--batches='none'"),
-        (["--batches", "0"], "--batches='0'"),
-        (["--batches", ""], "--batches=''"),
-        (["--tokens", "0"], "--tokens"),
-        (["--repeats", "0"], "--repeats"),
-        (["--prompt-tokens", "0"], "--prompt-tokens"),
-    ],
-)
-def test_bad_bench_flags_exit_with_2(headwise: Run, mute: Path, flags: list[str], words: str) -> None:
-    code, out, err = headwise("bench", "throughput", "--model", str(mute), "--max-model-len", "64", *LOCAL, *flags)
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
 
 

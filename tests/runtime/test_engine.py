@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.cluster.group import Progress, ShardGroup
+from headwise.runtime import engine as engine_module
 from headwise.runtime.engine import Delta, Engine
 from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.output import TextStream
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Scheduler
@@ -45,12 +48,15 @@ class Row:
 
 
 class PlainGroup(ShardGroup):
-    """Follows plans as a shard does; a slot of a block remembers the tokens up to the one that was written to it."""
+    """Follows plans as a shard does, as late as it may; a slot of a block remembers the tokens up to the one that was
+    written to it."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.outputs: deque[bytes] = deque()
+        self.plans: deque[bytes] = deque()
+        self.tables: dict[int, list[int]] = {}  # of each row, once the plans in flight are done
+        self.in_use: deque[set[int]] = deque()  # the blocks that each plan in flight works on
         self.next_step = 0
         self.max_in_flight = 0
 
@@ -58,14 +64,22 @@ class PlainGroup(ShardGroup):
         raise NotImplementedError
 
     def submit(self, plan: StepPlan) -> None:
-        self.outputs.append(encode_output(self._step(decode_plan(encode_plan(plan)))))
-        self.max_in_flight = max(self.max_in_flight, len(self.outputs))
+        handed_out = {block for admit in plan.admits for block in admit.block_ids}
+        handed_out |= {block for _, block in plan.appends}
+        assert not handed_out & set().union(*self.in_use), "a step in flight still works on this block"
+        self.tables |= {admit.row: list(admit.block_ids) for admit in plan.admits}
+        for row, block in plan.appends:
+            self.tables[row].append(block)
+        self.in_use.append({block for row, _ in plan.computes for block in self.tables[row]})
+        self.plans.append(encode_plan(plan))
+        self.max_in_flight = max(self.max_in_flight, len(self.plans))
 
     def collect(self) -> StepOutput:
-        return decode_output(self.outputs.popleft())
+        self.in_use.popleft()
+        return decode_output(encode_output(self._step(decode_plan(self.plans.popleft()))))
 
     def call(self, method: str) -> list[Any]:
-        assert not self.outputs
+        assert not self.plans
         return [method]
 
     def close(self) -> None:
@@ -108,11 +122,27 @@ class PlainGroup(ShardGroup):
             row.tokens.append(token)
 
 
+class Letters:
+    """A detokenizer: token 0 is a, 1 is b."""
+
+    def add(self, token_ids: list[int]) -> str:
+        return "".join(chr(ord("a") + token) for token in token_ids)
+
+    def flush(self) -> str:
+        return ""
+
+
 def make_request(
-    name: str, prompt: list[int], max_tokens: int, stop: tuple[int, ...] = (), seed: int = 0, **params: Any
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    stop: tuple[int, ...] = (),
+    seed: int = 0,
+    index: int = 0,
+    **params: Any,
 ) -> Request:
     sampling = RowSampling(seed=seed, stop_token_ids=stop)
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), sampling, max_tokens)
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), sampling, max_tokens, index)
 
 
 def alone(request: Request) -> tuple[list[int], FinishReason]:
@@ -130,35 +160,55 @@ def alone(request: Request) -> tuple[list[int], FinishReason]:
 class Bench:
     """An engine on a PlainGroup, and what its requests got."""
 
-    def __init__(self, blocks: int = 64, rows: int = 8, budget: int = 16, depth: int = 1) -> None:
+    def __init__(
+        self, blocks: int = 64, rows: int = 8, budget: int = 16, depth: int = 1, mixed: int | None = None
+    ) -> None:
         self.pool, self.group = BlockPool(blocks), PlainGroup()
-        self.engine = Engine(self.group, self.pool, Scheduler(self.pool, BLOCK, rows, budget), depth)
+        self.engine = Engine(self.group, self.pool, Scheduler(self.pool, BLOCK, rows, budget, mixed), depth)
+        self.requests: list[Request] = []
         self.got: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
         self.ended: dict[str, FinishReason | None] = {}
 
-    def add(self, request: Request) -> None:
-        self.got[request.key] = []
-        self.engine.add(request, None, self._sink)
+    def add(self, request: Request, stop: tuple[str, ...] | None = None) -> None:
+        """Args: ``stop``: strings that end it; None is without text."""
+        self.requests.append(request)
+        self.got[request.key], self.text[request.key] = [], ""
+        text = None if stop is None else TextStream(Letters(), stop, include_stop=False)  # type: ignore[arg-type]
+        self.engine.add(request, text, self._sink)
 
     def run(self) -> None:
         for _ in range(5000):
             if not self.engine.has_work:
                 return
-            self.engine.step()
+            self.step()
         raise AssertionError(f"still at work: {self.engine.stats()}")
+
+    def step(self) -> None:
+        self.engine.step()
+        self.check_books()
+
+    def check_books(self) -> None:
+        """Every block that is not free is held by one request, and every row by at most one."""
+        self.engine.check_integrity()
+        blocks = [block for request in self.requests for block in request.block_ids]
+        assert len(blocks) == len(set(blocks)) == self.pool.num_blocks - self.pool.num_free
+        rows = [request.row for request in self.requests if request.row >= 0]
+        assert len(rows) == len(set(rows))
 
     def check_idle(self) -> None:
         assert not self.engine.has_work and self.pool.num_free == self.pool.num_blocks
         assert self.engine.stats()["num_running"] == self.engine.stats()["num_waiting"] == 0
-        self.engine.check_integrity()
+        self.check_books()
 
-    def _sink(self, delta: Delta) -> None:
-        key = delta.request.key
-        assert key not in self.ended, "a delta after the last"
-        assert delta.text is None
-        self.got[key] += delta.token_ids
-        if delta.finished:
-            self.ended[key] = delta.request.finish_reason
+    def _sink(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            key = delta.request.key
+            assert key not in self.ended, "a delta after the last"
+            self.got[key] += delta.token_ids
+            self.text[key] += delta.text or ""
+            if delta.finished:
+                self.ended[key] = delta.request.finish_reason
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -166,7 +216,8 @@ class Bench:
 @given(data=st.data())
 def test_every_request_gets_the_tokens_it_would_get_alone(depth: int, data: st.DataObject) -> None:
     blocks = data.draw(st.integers(7, 20), "blocks")
-    bench = Bench(blocks, data.draw(st.integers(1, 5), "rows"), data.draw(st.integers(1, 30), "budget"), depth)
+    rows, budget = data.draw(st.integers(1, 5), "rows"), data.draw(st.integers(1, 30), "budget")
+    bench = Bench(blocks, rows, budget, depth, data.draw(st.integers(1, 30), "mixed"))
     prompt = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14)
     poisoned = st.just([1, POISON, 2])
     stops = st.sets(st.integers(0, VOCAB - 1), max_size=2).map(tuple)
@@ -183,7 +234,8 @@ def test_every_request_gets_the_tokens_it_would_get_alone(depth: int, data: st.D
             name = data.draw(st.sampled_from([key.split("#")[0] for key in bench.got]))
             aborted.add(name)
             bench.engine.abort(name)
-        bench.engine.step()
+            bench.check_books()
+        bench.step()
         if not todo and not bench.engine.has_work:
             break
     bench.check_idle()
@@ -223,19 +275,38 @@ def test_preemption_does_not_change_tokens(depth: int) -> None:
     assert bench.got == {request.key: alone(request)[0] for request in requests}
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_least_that_a_request_needs_is_enough(depth: int, rows: int) -> None:
+    """A row and blocks that a step in flight holds on to are waited for, and none waits for ever."""
+    bench = Bench(blocks=3, rows=rows, depth=depth)
+    free = make_request("free", [1, 2, 3, 4, 5], 7)
+    tokens, _ = alone(free)
+    requests = [make_request(str(i), [1, 2, 3, 4, 5], 7, stop=(tokens[2],)) for i in range(3)]
+    requests.append(free)
+    for request in requests:
+        bench.add(request)
+    bench.run()
+    bench.check_idle()
+    assert bench.got == {request.key: alone(request)[0] for request in requests}
+
+
 def test_abort_while_a_step_is_in_flight() -> None:
     bench = Bench(depth=2)
     leaving, staying = make_request("leaving", [1, 2, 3], 20), make_request("staying", [4, 5], 20)
     bench.add(leaving)
     bench.add(staying)
-    bench.engine.step()
+    bench.step()
     assert leaving.num_in_flight == 1
     bench.engine.abort("leaving")
     bench.engine.abort("leaving")
     bench.engine.abort("nobody")
     assert bench.ended == {"leaving#0": FinishReason.ABORT} and len(bench.got["leaving#0"]) == 1
-    late = make_request("late", [1, 2, 3], 20)  # takes the row and the blocks that the step in flight still writes to
+    assert leaving.row >= 0 and leaving.block_ids, "the step in flight still writes there"
+    late = make_request("late", [1, 2, 3], 20)
     bench.add(late)
+    bench.step()
+    assert leaving.row == -1 and not leaving.block_ids
     bench.run()
     bench.check_idle()
     assert bench.got["staying#0"] == alone(staying)[0] and bench.got["late#0"] == alone(late)[0]
@@ -266,10 +337,29 @@ def test_a_stop_seen_while_the_next_step_is_in_flight_adds_no_token() -> None:
     assert bench.ended["stopped#0"] is FinishReason.STOP
 
 
-def test_min_tokens_keep_a_stop_token_from_ending_the_output() -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_stop_string_seen_while_the_next_step_is_in_flight_adds_no_text(depth: int) -> None:
+    free = make_request("free", [3, 1, 4], 12)
+    tokens, _ = alone(free)
+    text = Letters().add(tokens)
+    stop = text[4:6]
+    at = text.find(stop)
+    bench = Bench(depth=depth)
+    samples = [make_request("a", [3, 1, 4], 12, index=0), make_request("a", [3, 1, 4], 12, seed=1, index=1)]
+    bench.add(samples[0], stop=(stop,))
+    bench.add(samples[1], stop=())
+    bench.run()
+    bench.check_idle()
+    assert (bench.text["a#0"], bench.got["a#0"]) == (text[:at], tokens[: at + 2])
+    assert samples[0].finish_reason is FinishReason.STOP and samples[0].stop_reason == stop
+    assert bench.text["a#1"] == Letters().add(alone(samples[1])[0])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_min_tokens_keep_a_stop_token_from_ending_the_output(depth: int) -> None:
     """The shards do not choose one before; an engine that is given one all the same goes on."""
     tokens, _ = alone(make_request("free", [3, 1, 4], 6))
-    bench = Bench()
+    bench = Bench(depth=depth)
     bench.add(make_request("a", [3, 1, 4], 6, stop=tuple(set(tokens)), min_tokens=4))
     bench.run()
     assert bench.got["a#0"] == tokens[:5]
@@ -290,19 +380,19 @@ def test_calls_to_shards_come_after_the_steps_in_flight() -> None:
     bench = Bench(depth=2)
     request = make_request("a", [1, 2], 8)
     bench.add(request)
-    bench.engine.step()
-    assert bench.group.outputs
+    bench.step()
+    assert bench.group.plans
     assert bench.engine.call_shards("stats") == ["stats"]
     bench.run()
     bench.check_idle()
     assert bench.got["a#0"] == alone(request)[0]
 
 
-def test_an_output_out_of_order_is_refused() -> None:
+def test_an_output_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     bench.add(make_request("a", [1], 8))
-    bench.engine.step()
-    bench.group.outputs.append(encode_output(StepOutput(7)))
+    bench.step()
+    monkeypatch.setattr(bench.group, "collect", lambda: StepOutput(7))
     with pytest.raises(RuntimeError, match="step 7"):
         bench.engine.step()
 
@@ -317,7 +407,7 @@ def test_a_request_that_nothing_can_schedule_is_an_error_and_not_a_hang() -> Non
 def test_stats_count() -> None:
     bench = Bench(blocks=12)
     bench.add(make_request("a", [1, 2, 3], 5))
-    assert bench.engine.stats()["num_waiting"] == 1
+    assert bench.engine.stats()["num_waiting"] == 1 and bench.text["a#0"] == ""
     assert bench.engine.request_ids == {"a"}
     bench.engine.step()
     stats = bench.engine.stats()
@@ -330,3 +420,36 @@ def test_stats_count() -> None:
     assert (stats["num_blocks"], stats["num_free_blocks"], stats["num_preemptions"]) == (12, 11, 0)
     bench.run()
     assert bench.engine.stats()["num_generated_tokens"] == 5 and bench.engine.request_ids == set()
+
+
+class Clock:
+    """Stands for the module ``time``: it goes on only when it is told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = thread_time = perf_counter
+
+    def slow(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.now += seconds
+            return function(*args)
+
+        return call
+
+
+def test_stats_time_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(), Bench()
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(bench.engine._scheduler, "schedule", clock.slow(bench.engine._scheduler.schedule, 1))
+    monkeypatch.setattr(bench.group, "submit", clock.slow(bench.group.submit, 2))
+    monkeypatch.setattr(bench.group, "collect", clock.slow(bench.group.collect, 4))
+    monkeypatch.setattr(bench, "_sink", clock.slow(bench._sink, 8))
+    bench.add(make_request("a", [1, 2, 3], 3))
+    for steps in (1, 2, 3):
+        bench.engine.step()
+        seconds = bench.engine.stats()["engine_seconds"]
+        assert seconds == {"schedule": steps, "submit": 2 * steps, "collect": 4 * steps, "emit": 8 * steps}
+        assert bench.engine.stats()["engine_cpu_seconds"] == 15 * steps

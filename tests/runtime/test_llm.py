@@ -49,9 +49,10 @@ def tokenizer(spoken: Path) -> Tokenizer:
     return loaded
 
 
-@pytest.fixture(scope="module")
-def llm(spoken: Path) -> Any:
-    with LLM(spoken, executor="local", cpus_per_rank=1, kv_memory="16MiB", quiet=True) as llm:
+@pytest.fixture(scope="module", params=[1, 2], ids=["depth1", "depth2"])
+def llm(spoken: Path, request: pytest.FixtureRequest) -> Any:
+    depth = request.param
+    with LLM(spoken, executor="local", cpus_per_rank=1, kv_memory="16MiB", pipeline_depth=depth, quiet=True) as llm:
         yield llm
 
 
@@ -134,8 +135,9 @@ def test_an_llms_seed_makes_it_repeatable(spoken: Path, thread_llm: MakeLLM) -> 
     assert len({tuple(ids) for ids in runs[0]}) == 3
 
 
-def test_max_tokens_none_goes_to_the_models_length(spoken: Path, thread_llm: MakeLLM) -> None:
-    llm = thread_llm(spoken, max_model_len=40)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_max_tokens_none_goes_to_the_models_length(spoken: Path, thread_llm: MakeLLM, depth: int) -> None:
+    llm = thread_llm(spoken, max_model_len=40, pipeline_depth=depth)
     for max_tokens in (None, 39, 40):
         [output] = llm.generate([5] * 10, GREEDY.clone(max_tokens=max_tokens))
         assert len(output.outputs[0].token_ids) == 30 and output.outputs[0].finish_reason == "length"
@@ -353,6 +355,8 @@ def test_stats(llm: LLM) -> None:
     assert after["num_generated_tokens"] - before["num_generated_tokens"] == 12
     assert after["num_steps"] - before["num_steps"] == 12
     assert after["num_free_blocks"] == after["num_blocks"] > 0
+    assert all(after["engine_seconds"][part] > seconds for part, seconds in before["engine_seconds"].items())
+    assert after["engine_cpu_seconds"] > before["engine_cpu_seconds"]
     assert len(after["shard_pids"]) == len(after["kv_bytes_per_rank"]) == 1
     # 2 layers of keys and values, 4 KV heads of 16 float32 for each token of each block.
     assert after["kv_bytes_per_rank"] == [after["num_blocks"] * 16 * 2 * 2 * 4 * 16 * 4]

@@ -40,11 +40,18 @@ def test_greedy_tokens_are_those_of_transformers(
     checkpoint: Callable[..., Path], thread_llm: MakeLLM, shape: str, tied: bool, tp: int
 ) -> None:
     directory = checkpoint(shape, tie_word_embeddings=tied)
-    # 37 tokens a step cut the 100-token prompt in the middle of a block.
-    llm = thread_llm(directory, tensor_parallel_size=tp, max_num_batched_tokens=37)
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-    mixed = [output.outputs[0].token_ids for output in llm.generate(prompts(), params)]
-    assert mixed == expected(directory)
+    for depth in (1, 2):
+        # 37 tokens a step, 13 beside a decode: both cut the 100-token prompt in the middle of a block.
+        llm = thread_llm(
+            directory,
+            tensor_parallel_size=tp,
+            max_num_batched_tokens=37,
+            max_mixed_prefill_tokens=13,
+            pipeline_depth=depth,
+        )
+        mixed = [output.outputs[0].token_ids for output in llm.generate(prompts(), params)]
+        assert mixed == expected(directory)
     alone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts()]
     assert alone == mixed
 
@@ -82,25 +89,26 @@ def test_biases_and_llama3_rope(checkpoint: Callable[..., Path], thread_llm: Mak
     }
     directory = checkpoint("uneven", attention_bias=True, mlp_bias=True, rope_parameters=rope)
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-    for tp in (1, 2, 4):
-        outputs = thread_llm(directory, tensor_parallel_size=tp).generate(prompts(), params)
+    for tp, depth in ((1, 1), (1, 2), (2, 1), (4, 2)):
+        llm = thread_llm(directory, tensor_parallel_size=tp, pipeline_depth=depth)
+        outputs = llm.generate(prompts(), params)
         assert [output.outputs[0].token_ids for output in outputs] == expected(directory)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2), (3, 1)])
 def test_seeded_sampling_depends_on_seed_and_position_only(
-    checkpoint: Callable[..., Path], thread_llm: MakeLLM, tp: int
+    checkpoint: Callable[..., Path], thread_llm: MakeLLM, tp: int, depth: int
 ) -> None:
     directory = checkpoint("uneven")
     params = SamplingParams(temperature=1.2, top_p=0.95, top_k=50, seed=11, max_tokens=40, ignore_eos=True)
     others = SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
     prompt = prompts()[3]
-    alone = thread_llm(directory).generate(prompt, params)[0].outputs[0].token_ids
-    batch = thread_llm(directory, tensor_parallel_size=tp).generate(
+    alone = thread_llm(directory, pipeline_depth=1).generate(prompt, params)[0].outputs[0].token_ids
+    batch = thread_llm(directory, tensor_parallel_size=tp, pipeline_depth=depth).generate(
         [*[prompts()[2]] * 15, prompt], [*[others] * 15, params]
     )
     assert batch[-1].outputs[0].token_ids == alone
-    small = thread_llm(directory, tensor_parallel_size=tp, num_blocks=8, max_model_len=128)
+    small = thread_llm(directory, tensor_parallel_size=tp, num_blocks=8, max_model_len=128, pipeline_depth=depth)
     outputs = small.generate([prompts()[2], prompts()[2], prompt], [others, others, params])
     assert outputs[-1].outputs[0].token_ids == alone
     assert small.stats()["num_preemptions"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.request import FinishReason, Request, RequestState
 from headwise.runtime.sampling_params import SamplingParams
-from headwise.runtime.scheduler import Schedule, Scheduler
+from headwise.runtime.scheduler import Schedule, Scheduled, Scheduler
 from headwise.workers.plan import RowSampling
 
 BLOCK = 4
@@ -21,16 +22,17 @@ def request(name: str, prompt: int, max_tokens: int) -> Request:
     return Request(name, list(range(prompt)), SamplingParams(), RowSampling(), max_tokens)
 
 
-def scheduler(blocks: int = 100, rows: int = 8, budget: int = 16) -> tuple[Scheduler, BlockPool]:
+def scheduler(
+    blocks: int = 100, rows: int = 8, budget: int = 16, mixed: int | None = None
+) -> tuple[Scheduler, BlockPool]:
     pool = BlockPool(blocks)
-    return Scheduler(pool, BLOCK, rows, budget), pool
+    return Scheduler(pool, BLOCK, rows, budget, mixed), pool
 
 
 def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 7) -> None:
     """What the engine does with an output in which every sampling row got ``token``."""
+    scheduler.complete(schedule)
     for entry in schedule.entries:
-        entry.request.num_in_flight -= 1
-        entry.request.num_pending -= entry.samples
         if entry.samples and entry.request.state is not RequestState.FINISHED:
             entry.request.generated.append(token)
             if len(entry.request.generated) == entry.request.max_tokens:
@@ -100,26 +102,125 @@ def test_a_request_with_its_last_token_on_the_way_is_not_computed_further() -> N
     assert sched.schedule() is None
 
 
-def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
-    sched, _ = scheduler(blocks=4, budget=64)
+def test_a_preempted_request_keeps_its_blocks_until_the_steps_in_flight_are_done() -> None:
+    sched, pool = scheduler(blocks=4, budget=64)
     first, second = request("first", 7, 9), request("second", 7, 9)
     sched.add(first)
     sched.add(second)
-    in_flight = deque([sched.schedule(), sched.schedule()])
-    in_flight.append(sched.schedule())  # the first's ninth token wants a third block
+    prefill, decode = sched.schedule(), sched.schedule()
+    row = second.row
+    # The first's ninth token wants a third block: the second must go, but a step in flight still writes to its blocks.
+    assert sched.schedule() is None
     assert second.state is RequestState.WAITING and second.num_in_flight == 2
-    assert sched.schedule() is not None and second.state is RequestState.WAITING
+    finish_step(sched, prefill)
+    assert sched.schedule() is None and pool.num_free == 0 and second.row == row
+    finish_step(sched, decode)
+    assert pool.num_free == 2 and second.row == -1 and len(second.generated) == 2
+    step = sched.schedule()
+    assert counts(step) == {"first": 1} and step.plan.drops == [row] and sched.num_preemptions == 1
+    while first.state is RequestState.RUNNING:
+        finish_step(sched, step)
+        step = sched.schedule()
+    assert counts(step) == {"second": 9} and step.plan.admits[0].token_ids == [*range(7), 7, 7]
+
+
+def test_a_finished_request_keeps_row_and_blocks_until_the_steps_in_flight_are_done() -> None:
+    sched, pool = scheduler(rows=1, blocks=4)
+    first, second = request("first", 3, 9), request("second", 3, 9)
+    sched.add(first)
+    sched.add(second)
+    prefill, decode = sched.schedule(), sched.schedule()
+    finish_step(sched, prefill)
+    sched.finish(first, FinishReason.STOP)
+    sched.finish(first, FinishReason.ABORT)
+    assert first.finish_reason is FinishReason.STOP
+    assert sched.schedule() is None and first.row == 0 and pool.num_free == 3
+    finish_step(sched, decode)
+    assert first.generated == [7] and first.row == -1 and pool.num_free == 4
+    step = sched.schedule()
+    assert counts(step) == {"second": 3} and step.plan.drops == [0]
+
+
+def test_a_preempted_request_that_ends_before_it_comes_back() -> None:
+    sched, pool = scheduler(blocks=4, budget=64)
+    first, second = request("first", 7, 9), request("second", 7, 9)
+    sched.add(first)
+    sched.add(second)
+    in_flight = [sched.schedule(), sched.schedule()]
+    assert sched.schedule() is None and second.state is RequestState.WAITING
+    sched.finish(second, FinishReason.ABORT)
+    assert not sched.waiting and pool.num_free == 0
     for step in in_flight:
         finish_step(sched, step)
-    assert second.num_in_flight == 0 and len(second.generated) == 2
+    assert second.row == -1 and second.generated == [] and pool.num_free == 2
+    assert counts(sched.schedule()) == {"first": 1}
+
+
+def test_one_is_preempted_for_each_that_lacks_a_block_and_no_more() -> None:
+    """Blocks that will be free once the steps in flight are done count as free, or all would be preempted for one."""
+    sched, pool = scheduler(blocks=8, budget=64)
+    requests = [request(name, 7, 9) for name in "abcd"]
+    for r in requests:
+        sched.add(r)
+    in_flight = deque([sched.schedule(), sched.schedule()])
+    for _ in range(3):
+        assert sched.schedule() is None
+    assert [r.state is RequestState.RUNNING for r in requests] == [True, True, True, False]
+    while in_flight:
+        finish_step(sched, in_flight.popleft())
+    assert counts(sched.schedule()) == {"a": 1, "b": 1}
+    pool.check_integrity()
+
+
+def test_a_step_that_decodes_computes_few_prompt_tokens() -> None:
+    sched, _ = scheduler(budget=16, mixed=5)
+    short = request("short", 5, 4)
+    sched.add(short)
+    finish_step(sched, sched.schedule())
+    for name in ("one", "two"):
+        sched.add(request(name, 12, 9))
+    found = []
+    while short.state is RequestState.RUNNING:
+        step = sched.schedule()
+        found.append(counts(step))
+        finish_step(sched, step)
+    # The oldest prompt first: it gets on in every step.
+    assert found == [{"short": 1, "one": 5}, {"short": 1, "one": 5}, {"short": 1, "one": 2, "two": 3}]
+    step = sched.schedule()
+    assert counts(step) == {"one": 1, "two": 5}
+    finish_step(sched, step)
+
+
+def test_a_step_without_decodes_uses_the_whole_budget() -> None:
+    sched, _ = scheduler(budget=16, mixed=1)
+    for name in ("one", "two"):
+        sched.add(request(name, 12, 9))
+    assert counts(sched.schedule()) == {"one": 12, "two": 4}
+
+
+def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
+    sched, _ = scheduler(rows=8, budget=3, mixed=2)
+    requests = [request(str(i), 2, 100) for i in range(5)]
+    late = request("late", 6, 1)
+    for r in [*requests, late]:
+        sched.add(r)
+    sched.finish(requests[4], FinishReason.ABORT)
+    for _ in range(100):
+        finish_step(sched, sched.schedule())
+    assert [len(r.generated) > 90 for r in requests] == [True, True, True, False, False]
+    for r in requests[:2]:
+        sched.finish(r, FinishReason.ABORT)
+    for _ in range(10):
+        finish_step(sched, sched.schedule())
+    assert late.state is RequestState.FINISHED
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_everything_is_computed_once_and_everything_is_given_back(depth: int, data: st.DataObject) -> None:
-    blocks, budget = data.draw(st.integers(6, 20)), data.draw(st.integers(1, 30))
-    sched, pool = scheduler(blocks, rows=data.draw(st.integers(1, 5)), budget=budget)
+    blocks, budget, mixed = data.draw(st.integers(6, 20)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    sched, pool = scheduler(blocks, data.draw(st.integers(1, 5)), budget, mixed)
     lengths = st.tuples(st.integers(1, 12), st.integers(1, 12))
     todo = [request(str(i), *lengths_i) for i, lengths_i in enumerate(data.draw(st.lists(lengths, max_size=8)))]
     requests = list(todo)
@@ -132,7 +233,7 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
         if running and data.draw(st.integers(0, 9)) == 0:
             sched.finish(data.draw(st.sampled_from(running)), FinishReason.ABORT)
         while len(in_flight) < depth and (step := sched.schedule()) is not None:
-            _check_plan(step, shard_computed, budget)
+            _check_plan(step, shard_computed, budget, mixed)
             in_flight.append(step)
         pool.check_integrity()
         if in_flight:
@@ -143,7 +244,11 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
     assert pool.num_free == blocks
 
 
-def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int) -> None:
+def _parts(step: Schedule) -> Iterator[tuple[Scheduled, tuple[int, int]]]:
+    return zip(step.entries, step.plan.computes, strict=True)
+
+
+def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mixed: int) -> None:
     """Follows a plan as a shard would: it must never skip a token, nor compute one without a block."""
     assert 0 < sum(n for _, n in step.plan.computes) <= budget
     for row in step.plan.drops:
@@ -151,7 +256,11 @@ def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int) -> 
     for admit in step.plan.admits:
         assert admit.row not in shard_computed
         shard_computed[admit.row] = admit.num_computed
-    for entry, (row, count) in zip(step.entries, step.plan.computes, strict=True):
+    if any(
+        e.samples and n == 1 and shard_computed[e.row] >= len(e.request.prompt_token_ids) for e, (_, n) in _parts(step)
+    ):
+        assert sum(n for _, n in step.plan.computes if n > 1) <= mixed
+    for entry, (row, count) in _parts(step):
         shard_computed[row] += count
         assert row == entry.row == entry.request.row
         assert shard_computed[row] == entry.request.num_computed <= BLOCK * len(entry.request.block_ids)

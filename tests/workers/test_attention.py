@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -246,24 +244,6 @@ def test_exp2_is_right_to_a_few_ulp() -> None:
     assert np.abs((got - exact) / ulp).max() < 2
     assert exp2(np.float32(0)) == 1 and np.isnan(exp2(np.float32(NAN)))
     assert 0 <= exp2(np.float32(-1e30)) < 1e-37 and 0 <= exp2(np.float32("-inf")) < 1e-37
-
-
-def test_kernels_are_found_on_disk_by_the_next_process() -> None:
-    case = Case([(1, 20)], (0, 1), 8)
-    case.run(case.backend("cpu"))
-    code = (
-        "import numpy, torch\n"
-        "from headwise.workers.attention import AttentionBatch, cpu_kernels, create_backend\n"
-        "from headwise.workers.kv_cache import KVCache\n"
-        "one, x = torch.ones(1, dtype=torch.int32), torch.ones(1, 1, 8)\n"
-        "batch = AttentionBatch(torch.arange(2, dtype=torch.int32), one, one[None] - 1, one.long() - 1, 1, 1)\n"
-        "backend = create_backend('cpu', KVCache(1, 1, 1, 16, 8, torch.float32, 'cpu', True), (0, 1), 1.0)\n"
-        "backend.write(0, x, x, batch)\n"
-        "assert torch.equal(backend.attend(0, x, batch), x)\n"
-        "for kernel in (cpu_kernels.write, cpu_kernels.attend_serial):\n"
-        "    assert kernel.stats.cache_hits and not kernel.stats.cache_misses, kernel.stats\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from headwise.workers import collectives
 from headwise.workers.attention import AttentionBatch, create_backend, transposed_keys
 from headwise.workers.checkpoint import load_shard
 from headwise.workers.collectives import Collectives, Solo
-from headwise.workers.cpu import CpuLlama
+from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.kv_cache import KVCache
 from headwise.workers.llama import Llama
 from headwise.workers.model import StepInput

@@ -16,10 +16,9 @@ from torch import Tensor
 from headwise.workers.attention import cpu_kernels as kernels
 from headwise.workers.attention.base import AttentionBackend, AttentionBatch
 from headwise.workers.attention.cpu_plan import RUN_KEYS, StepItems, cut_step, rows_of_item
+from headwise.workers.cpu.team import team_bytes
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv_cache import KVCache
-
-_PARALLEL_WRITE_FLOATS = 65_536
 
 # A launch between torch's linears costs about 10 us with OpenMP, 80 us with Numba's own work queue.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
@@ -29,15 +28,12 @@ _launch = threading.Lock()
 
 class KernelInputs(NamedTuple):
     """The arguments of cpu_kernels.py for a step: its items, tables, q_starts and sizes, the tokens' slots, the scale
-    for powers of 2, the number of parts, and the addresses of scratch (bytes a thread) and parts."""
+    for powers of 2, and the memory."""
 
     arrays: tuple[Any, Any, Any, Any]
     slots_T: NDArray[np.int64]
     scale: np.float32
-    num_parts: int
-    scratch: int
-    scratch_bytes: int
-    parts: int
+    memory: tuple[int, int, int, int]
 
 
 class CpuAttention(AttentionBackend):
@@ -68,12 +64,13 @@ class CpuAttention(AttentionBackend):
         o_stride = q_starts[-1] * cache.head_dim
         sizes = (cache.num_kv_heads, cache.block_size, cache.head_dim, o_stride, self._max_rows, cache.num_blocks)
         self._sizes = np.array(sizes, dtype=np.int64)
-        self._strided_sizes = self._sizes.copy()
         # The kernels compute 2 ** x, so the queries carry the logarithm.
         self._scale = np.float32(scale * math.log2(math.e))
         self._scratch_bytes = 4 * kernels.scratch_floats(self._max_rows, cache.head_dim)
-        self._scratch = torch.zeros(self.num_threads * self._scratch_bytes + 128, dtype=torch.uint8)
+        scratch_bytes = self.num_threads * self._scratch_bytes
+        self._scratch = torch.zeros(scratch_bytes + team_bytes(self.num_threads) + 64, dtype=torch.uint8)
         self._scratch_address = -(-self._scratch.data_ptr() // 64) * 64
+        self._team_address = self._scratch_address + scratch_bytes
         self._parts = torch.empty(0)
         self._step: StepItems | None = None
         self.layers = [
@@ -94,36 +91,34 @@ class CpuAttention(AttentionBackend):
         slots_T, limit = step.slots_T, self.cache.num_blocks * self.cache.block_size
         if len(slots_T) and not 0 <= slots_T.min() <= slots_T.max() < limit:
             raise InvalidValueError("slots_T", slots_T.tolist(), f"must be in [0, {limit - 1}]")
-        if self._strided_sizes[3] != o_stride:
-            self._strided_sizes[3] = o_stride
-        arrays = (step.items, step.tables_BN, self._q_starts, self._strided_sizes)
-        scratch = (self._scratch_address, self._scratch_bytes, self._parts.data_ptr())
-        return KernelInputs(arrays, slots_T, self._scale, step.num_parts, *scratch)
+        sizes = self._sizes.copy()
+        sizes[3] = o_stride
+        arrays = (step.items, step.tables_BN, self._q_starts, sizes)
+        memory = (self._scratch_address, self._scratch_bytes, self._parts.data_ptr(), step.num_parts)
+        return KernelInputs(arrays, slots_T, self._scale, memory)
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, batch: AttentionBatch) -> None:
-        slots_T = self._items_of(batch).slots_T
-        shape = (len(slots_T), self.cache.num_kv_heads, self.cache.head_dim)
+        inputs = self.kernel_inputs(batch, self._sizes[3])
+        shape = (len(inputs.slots_T), self.cache.num_kv_heads, self.cache.head_dim)
         k, v = _strided("k_TKD", k_TKD, shape), _strided("v_TKD", v_TKD, shape)
-        if self.num_threads == 1 or k_TKD.numel() < _PARALLEL_WRITE_FLOATS:
-            bad = kernels.write(slots_T, self._sizes, 0, len(slots_T), k, v, self.layers[layer])
-        else:
-            with self.threads():
-                bad = kernels.write_parallel(slots_T, self._sizes, self.num_threads, k, v, self.layers[layer])
-        if bad:
-            limit = f"{bad} are not in [0, {self.cache.num_blocks * self.cache.block_size - 1}]"
-            raise InvalidValueError("slots_T", slots_T.tolist(), limit)
+        kernels.write_tokens(inputs.slots_T, self._sizes, k, v, self.layers[layer])
 
     def attend(self, layer: int, q_THD: Tensor, batch: AttentionBatch) -> Tensor:
-        step = self._items_of(batch)
-        q = _strided("q_THD", q_THD, (len(step.slots_T), self.q_starts[-1], self.cache.head_dim))
+        inputs = self.kernel_inputs(batch, self._sizes[3])
+        q = _strided("q_THD", q_THD, (len(inputs.slots_T), self.q_starts[-1], self.cache.head_dim))
         o_THD = torch.empty(q_THD.shape, dtype=torch.float32)
-        sources = (step.items, step.tables_BN, self._q_starts, self._sizes, q, self.layers[layer], self._scale)
-        targets = (o_THD.data_ptr(), self._scratch_address, self._parts.data_ptr())
-        if step.parallel:
-            with self.threads():
-                kernels.attend_parallel(*sources, *targets, self.num_threads, self._scratch_bytes)
-        else:
-            kernels.attend_serial(*sources, *targets)
+        run = kernels.attend_in_threads if self.num_threads > 1 else kernels.attend_alone
+        with self.threads():
+            run(
+                inputs.arrays,
+                q,
+                self.layers[layer],
+                inputs.scale,
+                o_THD.data_ptr(),
+                inputs.memory,
+                self._team_address,
+                self.num_threads,
+            )
         return o_THD
 
     def _items_of(self, batch: AttentionBatch) -> StepItems:

@@ -3,12 +3,13 @@
 The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and combining its
 parts is Flash-Decoding (Dao et al., 2023). Arguments that many kernels share:
 
-    items, tables, q_starts: see cpu_plan.py.
+    items, tables, q_starts: see cpu_plan.py; with sizes they are the ``arrays``.
     sizes: int64 [KV heads, block size, head dim, token stride of o, query rows of an item at most, blocks].
     q, k, v: (address, token stride, head stride) of a step's queries, keys and values.
     layer: the addresses of a layer's keys and values in the cache.
     scratch: the address of scratch_floats() floats for a thread, aligned to 64 bytes.
-    parts: the address of part_floats() floats for each part.
+    parts: the address of part_floats() floats for each part; with scratch, its bytes a thread and the number of parts
+        the ``memory``.
 
 Addresses are bytes; strides and offsets count floats.
 """
@@ -36,7 +37,10 @@ from headwise.workers.attention.cpu_plan import (
     TILE_KEYS,
     TILE_RUNS,
 )
+from headwise.workers.cpu.pointwise_simd import copy, scatter
+from headwise.workers.cpu.team import barrier, clear, join, next_job
 from headwise.workers.kernel_cache import kernel
+from headwise.workers.native import load_float, store_float, store_int
 
 _ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
 _RUNS_BYTES = _ADDRESS_BYTES * TILE_RUNS
@@ -52,71 +56,56 @@ def part_floats(max_rows: int, head_dim: int) -> int:
     return max_rows * (head_dim + 2)
 
 
-def _write(slots: Any, sizes: Any, first: int, last: int, k: Any, v: Any, layer: Any) -> int:
-    """Put tokens [first, last) at their slots; returns how many slots are not in the cache, which are skipped."""
-    heads, block_size, head_dim, num_blocks = sizes[0], sizes[1], sizes[2], sizes[5]
-    bad = 0
-    for token in range(first, last):
-        slot = slots[token]
-        if slot < 0 or slot >= num_blocks * block_size:
-            bad += 1
-            continue
-        block = slot // block_size
-        offset = slot - block * block_size
-        for head in range(heads):
-            base = (block * heads + head) * block_size * head_dim
-            from_k, to_k = k[1] * token + k[2] * head, base + offset
-            from_v, to_v = v[1] * token + v[2] * head, base + offset * head_dim
-            for d in range(head_dim):
-                simd.store_float(layer[0], to_k + d * block_size, simd.load_float(k[0], from_k + d))
-            for d in range(head_dim):
-                simd.store_float(layer[1], to_v + d, simd.load_float(v[0], from_v + d))
-    return bad
+def _write_token(k: int, v: int, slot: int, sizes: Any, layer: Any, k_stride: int, v_stride: int) -> None:
+    """Put one token's keys and values, whose heads are a stride apart, at its slot."""
+    heads, block_size, head_dim = sizes[0], sizes[1], sizes[2]
+    block = slot // block_size
+    offset = slot - block * block_size
+    for head in range(heads):
+        base = (block * heads + head) * block_size * head_dim
+        key, value = k + _FLOAT_BYTES * head * k_stride, v + _FLOAT_BYTES * head * v_stride
+        scatter(key, layer[0] + _FLOAT_BYTES * (base + offset), block_size, head_dim)
+        copy(value, layer[1] + _FLOAT_BYTES * (base + offset * head_dim), head_dim)
 
 
-def _write_parallel(slots: Any, sizes: Any, threads: int, k: Any, v: Any, layer: Any) -> int:
-    tokens = len(slots)
-    bad = 0
-    for thread in numba.prange(threads):
-        bad += write(slots, sizes, tokens * thread // threads, tokens * (thread + 1) // threads, k, v, layer)
-    return bad
+def _write_tokens(slots: Any, sizes: Any, k: Any, v: Any, layer: Any) -> None:
+    """Put a step's keys and values at their slots, in one thread."""
+    for t in range(len(slots)):
+        key, value = k[0] + _FLOAT_BYTES * k[1] * t, v[0] + _FLOAT_BYTES * v[1] * t
+        write_token(key, value, slots[t], sizes, layer, k[2], v[2])
 
 
-def _attend_serial(
-    items: Any, tables: Any, q_starts: Any, sizes: Any, q: Any, layer: Any, scale: Any, o: int, scratch: int, parts: int
+def _attend(team: Any, arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any) -> None:
+    """One or two stages of a team: its members attend for the items, longest first, then combine parts."""
+    items, tables, q_starts, sizes = arrays
+    scratch, scratch_bytes, parts, num_parts = memory
+    own = scratch + team.member * scratch_bytes
+    last, done = len(items) - 1, 0
+    i = next_job(team, len(items), 0)
+    while i >= 0:
+        done += 1
+        after = next_job(team, len(items), done)
+        next_item = items[after if after >= 0 else last]
+        attend_item(items[i], next_item, tables, q_starts, sizes, q, layer, scale, o, own, parts)
+        i = after
+    barrier(team)
+    if num_parts > 0:
+        combine_parts(items, q_starts, sizes, o, parts, team.member, team.size)
+        barrier(team)
+
+
+def _attend_alone(arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any, address: int, threads: int) -> None:
+    team = join(address, threads)
+    if team.member >= 0:
+        attend(team, arrays, q, layer, scale, o, memory)
+
+
+def _attend_in_threads(
+    arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any, address: int, threads: int
 ) -> None:
-    last = len(items) - 1
-    for i in range(len(items)):
-        attend_item(items[i], items[min(i + 1, last)], tables, q_starts, sizes, q, layer, scale, o, scratch, parts)
-    combine_parts(items, q_starts, sizes, o, parts, 0, 1)
-
-
-def _attend_parallel(
-    items: Any,
-    tables: Any,
-    q_starts: Any,
-    sizes: Any,
-    q: Any,
-    layer: Any,
-    scale: Any,
-    o: int,
-    scratch: int,
-    parts: int,
-    threads: int,
-    scratch_bytes: int,
-) -> None:
-    """Threads take items by a counter, kept behind their scratch, so that a slow thread does not hold up the rest."""
-    counter = scratch + threads * scratch_bytes
-    simd.store_address(counter, 0, 0)
-    last = len(items) - 1
-    for thread in numba.prange(threads):
-        own = scratch + thread * scratch_bytes
-        i = simd.take_ticket(counter)
-        while i <= last:
-            after = simd.take_ticket(counter)
-            attend_item(items[i], items[min(after, last)], tables, q_starts, sizes, q, layer, scale, o, own, parts)
-            i = after
-    combine_parts(items, q_starts, sizes, o, parts, 0, 1)
+    clear(address, threads)
+    for _ in numba.prange(threads):
+        attend_alone(arrays, q, layer, scale, o, memory, address, threads)
 
 
 def _attend_item(
@@ -146,11 +135,11 @@ def _attend_item(
 
     pack_queries(item, q_starts, head_dim, q, scale, packed)
     for m in range(num_rows):
-        simd.store_float(highest, m, np.float32(-np.inf))
+        store_float(highest, m, np.float32(-np.inf))
     for i in range(num_rows * _LANES):
-        simd.store_float(total, i, np.float32(0.0))
+        store_float(total, i, np.float32(0.0))
     for i in range(num_rows * head_dim):
-        simd.store_float(output, i, np.float32(0.0))
+        store_float(output, i, np.float32(0.0))
     locate_runs(item, item[KEY_START], tables, sizes, layer, next_runs)
     for key in range(item[KEY_START], item[KEY_END], TILE_KEYS):
         runs, next_runs = next_runs, runs
@@ -173,7 +162,7 @@ def _pack_queries(item: Any, q_starts: Any, head_dim: int, q: Any, scale: Any, p
             rows = min(CHUNK_ROWS, num_rows - chunk)
             source, target = q[1] * token + q[2] * head, chunk * head_dim + m - chunk
             for d in range(head_dim):
-                simd.store_float(packed, target + d * rows, simd.load_float(q[0], source + d) * scale)
+                store_float(packed, target + d * rows, load_float(q[0], source + d) * scale)
             m += 1
 
 
@@ -187,8 +176,8 @@ def _locate_runs(item: Any, key: int, tables: Any, sizes: Any, layer: Any, runs:
         block = at // block_size
         offset = at - block * block_size
         base = (tables[item[ROW], block] * heads + item[KV_HEAD]) * block_size * head_dim
-        simd.store_address(runs, run, layer[0] + _FLOAT_BYTES * (base + offset))
-        simd.store_address(runs, TILE_RUNS + run, layer[1] + _FLOAT_BYTES * (base + offset * head_dim))
+        store_int(runs, run, layer[0] + _FLOAT_BYTES * (base + offset))
+        store_int(runs, TILE_RUNS + run, layer[1] + _FLOAT_BYTES * (base + offset * head_dim))
 
 
 def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next_runs: int, state: Any) -> None:
@@ -233,16 +222,16 @@ def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, par
         for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
             weight = np.float32(0.0)
             for lane in range(_LANES):
-                weight += simd.load_float(total, m * _LANES + lane)
+                weight += load_float(total, m * _LANES + lane)
             if item[PART] < 0:
                 target = token * o_stride + head * head_dim
                 for d in range(head_dim):
-                    simd.store_float(o, target + d, simd.load_float(output, m * head_dim + d) / weight)
+                    store_float(o, target + d, load_float(output, m * head_dim + d) / weight)
             else:
                 for d in range(m * head_dim, (m + 1) * head_dim):
-                    simd.store_float(part, d, simd.load_float(output, d))
-                simd.store_float(part, max_rows * head_dim + m, simd.load_float(highest, m))
-                simd.store_float(part, max_rows * (head_dim + 1) + m, weight)
+                    store_float(part, d, load_float(output, d))
+                store_float(part, max_rows * head_dim + m, load_float(highest, m))
+                store_float(part, max_rows * (head_dim + 1) + m, weight)
             m += 1
 
 
@@ -265,23 +254,24 @@ def _combine_parts(items: Any, q_starts: Any, sizes: Any, o: int, parts: int, me
 def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int, max_rows: int, o: int) -> None:
     highest, total = np.float32(-np.inf), np.float32(0.0)
     for part in range(num_parts):
-        highest = max(highest, simd.load_float(first + part * stride, max_rows * head_dim + m))
+        highest = max(highest, load_float(first + part * stride, max_rows * head_dim + m))
     for d in range(head_dim):
-        simd.store_float(o, d, np.float32(0.0))
+        store_float(o, d, np.float32(0.0))
     for part in range(num_parts):
         base = first + part * stride
-        factor = simd.exp2_of(simd.load_float(base, max_rows * head_dim + m) - highest)
-        total += factor * simd.load_float(base, max_rows * (head_dim + 1) + m)
+        factor = simd.exp2_of(load_float(base, max_rows * head_dim + m) - highest)
+        total += factor * load_float(base, max_rows * (head_dim + 1) + m)
         for d in range(head_dim):
-            simd.store_float(o, d, simd.load_float(o, d) + factor * simd.load_float(base, m * head_dim + d))
+            store_float(o, d, load_float(o, d) + factor * load_float(base, m * head_dim + d))
     for d in range(head_dim):
-        simd.store_float(o, d, simd.load_float(o, d) / total)
+        store_float(o, d, load_float(o, d) / total)
 
 
-write = kernel(_write)
-write_parallel = kernel(_write_parallel, parallel=True)
-attend_serial = kernel(_attend_serial)
-attend_parallel = kernel(_attend_parallel, parallel=True)
+write_token = kernel(_write_token)
+write_tokens = kernel(_write_tokens)
+attend = kernel(_attend)
+attend_alone = kernel(_attend_alone)
+attend_in_threads = kernel(_attend_in_threads, parallel=True)
 attend_item = kernel(_attend_item)
 pack_queries = kernel(_pack_queries)
 locate_runs = kernel(_locate_runs)

@@ -164,27 +164,7 @@ def _emit_softmax_row(builder: Any, s: Any, limit: Any, highest: Any, total: Any
     store(builder, fma(builder, load(builder, pointer, V16), splat(builder, factor), added), pointer)
 
 
-def _emit_take_ticket(builder: Any, counter: Any) -> Any:
-    return builder.atomic_rmw("add", at(builder, counter, 0, 8), I64(1), "seq_cst")
-
-
-def _emit_load(builder: Any, address: Any, offset: Any) -> Any:
-    return load(builder, at(builder, address, offset))
-
-
-def _emit_store(builder: Any, address: Any, offset: Any, value: Any) -> None:
-    store(builder, value, at(builder, address, offset))
-
-
-def _emit_store_address(builder: Any, address: Any, offset: Any, value: Any) -> None:
-    store(builder, value, at(builder, address, offset, 8))
-
-
 exp2_of = define(exp2, (FLOAT,), FLOAT)
-load_float = define(_emit_load, (INT, INT), FLOAT)
-store_float = define(_emit_store, (INT, INT, FLOAT))
-store_address = define(_emit_store_address, (INT, INT, INT))
-take_ticket = define(_emit_take_ticket, (INT,), INT)
 scores = define(_emit_scores, (INT,) * 7)
 softmax_row = define(_emit_softmax_row, (INT,) * 5)
 add_values = define(_emit_add_values, (INT,) * 10)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from headwise.workers.attention import cpu_kernels
+from headwise.workers.attention.cpu_kernels import attend, write_token
 from headwise.workers.cpu.linear import multiply
-from headwise.workers.cpu.pointwise_simd import add_norm, copy, scatter, turn
-from headwise.workers.cpu.team import barrier, clear, join, lap, next_job
+from headwise.workers.cpu.pointwise_simd import add_norm, copy, turn
+from headwise.workers.cpu.team import barrier, clear, join, lap
 from headwise.workers.kernel_cache import kernel
 from headwise.workers.native import load_int, store_float
 
@@ -76,7 +76,6 @@ class Buffers(NamedTuple):
     logits: int
     scratch: int
     scratch_bytes: int
-    parts: int
     team: int
 
 
@@ -86,13 +85,11 @@ class Step(NamedTuple):
     Attributes:
         threads: most members of its team.
         tokens: rows of the buffers that it uses.
-        num_parts: of attention, see cpu_plan.py.
         eps: of the norms.  scale: of attention's scores, for powers of 2.
     """
 
     threads: int
     tokens: int
-    num_parts: int
     eps: Any
     scale: Any
 
@@ -126,9 +123,7 @@ def _norm(team: Any, shape: Any, buffers: Any, rows: int, weight: int, eps: Any)
     lap(team, buffers.times, _NORM)
 
 
-def _write(
-    team: Any, shape: Any, buffers: Any, positions: Any, slots: Any, block_size: int, keys: int, values: int
-) -> None:
+def _write(team: Any, shape: Any, buffers: Any, positions: Any, slots: Any, sizes: Any, layer: Any) -> None:
     """Turn queries and keys to their positions and put keys and values into the cache."""
     head_dim, heads, kv_heads = shape.head_dim, shape.heads, shape.kv_heads
     half, head_bytes, tokens = head_dim // 2, 4 * head_dim, len(slots)
@@ -137,50 +132,14 @@ def _write(
         angles = positions[t] * 4 * half
         for head in range(heads + kv_heads):
             turn(row + head * head_bytes, buffers.cos + angles, buffers.sin + angles, half)
-        block = slots[t] // block_size
-        offset = slots[t] - block * block_size
-        for head in range(kv_heads):
-            base = (block * kv_heads + head) * block_size * head_dim
-            key = row + (heads + head) * head_bytes
-            scatter(key, keys + 4 * (base + offset), block_size, head_dim)
-            copy(key + kv_heads * head_bytes, values + 4 * (base + offset * head_dim), head_dim)
+        key, value = row + heads * head_bytes, row + (heads + kv_heads) * head_bytes
+        write_token(key, value, slots[t], sizes, layer, head_dim, head_dim)
     barrier(team)
     lap(team, buffers.times, _WRITE)
 
 
-def _attend(team: Any, shape: Any, buffers: Any, step: Any, layer: Any, attention: Any) -> None:
-    items, tables, q_starts, sizes = attention
-    q = (buffers.qkv, shape.qkv_width, shape.head_dim)
-    scratch = buffers.scratch + team.member * buffers.scratch_bytes
-    last = len(items) - 1
-    done = 0
-    item = next_job(team, len(items), 0)
-    while item >= 0:
-        done += 1
-        after = next_job(team, len(items), done)
-        cpu_kernels.attend_item(
-            items[item],
-            items[after if after >= 0 else last],
-            tables,
-            q_starts,
-            sizes,
-            q,
-            layer,
-            step.scale,
-            buffers.attn,
-            scratch,
-            buffers.parts,
-        )
-        item = after
-    barrier(team)
-    if step.num_parts > 0:
-        cpu_kernels.combine_parts(items, q_starts, sizes, buffers.attn, buffers.parts, team.member, team.size)
-        barrier(team)
-    lap(team, buffers.times, _ATTENTION)
-
-
 def _attention_half(
-    team: Any, shape: Any, buffers: Any, step: Any, layer: int, positions: Any, slots: Any, attention: Any
+    team: Any, shape: Any, buffers: Any, step: Any, layer: int, positions: Any, slots: Any, arrays: Any, memory: Any
 ) -> None:
     norm(team, shape, buffers, step.tokens, load_int(layer, _ATTN_NORM), step.eps)
     multiply(
@@ -194,9 +153,11 @@ def _attention_half(
     )
     barrier(team)
     lap(team, buffers.times, _QKV)
-    keys, values = load_int(layer, _KEYS), load_int(layer, _VALUES)
-    write(team, shape, buffers, positions, slots, attention[3][1], keys, values)
-    attend(team, shape, buffers, step, (keys, values), attention)
+    kv = (load_int(layer, _KEYS), load_int(layer, _VALUES))
+    write(team, shape, buffers, positions, slots, arrays[3], kv)
+    q = (buffers.qkv, shape.qkv_width, shape.head_dim)
+    attend(team, arrays, q, kv, step.scale, buffers.attn, memory)
+    lap(team, buffers.times, _ATTENTION)
     multiply(
         load_int(layer, _O_AT),
         buffers.attn,
@@ -267,7 +228,8 @@ def _run_member(
     positions: Any,
     slots: Any,
     wanted: Any,
-    attention: Any,
+    arrays: Any,
+    memory: Any,
 ) -> None:
     team = join(buffers.team, step.threads)
     if team.member < 0:
@@ -280,7 +242,7 @@ def _run_member(
         elif phase == 2 * shape.num_layers + 1:
             head(team, shape, buffers, step, wanted)
         elif phase % 2 == 1:
-            attention_half(team, shape, buffers, step, layer, positions, slots, attention)
+            attention_half(team, shape, buffers, step, layer, positions, slots, arrays, memory)
         else:
             mlp_half(team, shape, buffers, step, layer)
 
@@ -295,18 +257,18 @@ def _run_parallel(
     positions: Any,
     slots: Any,
     wanted: Any,
-    attention: Any,
+    arrays: Any,
+    memory: Any,
 ) -> None:
     clear(buffers.team, step.threads)
     for _ in numba.prange(step.threads):
-        run_member(first, last, shape, buffers, step, token_ids, positions, slots, wanted, attention)
+        run_member(first, last, shape, buffers, step, token_ids, positions, slots, wanted, arrays, memory)
 
 
 fill = kernel(_fill_zeros)
 embed = kernel(_embed)
 norm = kernel(_norm)
 write = kernel(_write)
-attend = kernel(_attend)
 attention_half = kernel(_attention_half)
 mlp_half = kernel(_mlp_half)
 head = kernel(_head)

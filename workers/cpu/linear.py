@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.cpu.linear_simd import PANEL, TILE_ROWS, gate, tile
-from headwise.workers.cpu.team import join, next_job, team_bytes
+from headwise.workers.cpu.team import barrier, join, next_job, team_bytes
 from headwise.workers.kernel_cache import kernel
 from headwise.workers.native import load_int
 
@@ -57,14 +58,22 @@ class PackedLinear:
 
     def __call__(self, x_TI: Tensor, num_threads: int = 1) -> Tensor:
         """``[T, depth]`` contiguous to ``[T, width]``, float32; a step calls :data:`multiply` instead."""
-        y_TO = aligned_zeros(len(x_TI) * self.width)
-        # A gated product's tile, a line for each thread, then the team.
-        scratch_bytes = 4 * TILE_ROWS * PANEL
-        memory = aligned_zeros((num_threads * scratch_bytes + team_bytes(num_threads)) // 4)
-        run = _run_parallel if num_threads > 1 else _run_member
-        places = (x_TI.data_ptr(), len(x_TI), y_TO.ctypes.data, self.width)
-        run(self.address, *places, memory.ctypes.data, scratch_bytes, num_threads)
-        return torch.from_numpy(y_TO).view(len(x_TI), self.width)
+        y_TO = torch.empty(len(x_TI), self.width)
+        multiply_all([self], [x_TI], [y_TO], num_threads)
+        return y_TO
+
+
+def multiply_all(
+    linears: Sequence[PackedLinear], inputs: Sequence[Tensor], outputs: Sequence[Tensor], num_threads: int
+) -> None:
+    """One product after the other as a step does them, in one call: ``[T, depth]`` each into ``[T, width]``."""
+    # A tile of a gated product for each thread, then the team.
+    scratch_bytes = 4 * TILE_ROWS * PANEL
+    memory = aligned_zeros((num_threads * scratch_bytes + team_bytes(num_threads)) // 4)
+    triples = zip(linears, inputs, outputs, strict=True)
+    calls = [(linear.address, x.data_ptr(), len(x), y.data_ptr(), linear.width) for linear, x, y in triples]
+    run = _run_parallel if num_threads > 1 else _run_member
+    run(np.array(calls, np.int64), memory.ctypes.data, scratch_bytes, num_threads)
 
 
 def padded(count: int) -> int:
@@ -129,22 +138,21 @@ def _multiply_panel(linear: int, panel: int, x: int, rows: int, out: int, out_st
             gate(last - first, scratch, out + 4 * first * out_stride, out_stride)
 
 
-def _multiply_alone(
-    linear: int, x: int, rows: int, out: int, out_stride: int, memory: int, scratch_bytes: int, threads: int
-) -> None:
+def _multiply_each(calls: Any, memory: int, scratch_bytes: int, threads: int) -> None:
     team = join(memory + threads * scratch_bytes, threads)
     if team.member >= 0:
-        multiply(linear, x, rows, out, out_stride, memory + team.member * scratch_bytes, team)
+        for i in range(len(calls)):
+            linear, x, rows, out, out_stride = calls[i]
+            multiply(linear, x, rows, out, out_stride, memory + team.member * scratch_bytes, team)
+            barrier(team)
 
 
-def _multiply_in_threads(
-    linear: int, x: int, rows: int, out: int, out_stride: int, memory: int, scratch_bytes: int, threads: int
-) -> None:
+def _multiply_in_threads(calls: Any, memory: int, scratch_bytes: int, threads: int) -> None:
     for _ in numba.prange(threads):
-        _run_member(linear, x, rows, out, out_stride, memory, scratch_bytes, threads)
+        _run_member(calls, memory, scratch_bytes, threads)
 
 
 _panel = kernel(_multiply_panel)
 multiply = kernel(_multiply)
-_run_member = kernel(_multiply_alone)
+_run_member = kernel(_multiply_each)
 _run_parallel = kernel(_multiply_in_threads, parallel=True)

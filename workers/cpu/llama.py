@@ -95,13 +95,21 @@ class CpuLlama:
         state = kernels.Step(
             threads=attention.num_threads,
             tokens=len(step.token_ids_T),
-            num_parts=inputs.num_parts,
             eps=np.float32(self._config.rms_norm_eps),
             scale=inputs.scale,
         )
         tokens = tuple(x.numpy() for x in (step.token_ids_T, step.positions_T))
         wanted_B = step.logit_tokens_B.numpy()
-        return (self._shape, self._buffers(inputs), state, *tokens, inputs.slots_T, wanted_B, inputs.arrays)
+        return (
+            self._shape,
+            self._buffers(inputs),
+            state,
+            *tokens,
+            inputs.slots_T,
+            wanted_B,
+            inputs.arrays,
+            inputs.memory,
+        )
 
     def _bind(self, attention: CpuAttention) -> None:
         self._attention = attention
@@ -118,9 +126,8 @@ class CpuLlama:
             sin=self._sin_LD.data_ptr(),
             times=self._times.ctypes.data,
             **self._activations.addresses,
-            scratch=inputs.scratch,
-            scratch_bytes=inputs.scratch_bytes,
-            parts=inputs.parts,
+            scratch=inputs.memory[0],
+            scratch_bytes=inputs.memory[1],
             team=self._team.ctypes.data,
         )
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.workers import ops
 from headwise.workers.cpu import pointwise_simd
 from headwise.workers.cpu.argmax import argmax
-from headwise.workers.kernel_cache import kernel
 
 
 def _add_norm(residual: Any, delta: Any, weight: Any, width: Any, eps: Any, out: Any) -> None:
@@ -38,7 +38,7 @@ def random(*shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[[Any], Any]:
-    kernels = {function: kernel(function) for function in (_add_norm, _turn, _move)}
+    kernels = {function: numba.njit(function) for function in (_add_norm, _turn, _move)}
     return kernels.__getitem__
 
 
@@ -75,6 +75,7 @@ def test_copying_and_scattering(compiled: Callable[[Any], Any], count: int) -> N
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, float("inf"), float("-inf"), float("nan")])
 
 
+@settings(deadline=None)  # the first call may compile
 @given(st.lists(st.lists(VALUES, min_size=40, max_size=40), min_size=1, max_size=3), st.integers(1, 40))
 def test_the_best_is_torchs(rows: list[list[float]], width: int) -> None:
     logits = torch.tensor(rows)[:, :width]

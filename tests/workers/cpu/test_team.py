@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
 from headwise.workers.cpu.team import LINE_BYTES, barrier, join, next_job, team_bytes
-from headwise.workers.kernel_cache import kernel
 
 STAGES, JOBS, DEADLINE_S = 40, 23, 60.0
 
@@ -32,7 +32,7 @@ def _work(address: Any, threads: Any, taken: Any, seen: Any) -> int:
     return int(team.size)
 
 
-work = kernel(_work)
+work = numba.njit(nogil=True)(_work)
 
 
 def run(threads: int, comers: int) -> tuple[list[int], np.ndarray, np.ndarray]:

@@ -1,0 +1,48 @@
+"""The options that commands share, and from them to an engine's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face directory, a .gguf file, or smollm2.")]
+Tp = Annotated[int, typer.Option("--tp", help="Ranks the model is split over.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Executor = Annotated[str, typer.Option(help="ray: an actor a rank; local: one rank in this process.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of a request, prompt and output.")]
+KvMemory = Annotated[str | None, typer.Option(help="KV memory of each rank: 2GiB, 512MiB, or a fraction such as 0.5.")]
+CpusPerRank = Annotated[float | None, typer.Option(help="CPUs each rank asks Ray for; default: cores / ranks.")]
+Address = Annotated[str | None, typer.Option(help="The Ray to join; default: RAY_ADDRESS, or start one here.")]
+PipelineDepth = Annotated[int | None, typer.Option(help="Steps in flight at once: 1 or 2.")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens of a step; longer prompts go in chunks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def engine_settings(
+    tp: int,
+    dtype: str,
+    device: str,
+    executor: str,
+    max_model_len: int | None,
+    kv_memory: str | None,
+    cpus_per_rank: float | None,
+    address: str | None,
+    pipeline_depth: int | None = None,
+    max_num_batched_tokens: int | None = None,
+) -> dict[str, Any]:
+    """What ``LLM`` takes; an option that was not given is left to its default there."""
+    settings = {
+        "tensor_parallel_size": tp,
+        "dtype": dtype,
+        "device": device,
+        "executor": executor,
+        "max_model_len": max_model_len,
+        "kv_memory": kv_memory,
+        "cpus_per_rank": cpus_per_rank,
+        "address": address,
+        "pipeline_depth": pipeline_depth,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
