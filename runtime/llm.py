@@ -6,7 +6,7 @@ import atexit
 import itertools
 import queue
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -228,16 +228,21 @@ class LLM:
             groups.append(list(self._inputs.requests(f"request-{number}", ids, param, number)))
         texts: dict[str, list[str]] = {request.key: [] for group in groups for request in group}
         requests = [request for group in groups for request in group]
-        with tqdm(total=len(requests), desc="generating", unit="seq", disable=self._quiet or not use_tqdm) as bar:
-            for delta in self._deltas(requests):
-                if delta.text is not None:
+
+        def keep_text(new: list[Delta]) -> list[Delta]:
+            """On the engine's thread, so that this one need not wake, and take a core from the shards, at each step."""
+            for delta in new:
+                if delta.text:
                     texts[delta.request.key].append(delta.text)
-                if delta.finished:
-                    bar.update()
+            return [delta for delta in new if delta.finished]
+
+        with tqdm(total=len(requests), desc="generating", unit="seq", disable=self._quiet or not use_tqdm) as bar:
+            for _ in self._deltas(requests, keep_text):
+                bar.update()
         return [self._output(prompt, group, texts) for prompt, group in zip(prompts, groups, strict=True)]
 
     def _stream(self, requests: list[Request]) -> Iterator[OutputDelta]:
-        for delta in self._deltas(requests):
+        for delta in self._deltas(requests, lambda new: new):
             request = delta.request
             yield OutputDelta(
                 request.request_id,
@@ -248,12 +253,19 @@ class LLM:
                 request.finish_reason if delta.finished else None,
             )
 
-    def _deltas(self, requests: list[Request]) -> Iterator[Delta]:
-        """Runs requests; leaving early, by an exception or Ctrl-C too, aborts those that still run."""
+    def _deltas(self, requests: list[Request], sift: Callable[[list[Delta]], list[Delta]]) -> Iterator[Delta]:
+        """Runs requests; leaving early, by an exception or Ctrl-C too, aborts those that still run.
+
+        Args:
+            sift: called on the engine's thread, picks what is wanted of what is new, the last of each request at least.
+        """
         deltas: queue.SimpleQueue[list[Delta] | BaseException] = queue.SimpleQueue()
-        sink = deltas.put
         self._queues.add(deltas)
         ids = {request.request_id for request in requests}
+
+        def sink(new: list[Delta]) -> None:
+            if wanted := sift(new):
+                deltas.put(wanted)
 
         def add(engine: Engine) -> None:
             if taken := ids & engine.request_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import re
 from pathlib import Path
 
@@ -163,11 +164,12 @@ def available_memory(device: torch.device | str) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, so that memory that nobody has written yet cannot hold NaN. On a CPU, pages are taken on first use."""
+    """Zeros, so that memory that nobody has written yet cannot hold NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # NumPy asks for huge pages and torch does not; blocks lie scattered, so with small ones each is a TLB miss.
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    memory[:: mmap.PAGESIZE] = 0  # take the pages now: later each would hold up the step that first writes to it
     return torch.from_numpy(memory).view(dtype).view(shape)
 
 

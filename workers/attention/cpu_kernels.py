@@ -37,7 +37,7 @@ from headwise.workers.attention.cpu_plan import (
     TILE_KEYS,
     TILE_RUNS,
 )
-from headwise.workers.cpu.pointwise_simd import copy, scatter
+from headwise.workers.cpu.pointwise_simd import add_scaled, copy, fill, scaled, scatter
 from headwise.workers.cpu.team import barrier, clear, join, next_job
 from headwise.workers.kernel_cache import kernel
 from headwise.workers.native import load_float, store_float, store_int
@@ -134,12 +134,9 @@ def _attend_item(
     state = (packed, output, highest, total, chunk_scratch)
 
     pack_queries(item, q_starts, head_dim, q, scale, packed)
-    for m in range(num_rows):
-        store_float(highest, m, np.float32(-np.inf))
-    for i in range(num_rows * _LANES):
-        store_float(total, i, np.float32(0.0))
-    for i in range(num_rows * head_dim):
-        store_float(output, i, np.float32(0.0))
+    fill(highest, num_rows, np.float32(-np.inf))
+    fill(total, num_rows * _LANES, np.float32(0.0))
+    fill(output, num_rows * head_dim, np.float32(0.0))
     locate_runs(item, item[KEY_START], tables, sizes, layer, next_runs)
     for key in range(item[KEY_START], item[KEY_END], TILE_KEYS):
         runs, next_runs = next_runs, runs
@@ -217,6 +214,7 @@ def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, par
     _packed, output, highest, total, _scores = state
     head_dim, o_stride, max_rows = sizes[2], sizes[3], sizes[4]
     part = parts + item[PART] * _FLOAT_BYTES * max_rows * (head_dim + 2)
+    row_bytes = _FLOAT_BYTES * head_dim
     m = 0
     for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
         for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
@@ -224,12 +222,10 @@ def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, par
             for lane in range(_LANES):
                 weight += load_float(total, m * _LANES + lane)
             if item[PART] < 0:
-                target = token * o_stride + head * head_dim
-                for d in range(head_dim):
-                    store_float(o, target + d, load_float(output, m * head_dim + d) / weight)
+                target = o + _FLOAT_BYTES * (token * o_stride + head * head_dim)
+                scaled(output + row_bytes * m, target, head_dim, np.float32(1.0) / weight)
             else:
-                for d in range(m * head_dim, (m + 1) * head_dim):
-                    store_float(part, d, load_float(output, d))
+                copy(output + row_bytes * m, part + row_bytes * m, head_dim)
                 store_float(part, max_rows * head_dim + m, load_float(highest, m))
                 store_float(part, max_rows * (head_dim + 1) + m, weight)
             m += 1
@@ -255,16 +251,13 @@ def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int,
     highest, total = np.float32(-np.inf), np.float32(0.0)
     for part in range(num_parts):
         highest = max(highest, load_float(first + part * stride, max_rows * head_dim + m))
-    for d in range(head_dim):
-        store_float(o, d, np.float32(0.0))
+    fill(o, head_dim, np.float32(0.0))
     for part in range(num_parts):
         base = first + part * stride
         factor = simd.exp2_of(load_float(base, max_rows * head_dim + m) - highest)
         total += factor * load_float(base, max_rows * (head_dim + 1) + m)
-        for d in range(head_dim):
-            store_float(o, d, load_float(o, d) + factor * load_float(base, m * head_dim + d))
-    for d in range(head_dim):
-        store_float(o, d, load_float(o, d) / total)
+        add_scaled(base + _FLOAT_BYTES * m * head_dim, o, head_dim, factor)
+    scaled(o, o, head_dim, np.float32(1.0) / total)
 
 
 write_token = kernel(_write_token)

@@ -19,10 +19,10 @@ import numpy as np
 
 from headwise.workers.attention.cpu_kernels import attend, write_token
 from headwise.workers.cpu.linear import multiply
-from headwise.workers.cpu.pointwise_simd import add_norm, copy, turn
+from headwise.workers.cpu.pointwise_simd import add_norm, copy, fill, turn
 from headwise.workers.cpu.team import barrier, clear, join, lap
 from headwise.workers.kernel_cache import kernel
-from headwise.workers.native import load_int, store_float
+from headwise.workers.native import load_int
 
 PARTS = ("embed", "norm", "qkv", "rope_and_kv_write", "attention", "o", "gate_up", "down", "lm_head")
 """What the time of a step is divided into; ``Buffers.times`` has a counter of nanoseconds for each."""
@@ -98,19 +98,14 @@ def _embed(team: Any, shape: Any, buffers: Any, token_ids: Any) -> None:
     row_bytes = 4 * shape.padded_width
     for t in range(team.member, len(token_ids), team.size):
         residual, delta = buffers.residual + t * row_bytes, buffers.delta + t * row_bytes
-        fill(residual, shape.padded_width)
+        fill(residual, shape.padded_width, np.float32(0.0))
         token = token_ids[t]
         if shape.vocab_start <= token < shape.vocab_stop:
             copy(buffers.embed + (token - shape.vocab_start) * 4 * shape.width, delta, shape.width)
         else:
-            fill(delta, shape.padded_width)
+            fill(delta, shape.padded_width, np.float32(0.0))
     barrier(team)
     lap(team, buffers.times, _EMBED)
-
-
-def _fill_zeros(address: int, count: int) -> None:
-    for i in range(count):
-        store_float(address, i, np.float32(0.0))
 
 
 def _norm(team: Any, shape: Any, buffers: Any, rows: int, weight: int, eps: Any) -> None:
@@ -138,63 +133,31 @@ def _write(team: Any, shape: Any, buffers: Any, positions: Any, slots: Any, size
     lap(team, buffers.times, _WRITE)
 
 
+def _product(team: Any, buffers: Any, linear: int, x: int, rows: int, out: int, out_stride: int, part: int) -> None:
+    multiply(linear, x, rows, out, out_stride, buffers.scratch + team.member * buffers.scratch_bytes, team)
+    barrier(team)
+    lap(team, buffers.times, part)
+
+
 def _attention_half(
     team: Any, shape: Any, buffers: Any, step: Any, layer: int, positions: Any, slots: Any, arrays: Any, memory: Any
 ) -> None:
-    norm(team, shape, buffers, step.tokens, load_int(layer, _ATTN_NORM), step.eps)
-    multiply(
-        load_int(layer, _QKV_AT),
-        buffers.x,
-        step.tokens,
-        buffers.qkv,
-        shape.qkv_width,
-        buffers.scratch + team.member * buffers.scratch_bytes,
-        team,
-    )
-    barrier(team)
-    lap(team, buffers.times, _QKV)
     kv = (load_int(layer, _KEYS), load_int(layer, _VALUES))
-    write(team, shape, buffers, positions, slots, arrays[3], kv)
     q = (buffers.qkv, shape.qkv_width, shape.head_dim)
+    norm(team, shape, buffers, step.tokens, load_int(layer, _ATTN_NORM), step.eps)
+    qkv, o = load_int(layer, _QKV_AT), load_int(layer, _O_AT)
+    product(team, buffers, qkv, buffers.x, step.tokens, buffers.qkv, shape.qkv_width, _QKV)
+    write(team, shape, buffers, positions, slots, arrays[3], kv)
     attend(team, arrays, q, kv, step.scale, buffers.attn, memory)
     lap(team, buffers.times, _ATTENTION)
-    multiply(
-        load_int(layer, _O_AT),
-        buffers.attn,
-        step.tokens,
-        buffers.delta,
-        shape.padded_width,
-        buffers.scratch + team.member * buffers.scratch_bytes,
-        team,
-    )
-    barrier(team)
-    lap(team, buffers.times, _O)
+    product(team, buffers, o, buffers.attn, step.tokens, buffers.delta, shape.padded_width, _O)
 
 
 def _mlp_half(team: Any, shape: Any, buffers: Any, step: Any, layer: int) -> None:
     norm(team, shape, buffers, step.tokens, load_int(layer, _MLP_NORM), step.eps)
-    multiply(
-        load_int(layer, _GATE_UP_AT),
-        buffers.x,
-        step.tokens,
-        buffers.act,
-        shape.act_width,
-        buffers.scratch + team.member * buffers.scratch_bytes,
-        team,
-    )
-    barrier(team)
-    lap(team, buffers.times, _GATE_UP)
-    multiply(
-        load_int(layer, _DOWN_AT),
-        buffers.act,
-        step.tokens,
-        buffers.delta,
-        shape.padded_width,
-        buffers.scratch + team.member * buffers.scratch_bytes,
-        team,
-    )
-    barrier(team)
-    lap(team, buffers.times, _DOWN)
+    gate_up, down = load_int(layer, _GATE_UP_AT), load_int(layer, _DOWN_AT)
+    product(team, buffers, gate_up, buffers.x, step.tokens, buffers.act, shape.act_width, _GATE_UP)
+    product(team, buffers, down, buffers.act, step.tokens, buffers.delta, shape.padded_width, _DOWN)
 
 
 def _head(team: Any, shape: Any, buffers: Any, step: Any, wanted: Any) -> None:
@@ -205,17 +168,7 @@ def _head(team: Any, shape: Any, buffers: Any, step: Any, wanted: Any) -> None:
         add_norm(buffers.residual + at, buffers.delta + at, buffers.final_norm, vectors, shape.width, step.eps, x)
     barrier(team)
     lap(team, buffers.times, _NORM)
-    multiply(
-        buffers.lm_head,
-        buffers.x,
-        len(wanted),
-        buffers.logits,
-        shape.logit_width,
-        buffers.scratch + team.member * buffers.scratch_bytes,
-        team,
-    )
-    barrier(team)
-    lap(team, buffers.times, _LM_HEAD)
+    product(team, buffers, buffers.lm_head, buffers.x, len(wanted), buffers.logits, shape.logit_width, _LM_HEAD)
 
 
 def _run_member(
@@ -265,10 +218,10 @@ def _run_parallel(
         run_member(first, last, shape, buffers, step, token_ids, positions, slots, wanted, arrays, memory)
 
 
-fill = kernel(_fill_zeros)
 embed = kernel(_embed)
 norm = kernel(_norm)
 write = kernel(_write)
+product = kernel(_product)
 attention_half = kernel(_attention_half)
 mlp_half = kernel(_mlp_half)
 head = kernel(_head)

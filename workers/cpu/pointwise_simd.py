@@ -49,8 +49,8 @@ def _emit_add_norm(
 
 def _emit_turn(builder: Any, x: Any, cos: Any, sin: Any, half: Any) -> None:
     """Rotary embedding of one head, in place: dimension i turns with i + half."""
-    for kind, first, last in _strips(builder, half):
-        with cgutils.for_range_slice(builder, first, last, I64(kind.count if kind is not F32 else 1)) as (i, _):
+    for kind, first, last, step in _strips(builder, half):
+        with cgutils.for_range_slice(builder, first, last, step) as (i, _):
             low_at = at(builder, x, i)
             high_at = at(builder, x, builder.add(i, half))
             low, high = load(builder, low_at, kind), load(builder, high_at, kind)
@@ -60,9 +60,35 @@ def _emit_turn(builder: Any, x: Any, cos: Any, sin: Any, half: Any) -> None:
 
 
 def _emit_copy(builder: Any, source: Any, target: Any, count: Any) -> None:
-    for kind, first, last in _strips(builder, count):
-        with cgutils.for_range_slice(builder, first, last, I64(kind.count if kind is not F32 else 1)) as (i, _):
+    for kind, first, last, step in _strips(builder, count):
+        with cgutils.for_range_slice(builder, first, last, step) as (i, _):
             store(builder, load(builder, at(builder, source, i), kind), at(builder, target, i))
+
+
+def _emit_scaled(builder: Any, source: Any, target: Any, count: Any, factor: Any) -> None:
+    """target = factor * source; they may be one."""
+    for kind, first, last, step in _strips(builder, count):
+        factors = factor if kind is F32 else splat(builder, factor)
+        with cgutils.for_range_slice(builder, first, last, step) as (i, _):
+            product = builder.fmul(load(builder, at(builder, source, i), kind), factors)
+            store(builder, product, at(builder, target, i))
+
+
+def _emit_add_scaled(builder: Any, source: Any, target: Any, count: Any, factor: Any) -> None:
+    """target += factor * source."""
+    for kind, first, last, step in _strips(builder, count):
+        factors = factor if kind is F32 else splat(builder, factor)
+        with cgutils.for_range_slice(builder, first, last, step) as (i, _):
+            into = at(builder, target, i)
+            value = load(builder, at(builder, source, i), kind)
+            store(builder, fma(builder, value, factors, load(builder, into, kind)), into)
+
+
+def _emit_fill(builder: Any, target: Any, count: Any, value: Any) -> None:
+    for kind, first, last, step in _strips(builder, count):
+        values = value if kind is F32 else splat(builder, value)
+        with cgutils.for_range_slice(builder, first, last, step) as (i, _):
+            store(builder, values, at(builder, target, i))
 
 
 def _emit_scatter(builder: Any, source: Any, target: Any, stride: Any, count: Any) -> None:
@@ -113,10 +139,10 @@ def _keep_better(builder: Any, candidate: Any, index: Any, value: Any, place: An
     builder.store(builder.select(better, index, at_place), place)
 
 
-def _strips(builder: Any, count: Any) -> list[tuple[Any, Any, Any]]:
-    """Whole vectors of a range, then what is left one by one."""
+def _strips(builder: Any, count: Any) -> list[tuple[Any, Any, Any, Any]]:
+    """Whole vectors of a range, then what is left one by one: (kind, first, last, step)."""
     whole = builder.and_(count, I64(-16))
-    return [(V16, I64(0), whole), (F32, whole, count)]
+    return [(V16, I64(0), whole, I64(16)), (F32, whole, count, I64(1))]
 
 
 def _intrinsic(builder: Any, name: str, kind: Any) -> Any:
@@ -127,4 +153,7 @@ add_norm = define(_emit_add_norm, (INT, INT, INT, INT, INT, FLOAT, INT))
 turn = define(_emit_turn, (INT, INT, INT, INT))
 copy = define(_emit_copy, (INT, INT, INT))
 best = define(_emit_best, (INT, INT), INT)
+scaled = define(_emit_scaled, (INT, INT, INT, FLOAT))
+add_scaled = define(_emit_add_scaled, (INT, INT, INT, FLOAT))
+fill = define(_emit_fill, (INT, INT, FLOAT))
 scatter = define(_emit_scatter, (INT, INT, INT, INT))
