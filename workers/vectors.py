@@ -136,7 +136,7 @@ def switch(builder: Any, value: Any, cases: Mapping[int, Callable[[], None]]) ->
     builder.position_at_end(end)
 
 
-def prefetch(builder: Any, pointer: Any) -> None:
+def prefetch(builder: Any, pointer: Any, level: int = 3) -> None:
     kind = ir.FunctionType(ir.VoidType(), [PTR, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, I32(0), I32(3), I32(1)])
+    builder.call(function, [pointer, I32(0), I32(level), I32(1)])

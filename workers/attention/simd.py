@@ -62,7 +62,7 @@ def _emit_scores_of_runs(
     with cgutils.for_range(builder, head_dim) as loop:
         offset = builder.mul(loop.index, key_stride)
         for address in next_keys:
-            prefetch(builder, at(builder, address, offset))
+            prefetch(builder, at(builder, address, offset), 2)
         vectors = {run: load(builder, at(builder, address, offset), V16) for run, address in keys.items()}
         column = at(builder, q, builder.mul(loop.index, I64(rows)))
         elements = [splat(builder, load(builder, at(builder, column, row))) for row in range(rows)]
@@ -121,7 +121,7 @@ def _emit_add_values_of(
             offset = builder.mul(inner.index, head_dim)
             line, next_line = at(builder, values, offset), at(builder, next_values, offset)
             for i in range(0, width, 16):
-                prefetch(builder, at(builder, next_line, i))
+                prefetch(builder, at(builder, next_line, i), 2)
             vectors = {i: load(builder, at(builder, line, i), kind) for i in range(0, width, 16)}
             weight = at(builder, weights, inner.index)
             for row in range(rows):
