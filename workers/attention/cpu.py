@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numba
@@ -16,14 +14,9 @@ from torch import Tensor
 from headwise.workers.attention import cpu_kernels as kernels
 from headwise.workers.attention.base import AttentionBackend, AttentionBatch
 from headwise.workers.attention.cpu_plan import RUN_KEYS, StepItems, cut_step, rows_of_item
-from headwise.workers.cpu.team import team_bytes
+from headwise.workers.cpu.team import launching, team_bytes
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv_cache import KVCache
-
-# A launch between torch's linears costs about 10 us with OpenMP, 80 us with Numba's own work queue.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
-# The work queue ends the process when two threads launch at once, and two launches would share the same cores anyway.
-_launch = threading.Lock()
 
 
 class KernelInputs(NamedTuple):
@@ -108,7 +101,7 @@ class CpuAttention(AttentionBackend):
         q = _strided("q_THD", q_THD, (len(inputs.slots_T), self.q_starts[-1], self.cache.head_dim))
         o_THD = torch.empty(q_THD.shape, dtype=torch.float32)
         run = kernels.attend_in_threads if self.num_threads > 1 else kernels.attend_alone
-        with self.threads():
+        with launching(self.num_threads):
             run(
                 inputs.arrays,
                 q,
@@ -128,12 +121,6 @@ class CpuAttention(AttentionBackend):
             if floats > len(self._parts):
                 self._parts = torch.empty(floats)
         return self._step
-
-    def threads(self) -> AbstractContextManager[object]:
-        """To be held while a compiled function with threads runs."""
-        if numba.get_num_threads() != self.num_threads:
-            numba.set_num_threads(self.num_threads)
-        return _launch
 
 
 def _strided(name: str, x_TXD: Tensor, shape: tuple[int, int, int]) -> tuple[int, int, int]:

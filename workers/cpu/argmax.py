@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.workers.cpu.pointwise_simd import best
+from headwise.workers.cpu.team import launching
 from headwise.workers.kernel_cache import kernel
 
 
@@ -22,10 +23,9 @@ def argmax(logits_BV: Tensor, num_threads: int) -> Tensor:
     ids_B = np.empty(len(logits_BV), np.int64)
     rows, width = logits_BV.shape
     arguments = (logits_BV.data_ptr(), logits_BV.stride(0), rows, width, ids_B)
-    if num_threads > 1 and rows > 1:
-        _best_parallel(*arguments)
-    else:
-        _best_serial(*arguments)
+    threads = min(num_threads, rows)
+    with launching(threads):
+        (_best_parallel if threads > 1 else _best_serial)(*arguments)
     return torch.from_numpy(ids_B)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.cpu.linear_simd import PANEL, TILE_ROWS, gate, tile
-from headwise.workers.cpu.team import barrier, join, next_job, team_bytes
+from headwise.workers.cpu.team import barrier, join, launching, next_job, team_bytes
 from headwise.workers.kernel_cache import kernel
 from headwise.workers.native import load_int
 
@@ -73,7 +73,8 @@ def multiply_all(
     triples = zip(linears, inputs, outputs, strict=True)
     calls = [(linear.address, x.data_ptr(), len(x), y.data_ptr(), linear.width) for linear, x, y in triples]
     run = _run_parallel if num_threads > 1 else _run_member
-    run(np.array(calls, np.int64), memory.ctypes.data, scratch_bytes, num_threads)
+    with launching(num_threads):
+        run(np.array(calls, np.int64), memory.ctypes.data, scratch_bytes, num_threads)
 
 
 def padded(count: int) -> int:

@@ -16,7 +16,7 @@ from headwise.workers.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.collectives import Collectives
 from headwise.workers.cpu import layers as kernels
 from headwise.workers.cpu.linear import PackedLinear, aligned_zeros, padded
-from headwise.workers.cpu.team import team_bytes
+from headwise.workers.cpu.team import launching, team_bytes
 from headwise.workers.model import StepInput, rope_tables
 from headwise.workers.model_config import ModelConfig
 from headwise.workers.partition import ShardPartition
@@ -40,7 +40,6 @@ class CpuLlama:
         num_threads: int,
     ) -> None:
         self._config, self._partition, self._collectives = config, partition, collectives
-        self._num_threads = num_threads
         self._embed_VE = weights.embed_VE.contiguous()
         self._final_norm_E = _padded_row(weights.final_norm_E)
         self._lm_head = PackedLinear(weights.lm_head_VE)
@@ -71,12 +70,16 @@ class CpuLlama:
         if attention is not self._attention:
             self._bind(attention)
         tokens, wanted = len(step.token_ids_T), len(step.logit_tokens_B)
-        if tokens > self._activations.tokens or wanted > self._activations.wanted:
-            self._activations = _Activations(self._shape, tokens, wanted)
+        self._make_room(tokens, wanted)
         self._run_phases(attention, self._arguments(step, attention), tokens)
         start, stop = self._partition.vocab
         self._forward_seconds += time.perf_counter() - started
         return self._activations.logits_BV[:wanted, : stop - start]
+
+    def _make_room(self, tokens: int, wanted: int) -> None:
+        had = self._activations
+        if tokens > had.tokens or wanted > had.wanted:
+            self._activations = _Activations(self._shape, max(tokens, had.tokens), max(wanted, had.wanted))
 
     def _run_phases(self, attention: CpuAttention, arguments: tuple[Any, ...], tokens: int) -> None:
         run = kernels.run_parallel if attention.num_threads > 1 else kernels.run_member
@@ -87,7 +90,7 @@ class CpuLlama:
                 started = time.perf_counter()
                 self._collectives.all_reduce_(self._activations.delta_TE[:tokens])
                 self._all_reduce_seconds += time.perf_counter() - started
-            with attention.threads():
+            with launching(attention.num_threads):
                 run(first, first + stretch, *arguments)
 
     def _arguments(self, step: StepInput, attention: CpuAttention) -> tuple[Any, ...]:
@@ -98,18 +101,8 @@ class CpuLlama:
             eps=np.float32(self._config.rms_norm_eps),
             scale=inputs.scale,
         )
-        tokens = tuple(x.numpy() for x in (step.token_ids_T, step.positions_T))
-        wanted_B = step.logit_tokens_B.numpy()
-        return (
-            self._shape,
-            self._buffers(inputs),
-            state,
-            *tokens,
-            inputs.slots_T,
-            wanted_B,
-            inputs.arrays,
-            inputs.memory,
-        )
+        tokens = (step.token_ids_T.numpy(), step.positions_T.numpy(), inputs.slots_T, step.logit_tokens_B.numpy())
+        return (self._shape, self._buffers(inputs), state, *tokens, inputs.arrays, inputs.memory)
 
     def _bind(self, attention: CpuAttention) -> None:
         self._attention = attention

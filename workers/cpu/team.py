@@ -12,7 +12,12 @@ nobody is yet in s + 2, which uses it next.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import numba
 
 from headwise.workers.kernel_cache import kernel
 from headwise.workers.native import (
@@ -26,6 +31,11 @@ from headwise.workers.native import (
     store_release,
     swap_if,
 )
+
+# A launch costs about 10 us with OpenMP, 80 us with Numba's own work queue.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+# The work queue ends the process when two threads launch at once, and two launches would share the same cores anyway.
+_launch = threading.Lock()
 
 LINE_BYTES = 64
 _JOINED, _SIZE, _ARRIVALS, _CLOCK, _MEMBERS = (LINE_BYTES * line for line in range(5))
@@ -56,6 +66,18 @@ class Team(NamedTuple):
     threads: int
     member: int
     size: int
+
+
+@contextmanager
+def launching(threads: int) -> Iterator[None]:
+    """To be held while a compiled function with so many threads runs; with one, Numba's pool is never entered."""
+    if threads == 1:
+        yield
+        return
+    with _launch:
+        if numba.get_num_threads() != threads:
+            numba.set_num_threads(threads)
+        yield
 
 
 def team_bytes(threads: int) -> int:
