@@ -32,7 +32,7 @@ class EngineConfig(BaseModel):
         max_mixed_prefill_tokens: most prompt tokens of a step that also decodes, a bound on how long the prompts of
             others hold up a next token; None is DEFAULT_MIXED_PREFILL_TOKENS.
         max_num_seqs: most requests that run at once; never more than max_num_batched_tokens.
-        pipeline_depth: steps in flight at once.
+        pipeline_depth: steps in flight at once; with 2, the next is submitted before the tokens of one are seen.
         attention: the attention backend; None is the fastest that fits.
         seed: of requests that bring none.
         address: of the Ray to join; None joins RAY_ADDRESS, or starts one here.
@@ -54,7 +54,7 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int = Field(default=1024, ge=1)
     max_mixed_prefill_tokens: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=128, ge=1, le=4096)
-    pipeline_depth: int = Field(default=1, ge=1, le=2)
+    pipeline_depth: int = Field(default=2, ge=1, le=2)
     attention: Literal["reference", "cpu"] | None = None
     seed: int = Field(default=0, ge=0, lt=2**64)
     address: str | None = None

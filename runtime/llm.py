@@ -67,7 +67,7 @@ class LLM:
         max_num_batched_tokens: int = 1024,
         max_mixed_prefill_tokens: int | None = None,
         max_num_seqs: int = 128,
-        pipeline_depth: int = 1,
+        pipeline_depth: int = 2,
         attention: str | None = None,
         seed: int = 0,
         address: str | None = None,

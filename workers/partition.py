@@ -1,12 +1,13 @@
 """Which query heads, KV heads, MLP columns and vocabulary rows each tensor-parallel rank owns. Integers only.
 
-Heads are split by KV group, so that no rank needs another rank's keys and values; MLP columns then make up for what
-heads cannot share out evenly. SmolLM2-135M (9 query heads, 3 KV heads, 1,536 MLP columns) on two ranks::
+Heads are split by KV group, so that no rank needs another rank's keys and values; MLP columns and vocabulary rows are
+split evenly. Columns do not make up for heads: ranks meet after each half of a layer, so one that had waited in the
+first half would only make the others wait in the second. SmolLM2-135M on two ranks::
 
                      rank 0                              rank 1
     KV heads         [  0       |  1       ]             [  2       ]
     query heads      [  0  1  2 |  3  4  5 ]             [  6  7  8 ]
-    MLP columns      [ 0 ............. 682 ]             [ 683 ............... 1535 ]    fewer heads, more columns
+    MLP columns      [ 0 ............. 767 ]             [ 768 ............. 1535 ]
     vocabulary rows  [ 0 ............. 24575 ]           [ 24576 ............. 49151 ]
 
 With more ranks than KV heads, a KV head lives on every rank that holds one of its query heads. 4 query heads and
@@ -19,7 +20,6 @@ With more ranks than KV heads, a KV head lives on every rank that holds one of i
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -82,17 +82,14 @@ class ShardPartition:
 
 
 def partition_model(config: ModelConfig, tp: int) -> list[ShardPartition]:
-    """Split a model over ``tp`` ranks so that their bytes come out even within one MLP column of all layers.
-
-    Where attention alone is more uneven than the whole MLP can make up for, the heaviest ranks get no MLP columns.
+    """Split a model over ``tp`` ranks.
 
     Raises:
         InvalidValueError: ``tp`` is below 1 or above the number of query heads.
     """
     heads = partition_heads(config.num_heads, config.num_kv_heads, tp)
     vocab = split_evenly(config.vocab_size, tp)
-    fixed = [_fixed_elements(config, rank, heads[rank], vocab[rank]) for rank in range(tp)]
-    mlp = _ranges(_level(fixed, column_elements(config), config.intermediate_size))
+    mlp = split_evenly(config.intermediate_size, tp)
     return [ShardPartition(rank, tp, heads[rank], mlp[rank], vocab[rank]) for rank in range(tp)]
 
 
@@ -120,41 +117,6 @@ def split_evenly(total: int, parts: int) -> list[Range]:
     """``parts`` adjacent ranges that cover ``[0, total)``; sizes differ by at most one, the larger ones first."""
     small, larger = divmod(total, parts)
     return _ranges([small + 1] * larger + [small] * (parts - larger))
-
-
-def shard_elements(config: ModelConfig, part: ShardPartition) -> int:
-    """Weights a rank holds, in elements, without the norms, which every rank holds whole."""
-    columns = part.mlp[1] - part.mlp[0]
-    return _fixed_elements(config, part.rank, part.heads, part.vocab) + columns * column_elements(config)
-
-
-def column_elements(config: ModelConfig) -> int:
-    """Elements of one MLP column: a row of gate and of up, a column of down, in every layer."""
-    biases = 2 if config.mlp_bias else 0
-    return config.num_layers * (3 * config.hidden_size + biases)
-
-
-def _fixed_elements(config: ModelConfig, rank: int, heads: HeadShard, vocab: Range) -> int:
-    """What a rank holds before any MLP column: attention, vocabulary rows and the output biases of rank 0."""
-    attention = 2 * (heads.num_q + heads.num_kv) * config.head_dim * config.hidden_size
-    if config.attention_bias:
-        attention += (heads.num_q + 2 * heads.num_kv) * config.head_dim
-    if rank == 0:
-        attention += config.hidden_size * (config.attention_bias + config.mlp_bias)
-    matrices = 1 if config.tie_word_embeddings else 2
-    return config.num_layers * attention + matrices * (vocab[1] - vocab[0]) * config.hidden_size
-
-
-def _level(loads: Sequence[int], unit: int, units: int) -> list[int]:
-    """How many of ``units`` equal units each rank takes when each goes to the rank with the least load so far."""
-    counts = [0] * len(loads)
-    heap = [(load, rank) for rank, load in enumerate(loads)]
-    heapq.heapify(heap)
-    for _ in range(units):
-        load, rank = heap[0]
-        counts[rank] += 1
-        heapq.heapreplace(heap, (load + unit, rank))
-    return counts
 
 
 def _ranges(sizes: Sequence[int]) -> list[Range]:

@@ -88,6 +88,24 @@ def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Cal
     nothing_left(pids)
 
 
+def test_an_engine_with_nothing_to_do_and_its_shards_sleep(checkpoint: Callable[..., Path]) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        model.generate(prompts(), PARAMS)
+        processes = [psutil.Process(), *map(psutil.Process, model.stats()["shard_pids"])]
+        shares: list[float] = []
+        # Threads that computed may spin for a moment more, and something else in this process may run: not each time.
+        while len(shares) < 5 and min(shares, default=1.0) >= 0.02:
+            shares.append(max(_shares_of_a_core(processes, 2.0)))
+    assert min(shares) < 0.02, shares
+
+
+def _shares_of_a_core(processes: list[psutil.Process], seconds: float) -> list[float]:
+    before, started = [process.cpu_times() for process in processes], time.monotonic()
+    threading.Event().wait(seconds)
+    after, elapsed = [process.cpu_times() for process in processes], time.monotonic() - started
+    return [(b.user + b.system - a.user - a.system) / elapsed for a, b in zip(before, after, strict=True)]
+
+
 def test_two_models_at_once_do_not_collide(checkpoint: Callable[..., Path]) -> None:
     first_dir, second_dir = checkpoint("uneven"), checkpoint("gqa")
     with llm(first_dir, tensor_parallel_size=2) as first, llm(second_dir, tensor_parallel_size=2) as second:

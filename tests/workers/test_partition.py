@@ -1,4 +1,4 @@
-"""Every split covers each head, column and row once, and the ranks' bytes come out even."""
+"""Every split covers each head, column and row once, and columns and rows come out even."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.model_config import ModelConfig
 from headwise.workers.partition import (
     HeadShard,
-    ShardPartition,
     partition_heads,
     partition_model,
-    shard_elements,
     split_evenly,
 )
 
@@ -44,26 +42,9 @@ def assert_adjacent(ranges: list[tuple[int, int]], total: int) -> None:
     assert all(start <= stop for start, stop in ranges)
 
 
-def elements(config: ModelConfig, part: ShardPartition) -> int:
-    """What a rank holds but for the norms, counted from the shapes of its tensors."""
-    dim, hidden = config.head_dim, config.hidden_size
-    q, kv = part.heads.num_q * dim, part.heads.num_kv * dim
-    mlp, vocab = part.mlp[1] - part.mlp[0], part.vocab[1] - part.vocab[0]
-    layer = (q + kv + kv) * hidden + hidden * q + 2 * mlp * hidden + hidden * mlp
-    if config.attention_bias:
-        layer += q + kv + kv + (hidden if part.rank == 0 else 0)
-    if config.mlp_bias:
-        layer += mlp + mlp + (hidden if part.rank == 0 else 0)
-    return config.num_layers * layer + vocab * hidden * (1 if config.tie_word_embeddings else 2)
-
-
-def assert_even(config: ModelConfig, parts: list[ShardPartition]) -> None:
-    """No column could move to another rank and make the fuller of the two less full."""
-    loads = [elements(config, part) for part in parts]
-    column = config.num_layers * (3 * config.hidden_size + (2 if config.mlp_bias else 0))
-    lightest = min(loads)
-    for part, load in zip(parts, loads, strict=True):
-        assert load - lightest <= column or part.mlp[0] == part.mlp[1]
+def assert_even(ranges: list[tuple[int, int]]) -> None:
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("num_q", range(1, 33))
@@ -137,15 +118,6 @@ def test_split_evenly(total: int, parts: int) -> None:
     assert sizes[0] - sizes[-1] <= 1
 
 
-def test_bytes_are_even_for_every_small_model() -> None:
-    for q, kv in HEADS:
-        model = config(num_heads=q, num_kv_heads=kv)
-        for tp in range(1, q + 1):
-            parts = partition_model(model, tp)
-            assert_adjacent([part.mlp for part in parts], model.intermediate_size)
-            assert_even(model, parts)
-
-
 @settings(deadline=None)
 @given(
     heads=st.sampled_from(HEADS),
@@ -185,11 +157,11 @@ def test_any_model_is_covered_and_even(
     assert [part.heads for part in parts] == partition_heads(heads[0], heads[1], len(parts))
     assert_adjacent([part.mlp for part in parts], intermediate)
     assert_adjacent([part.vocab for part in parts], vocab)
-    assert_even(model, parts)
-    assert [shard_elements(model, part) for part in parts] == [elements(model, part) for part in parts]
+    assert_even([part.mlp for part in parts])
+    assert_even([part.vocab for part in parts])
 
 
-def test_the_rank_with_fewer_heads_gets_more_columns() -> None:
+def test_the_demo_model_on_two_ranks() -> None:
     smollm2 = config(
         hidden_size=576,
         num_layers=30,
@@ -201,10 +173,5 @@ def test_the_rank_with_fewer_heads_gets_more_columns() -> None:
         tie_word_embeddings=True,
     )
     first, second = partition_model(smollm2, 2)
-    assert (first.mlp, second.mlp) == ((0, 683), (683, 1536))
+    assert (first.mlp, second.mlp) == ((0, 768), (768, 1536))
     assert (first.vocab, second.vocab) == ((0, 24576), (24576, 49152))
-
-
-def test_a_rank_far_too_full_gets_no_columns() -> None:
-    first, second = partition_model(config(num_heads=3, num_kv_heads=3, head_dim=64, intermediate_size=8), 2)
-    assert (first.mlp, second.mlp) == ((0, 0), (0, 8))
