@@ -29,8 +29,8 @@ class EngineConfig(BaseModel):
             the weights are loaded; None is DEFAULT_KV_MEMORY.
         num_blocks: never more KV blocks than this, whatever kv_memory affords.
         max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks.
-        max_mixed_prefill_tokens: most prompt tokens of a step that also decodes, a bound on how long the prompts of
-            others hold up a next token; None is DEFAULT_MIXED_PREFILL_TOKENS.
+        max_mixed_prefill_tokens: most prompt tokens of a step in which a stream gets a token, a bound on how long the
+            prompts of others hold that up; None is DEFAULT_MIXED_PREFILL_TOKENS.
         max_num_seqs: most requests that run at once; never more than max_num_batched_tokens.
         pipeline_depth: steps in flight at once; with 2, the next is submitted before the tokens of one are seen.
         attention: the attention backend; None is the fastest that fits.

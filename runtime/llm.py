@@ -228,6 +228,8 @@ class LLM:
             groups.append(list(self._inputs.requests(f"request-{number}", ids, param, number)))
         texts: dict[str, list[str]] = {request.key: [] for group in groups for request in group}
         requests = [request for group in groups for request in group]
+        for request in requests:
+            request.streamed = False
 
         def keep_text(new: list[Delta]) -> list[Delta]:
             """On the engine's thread, so that this one need not wake, and take a core from the shards, at each step."""

@@ -54,6 +54,7 @@ class Request:
 
     Attributes:
         max_tokens: the most it may generate, the model's length already considered.
+        streamed: someone waits for each token, not just for the last.
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
         num_pending: sampled by a step in flight and not seen yet.
         num_in_flight: steps in flight that compute it.
@@ -68,6 +69,7 @@ class Request:
     sampling: RowSampling
     max_tokens: int
     index: int = 0
+    streamed: bool = True
     state: RequestState = RequestState.WAITING
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

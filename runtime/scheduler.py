@@ -86,7 +86,7 @@ class Scheduler:
             (prefills if request.num_uncomputed > 1 else decodes).append(request)
         for request in decodes:
             self._compute(request, draft)
-        if draft.counts:
+        if any(request.streamed for request in draft.counts):
             draft.budget = min(draft.budget, self._mixed_budget)
         for request in prefills:
             self._compute(request, draft)

@@ -198,6 +198,22 @@ def test_a_step_without_decodes_uses_the_whole_budget() -> None:
     assert counts(sched.schedule()) == {"one": 12, "two": 4}
 
 
+def test_prompts_wait_only_for_those_who_read_along() -> None:
+    sched, _ = scheduler(budget=16, mixed=5)
+    whole, stream = request("whole", 1, 9), request("stream", 1, 2)
+    whole.streamed = False
+    for r in (whole, stream):
+        sched.add(r)
+    finish_step(sched, sched.schedule())
+    sched.add(request("long", 40, 9))
+    found = []
+    for _ in range(2):
+        step = sched.schedule()
+        found.append(counts(step))
+        finish_step(sched, step)
+    assert found == [{"whole": 1, "stream": 1, "long": 5}, {"whole": 1, "long": 15}]
+
+
 def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
     sched, _ = scheduler(rows=8, budget=3, mixed=2)
     requests = [request(str(i), 2, 100) for i in range(5)]
@@ -223,6 +239,8 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
     sched, pool = scheduler(blocks, data.draw(st.integers(1, 5)), budget, mixed)
     lengths = st.tuples(st.integers(1, 12), st.integers(1, 12))
     todo = [request(str(i), *lengths_i) for i, lengths_i in enumerate(data.draw(st.lists(lengths, max_size=8)))]
+    for r in todo:
+        r.streamed = data.draw(st.booleans())
     requests = list(todo)
     in_flight: deque[Schedule] = deque()
     shard_computed: dict[int, int] = {}
@@ -256,9 +274,12 @@ def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mix
     for admit in step.plan.admits:
         assert admit.row not in shard_computed
         shard_computed[admit.row] = admit.num_computed
-    if any(
-        e.samples and n == 1 and shard_computed[e.row] >= len(e.request.prompt_token_ids) for e, (_, n) in _parts(step)
-    ):
+    decodes = [
+        entry.request
+        for entry, (row, count) in _parts(step)
+        if entry.samples and count == 1 and shard_computed[row] >= len(entry.request.prompt_token_ids)
+    ]
+    if any(r.streamed for r in decodes):
         assert sum(n for _, n in step.plan.computes if n > 1) <= mixed
     for entry, (row, count) in _parts(step):
         shard_computed[row] += count
