@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 
 from headwise.cluster.group import Progress, ShardGroup
 from headwise.runtime import engine as engine_module
-from headwise.runtime.engine import Delta, Engine
+from headwise.runtime.engine import Delta, Engine, Sink
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.output import TextStream
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Scheduler
+from headwise.runtime.tokenizer import IncrementalDetokenizer, load_tokenizer
 from headwise.workers.plan import (
     RowSampling,
     StepOutput,
@@ -404,6 +406,24 @@ def test_a_request_that_nothing_can_schedule_is_an_error_and_not_a_hang() -> Non
         bench.engine.step()
 
 
+def test_what_is_new_is_delivered_once_a_step_to_each_sink() -> None:
+    bench = Bench(depth=2)
+    shared: list[list[str]] = []
+    own: list[list[str]] = []
+
+    def to(calls: list[list[str]]) -> Sink:
+        return lambda new: calls.append([delta.request.request_id for delta in new])
+
+    both = to(shared)
+    for name, sink in (("a", both), ("b", both), ("c", to(own))):
+        bench.engine.add(make_request(name, [1], 3), None, sink)
+    bench.engine.step()
+    bench.engine.step()
+    assert shared == [["a", "b"]] * 2 and own == [["c"]] * 2
+    bench.engine.abort("b")
+    assert shared[2:] == [["b"]]
+
+
 def test_stats_count() -> None:
     bench = Bench(blocks=12)
     bench.add(make_request("a", [1, 2, 3], 5))
@@ -420,6 +440,42 @@ def test_stats_count() -> None:
     assert (stats["num_blocks"], stats["num_free_blocks"], stats["num_preemptions"]) == (12, 11, 0)
     bench.run()
     assert bench.engine.stats()["num_generated_tokens"] == 5 and bench.engine.request_ids == set()
+
+
+class InstantGroup(PlainGroup):
+    """Answers at once, with tokens of English text; plans and outputs go through the codec, as between processes."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        super().__init__()
+        self._token_ids = token_ids
+
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(encode_plan(plan))
+
+    def collect(self) -> StepOutput:
+        plan = decode_plan(self.plans.popleft())
+        at = [(row, self._token_ids[(plan.step + 37 * row) % len(self._token_ids)]) for row, _ in plan.computes]
+        return decode_output(encode_output(StepOutput(plan.step, at, seconds=0.02)))
+
+
+def test_a_decode_step_of_32_streams_takes_little_processor_time(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer is not None
+    group = InstantGroup(tokenizer.encode("It was the best of times, it was the worst of times. 🦊 " * 9))
+    pool = BlockPool(32 * 26)
+    engine = Engine(group, pool, Scheduler(pool, 16, 32, 1024), pipeline_depth=2)
+    for i in range(32):
+        text = TextStream(IncrementalDetokenizer(tokenizer), stop=("\n\n", "User:"), include_stop=False)
+        engine.add(make_request(str(i), [5] * 9, 400), text, lambda new: None)
+    engine.step()
+    taken = []
+    for _ in range(4):
+        before = engine.stats()["engine_cpu_seconds"]
+        for _ in range(50):
+            engine.step()
+        taken.append((engine.stats()["engine_cpu_seconds"] - before) / 50)
+    assert engine.num_generated_tokens == 201 * 32
+    assert min(taken) < 1.5e-3, taken
 
 
 class Clock:
