@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
 
-CALLS = ("stats",)
+CALLS = ("stats", "stored_blocks")
 """The methods of Shard that a group may call on every rank."""
 
 
@@ -50,6 +50,7 @@ class ShardActor:
         """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords."""
         from headwise.workers import collectives
         from headwise.workers.shard import Shard
+        from headwise.workers.transfer import encode_result
         from headwise.workers.warmup import WarmUpError, ensure_warm
 
         if self._spec.device == "cpu":
@@ -61,7 +62,13 @@ class ShardActor:
             rendezvous, self._rank, self._spec.tensor_parallel_size, timeout_s, self._spec.device
         )
         self._rendezvous = None
-        self._shard = Shard(self._spec, peers, self._num_threads)
+        send = self._channel.sender()
+        self._shard = Shard(
+            self._spec,
+            peers,
+            self._num_threads,
+            lambda result: send(Kind.TRANSFERRED, encode_result(result)),
+        )
         self._shard.load(self._report if self._rank == 0 else None)
         return self._shard.affordable_blocks()
 
@@ -88,11 +95,14 @@ class ShardActor:
 
     def _serve(self, shard: Shard, kind: Kind, payload: bytes) -> None:
         from headwise.workers.plan import decode_plan, encode_output
+        from headwise.workers.transfer import decode_job
 
         if kind == Kind.STEP:
             output = shard.step(decode_plan(payload))
             if self._rank == 0:
                 self._channel.send(Kind.OUTPUT, encode_output(output))
+        elif kind == Kind.TRANSFER:
+            shard.transfer(decode_job(payload))
         elif kind == Kind.CALL and payload.decode() in CALLS:
             self._channel.send(Kind.REPLY, msgpack.packb(getattr(shard, payload.decode())()))
         else:

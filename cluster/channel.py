@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq
@@ -29,15 +30,17 @@ _MAX_PATH = 100
 
 
 class Kind(enum.IntEnum):
-    """What a message is: the first three go to shards, the others come from them."""
+    """What a message is: the first four go to shards, the others come from them."""
 
     STEP = 1
     CALL = 2
     CLOSE = 3
+    TRANSFER = 4
     OUTPUT = 16
     REPLY = 17
     ERROR = 18
     PROGRESS = 19
+    TRANSFERRED = 20
 
 
 class ChannelError(HeadwiseError):
@@ -165,7 +168,7 @@ class ShardChannel:
     """A rank's end."""
 
     def __init__(self, endpoint: ShardEndpoint) -> None:
-        self._rank = endpoint.rank.to_bytes(4, "big")
+        self._endpoint, self._rank = endpoint, endpoint.rank.to_bytes(4, "big")
         self._context = zmq.Context()
         self._plans = self._connect(zmq.PULL, endpoint.plans, endpoint)
         self._replies = self._connect(zmq.PUSH, endpoint.replies, endpoint)
@@ -183,6 +186,11 @@ class ShardChannel:
             ChannelError: the engine has not read for SEND_TIMEOUT_S, or the payload is over MAX_MESSAGE_BYTES.
         """
         _send(self._replies, [bytes([kind]), self._rank, payload], "the engine")
+
+    def sender(self) -> Callable[[Kind, bytes], None]:
+        """A way to :meth:`send` from another thread, or from several that take turns."""
+        socket = self._connect(zmq.PUSH, self._endpoint.replies, self._endpoint)
+        return lambda kind, payload: _send(socket, [bytes([kind]), self._rank, payload], "the engine")
 
     def close(self, linger_s: float = 1.0) -> None:
         """Idempotent. What was sent last gets ``linger_s`` to arrive."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import StepOutput, StepPlan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
+from headwise.workers.transfer import TransferJob, TransferResult
 
 
 class LocalShardGroup(ShardGroup):
@@ -37,6 +39,7 @@ class LocalShardGroup(ShardGroup):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headwise-shard")
         self._shard: Shard | None = None
         self._outputs: deque[Future[StepOutput]] = deque()
+        self._transferred: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
 
     def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
         return self._thread.submit(self._start, progress, num_blocks).result()
@@ -55,6 +58,16 @@ class LocalShardGroup(ShardGroup):
         assert self._shard is not None, "start() comes first"
         return [self._thread.submit(getattr(self._shard, method)).result()]
 
+    def transfer(self, job: TransferJob) -> None:
+        assert self._shard is not None, "start() comes first"
+        self._shard.transfer(job)
+
+    def transferred(self, timeout_s: float) -> TransferResult | None:
+        try:
+            return self._transferred.get(timeout=timeout_s) if timeout_s else self._transferred.get_nowait()
+        except queue.Empty:
+            return None
+
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         if self._shard is not None:
@@ -62,7 +75,7 @@ class LocalShardGroup(ShardGroup):
             self._shard = None
 
     def _start(self, progress: Progress | None, num_blocks: int | None) -> int:
-        self._shard = Shard(self._spec, Solo(), self._num_threads)
+        self._shard = Shard(self._spec, Solo(), self._num_threads, self._transferred.put)
         self._shard.load(progress)
         affordable = self._shard.affordable_blocks()
         blocks = min(affordable, num_blocks or affordable)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import msgpack
@@ -18,11 +19,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from headwise.cluster import ray_session
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
-from headwise.cluster.group import GroupStartError, Progress, ShardGroup, ShardGroupDied
+from headwise.cluster.group import GroupStartError, Progress, ShardGroup, ShardGroupDied, TransferResults
 from headwise.workers.collectives import Rendezvous
 from headwise.workers.errors import PeerDiedError
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
 from headwise.workers.spec import ShardSpec
+from headwise.workers.transfer import TransferJob, TransferResult, decode_result, encode_job
 
 CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end by themselves before they are killed, and killed ones to be gone."""
@@ -61,6 +63,8 @@ class RayShardGroup(ShardGroup):
         self._death: ShardGroupDied | None = None
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._received: dict[Kind, deque[tuple[int, bytes]]] = {Kind.OUTPUT: deque(), Kind.REPLY: deque()}
+        self._transferred = TransferResults(self._tp)
 
     def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
         self._session = ray_session.join(self._address)
@@ -92,6 +96,17 @@ class RayShardGroup(ShardGroup):
         self._send_all(Kind.CALL, method.encode())
         replies = dict(self._receive(Kind.REPLY, CALL_TIMEOUT_S) for _ in range(self._tp))
         return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
+
+    def transfer(self, job: TransferJob) -> None:
+        self._send_all(Kind.TRANSFER, encode_job(job))
+
+    def transferred(self, timeout_s: float) -> TransferResult | None:
+        deadline = time.monotonic() + timeout_s
+        while (result := self._transferred.take()) is None:
+            left = max(0.0, deadline - time.monotonic())
+            if not self._sort_one(left) and time.monotonic() >= deadline:
+                return None
+        return result
 
     def close(self) -> None:
         self._closing.set()
@@ -202,19 +217,32 @@ class RayShardGroup(ShardGroup):
         Raises:
             ShardGroupDied: a rank died or reported an error instead, or did not answer in time.
         """
-        assert self._channel is not None, "start() comes first"
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            got = self._channel.receive(1.0)
-            if got is not None and got[0] == kind:
-                return got[1], got[2]
-            if got is not None and got[0] == Kind.ERROR:
-                rank, cause = msgpack.unpackb(got[2])
-                self._death = self._death or self._died(rank, cause)
-            if self._death is not None:
-                raise self._death
-            if deadline is not None and time.monotonic() > deadline:
+        while not self._received[kind]:
+            if not self._sort_one(1.0) and deadline is not None and time.monotonic() > deadline:
                 raise self._died(0, f"no {kind.name} within {timeout_s:g} s")
+        return self._received[kind].popleft()
+
+    def _sort_one(self, timeout_s: float) -> bool:
+        """Puts the next message where its kind belongs; False if none came in time.
+
+        Raises:
+            ShardGroupDied: a rank died or reported an error.
+        """
+        assert self._channel is not None, "start() comes first"
+        got = self._channel.receive(timeout_s)
+        if got is not None and got[0] == Kind.ERROR:
+            rank, cause = msgpack.unpackb(got[2])
+            self._death = self._death or self._died(rank, cause)
+        if self._death is not None and not (got is not None and got[0] in self._received):
+            raise self._death
+        if got is None:
+            return False
+        if got[0] == Kind.TRANSFERRED:
+            self._transferred.add(decode_result(got[2]))
+        elif got[0] in self._received:
+            self._received[got[0]].append((got[1], got[2]))
+        return True
 
     def _watch(self) -> None:
         """Notices, on a thread of its own, a rank whose run() ends before the group closes."""

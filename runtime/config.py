@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headwise.runtime.kv.eviction import EvictionName
 from headwise.workers.errors import InvalidValueError
 
 DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
@@ -35,6 +36,15 @@ class EngineConfig(BaseModel):
         pipeline_depth: steps in flight at once; with 2, the next is submitted before the tokens of one are seen.
         attention: the attention backend; None is the fastest that fits.
         seed: of requests that bring none.
+        enable_prefix_caching: whether requests share the KV blocks of equal prompts, and find those of earlier ones.
+        prefix_eviction: which idle block goes first: ``lru``, the one unused for longest; ``cost_aware``, the one that
+            is worth least, by its recompute time and how often it was found.
+        cache_quota: the share of the cache, and of each tier, that requests with one cache_salt may fill; None is no
+            limit. It bounds what is kept, not what running requests need.
+        host_kv_memory: host memory each rank may fill with blocks that had to leave the device, such as ``"4GiB"``.
+        disk_kv_path: a folder where each rank keeps blocks that had to leave memory; the next engine with the same
+            model and settings finds them.
+        disk_kv_limit: the most that each rank's files there may take.
         address: of the Ray to join; None joins RAY_ADDRESS, or starts one here.
         cpus_per_rank: CPUs each rank asks Ray for and computes with; None is cores / ranks.
         start_timeout: seconds until every rank must be placed.
@@ -56,6 +66,12 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=128, ge=1, le=4096)
     pipeline_depth: int = Field(default=2, ge=1, le=2)
     attention: Literal["reference", "cpu"] | None = None
+    enable_prefix_caching: bool = True
+    prefix_eviction: EvictionName = "lru"
+    cache_quota: float | None = Field(default=None, gt=0, le=1)
+    host_kv_memory: str | int | None = None
+    disk_kv_path: str | None = None
+    disk_kv_limit: str | int = "16GiB"
     seed: int = Field(default=0, ge=0, lt=2**64)
     address: str | None = None
     cpus_per_rank: float | None = Field(default=None, gt=0)

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from headwise.cluster.group import ShardGroup
-from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.block_tables import BlockTables
+from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.kv.pins import Pins
 from headwise.runtime.output import TextStream
-from headwise.runtime.request import FinishReason, Request, RequestState
+from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.scheduler import Schedule, Scheduler
 from headwise.workers.plan import StepOutput, TokenLogprobs
 
@@ -31,6 +35,9 @@ class Delta(NamedTuple):
     finished: bool
 
 
+TRANSFER_WAIT_S = 0.02
+"""How long a step that has nothing to compute waits for blocks on their way."""
+
 Sink = Callable[[list[Delta]], None]
 """Gets what is new of its requests since the last time, in order."""
 
@@ -38,10 +45,24 @@ Sink = Callable[[list[Delta]], None]
 class Engine:
     """Runs requests on a shard group."""
 
-    def __init__(self, group: ShardGroup, pool: BlockPool, scheduler: Scheduler, pipeline_depth: int) -> None:
-        """Args: ``pipeline_depth``: how many steps may be in flight; with 2, a step is submitted before the tokens of
-        the one before it are seen."""
-        self._group, self._pool, self._scheduler, self._depth = group, pool, scheduler, pipeline_depth
+    def __init__(
+        self,
+        group: ShardGroup,
+        tables: BlockTables,
+        scheduler: Scheduler,
+        pipeline_depth: int,
+        pins: Pins,
+        events: KvEvents,
+    ) -> None:
+        """
+        Args:
+            pipeline_depth: how many steps may be in flight; with 2, a step is submitted before the tokens of the one
+                before it are seen.
+            pins, events: of the prefix cache in ``tables``.
+        """
+        self._group, self._scheduler, self._depth = group, scheduler, pipeline_depth
+        self._tables, self._cache, self._tiers, self._pins = tables, tables.cache, tables.tiers, pins
+        self.events = events
         self._in_flight: deque[Schedule] = deque()
         self._live: dict[str, tuple[Request, TextStream | None, Sink]] = {}
         self._new: dict[Sink, list[Delta]] = {}
@@ -52,7 +73,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._in_flight)
+        return bool(self._live or self._in_flight or (self._tiers is not None and self._tiers.busy))
 
     @property
     def request_ids(self) -> set[str]:
@@ -79,16 +100,19 @@ class Engine:
             ShardGroupDied: the group is gone; every request is still known.
         """
         cpu_started = time.thread_time()
+        self._pins.expire()
         while len(self._in_flight) < self._depth and self._submit_next():
             pass
+        moving = self._move_blocks(wait=not self._in_flight)
         if self._in_flight:
             self._collect_oldest()
-        elif self._live:
+        elif self._live and not moving:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
+        self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, and what holds now.
+        """Counts since the start, and what holds now. A block that is only kept for its content counts as free.
 
         ``engine_seconds`` is the wall time of all steps by part: ``schedule``, ``submit``, ``collect`` (which waits for
         the shards) and ``emit``; ``engine_cpu_seconds`` is the processor time that the engine's thread spent in them.
@@ -96,13 +120,17 @@ class Engine:
         return {
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
-            "num_blocks": self._pool.num_blocks,
-            "num_free_blocks": self._pool.num_free,
+            "num_blocks": self._cache.pool.num_blocks,
+            "num_free_blocks": self._cache.num_available,
             "num_steps": self.num_steps,
             "num_generated_tokens": self.num_generated_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
+            "num_restarts": self._scheduler.num_restarts,
             "engine_seconds": dict(self._seconds),
             "engine_cpu_seconds": self._cpu_seconds,
+            "prefix_cache": self._cache.stats()
+            | {"pinned_blocks": self._pins.num_blocks}
+            | {"tiers": self._tiers.stats() if self._tiers is not None else {}},
         }
 
     def call_shards(self, method: str) -> list[Any]:
@@ -111,12 +139,54 @@ class Engine:
             self._collect_oldest()
         return self._group.call(method)
 
+    def pin(self, blocks: TokenBlocks, num_tokens: int, ttl_s: float) -> int:
+        """Keeps the cached blocks of a sequence's first tokens for a time; returns how many tokens they are.
+
+        Raises:
+            InvalidValueError: more blocks would be pinned than may be.
+        """
+        chain: list[CachedBlock] = []
+        self._cache.match(blocks, num_tokens // self._cache.block_size, chain)
+        self._pins.pin(chain, ttl_s)
+        return len(chain) * self._cache.block_size
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
+        self._pins.clear()
+        self._cache.clear()
+        if self._tiers is not None:
+            self._tiers.clear()
+        self.events.flush()
+
     def check_integrity(self) -> None:
         """
         Raises:
-            IntegrityError: the block pool's books do not add up.
+            IntegrityError: the books of the KV blocks do not add up.
         """
-        self._pool.check_integrity()
+        self._scheduler.check_integrity()
+
+    def _move_blocks(self, wait: bool) -> bool:
+        """Has blocks copied between the device and the tiers, and takes note of what is done.
+
+        Args:
+            wait: for something to be done, a little; calls from other threads have to come in between.
+
+        Returns:
+            Whether anything was or is under way.
+        """
+        tiers = self._tiers
+        if tiers is None:
+            return False
+        tiers.pump()
+        while tiers.outbox:
+            self._group.transfer(tiers.outbox.popleft())
+        if not tiers.busy:
+            return False
+        result = self._group.transferred(TRANSFER_WAIT_S if wait else 0)
+        while result is not None:
+            tiers.finished(result)
+            result = self._group.transferred(0)
+        return True
 
     def _submit_next(self) -> bool:
         """Submits a step, if there is anything to compute."""
@@ -143,20 +213,29 @@ class Engine:
         if output.step != schedule.plan.step:
             raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
         self.num_steps += 1
-        self._scheduler.complete(schedule)
         tokens, failed = dict(output.tokens), dict(output.failed)
-        for request, row, samples in schedule.entries:
-            # One that ended after this step was submitted gets nothing more.
-            if not samples or request.state is RequestState.FINISHED:
+        self._scheduler.complete(schedule, failed.keys())
+        for entry in schedule.entries:
+            request = entry.request
+            if not entry.samples or entry.is_void:
                 continue
-            if row in failed:
-                request.error = failed[row]
+            if entry.row in failed:
+                request.error = failed[entry.row]
                 self._emit(request, [], None, FinishReason.ERROR)
             else:
-                self._take_token(request, tokens[row], output.logprobs.get(row))
+                self._take_token(request, tokens[entry.row], output.logprobs.get(entry.row))
+        self._learn_cost(schedule, output)
         self._deliver()
         if not self.has_work:
             self.check_integrity()
+
+    def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
+        """What a token takes to compute: of steps that mostly compute prompts."""
+        if self._tiers is None:
+            return
+        prefilled = sum(count for _, count in schedule.plan.computes if count > 1)
+        if prefilled >= self._cache.block_size and prefilled >= len(schedule.plan.computes):
+            self._tiers.cost.saw_prefill(prefilled, output.seconds)
 
     def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         request.generated.append(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.output import TextStream
 from headwise.runtime.request import Request
 from headwise.runtime.sampling_params import SamplingParams
@@ -14,13 +15,24 @@ from headwise.workers.model_config import ModelConfig
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 
+MAX_CACHE_SALT = 256
+"""Characters of a cache salt: room for any tenant's name or key."""
+
 
 class InputProcessor:
     """Checks prompts and parameters against the model's limits and turns them into requests."""
 
-    def __init__(self, tokenizer: Tokenizer | None, model: ModelConfig, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        model: ModelConfig,
+        max_model_len: int,
+        seed: int,
+        identity: KvIdentity | None = None,
+    ) -> None:
+        """Args: ``identity``: of the KV blocks; None: requests take no part in a prefix cache."""
         self.tokenizer = tokenizer
-        self._model, self._max_model_len, self._seed = model, max_model_len, seed
+        self._model, self._max_model_len, self._seed, self._identity = model, max_model_len, seed, identity
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens.
@@ -70,11 +82,23 @@ class InputProcessor:
             _check_unicode("messages", message["content"])
         return self.tokenizer.apply_chat_template([dict(message) for message in messages])
 
-    def requests(self, request_id: str, token_ids: list[int], params: SamplingParams, number: int) -> Iterator[Request]:
-        """The ``n`` requests of a prompt. ``number``: of the call, the seed of one that brings none depends on it."""
+    def requests(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, number: int, cache_salt: str = ""
+    ) -> Iterator[Request]:
+        """The ``n`` requests of a prompt.
+
+        Args:
+            number: of the call; the seed of one that brings none depends on it.
+            cache_salt: the prefix cache is shared with requests that have the same, and no others.
+
+        Raises:
+            InvalidValueError: a parameter or the salt is wrong.
+        """
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self._model.vocab_size, max_model_len=self._max_model_len)
+        _check_salt(cache_salt)
+        blocks = self._identity.token_blocks(token_ids, cache_salt) if self._identity is not None else None
         room = self._max_model_len - len(token_ids)
         for index in range(params.n):
             yield Request(
@@ -86,6 +110,7 @@ class InputProcessor:
                 ),
                 max_tokens=min(params.max_tokens or room, room),
                 index=index,
+                token_blocks=blocks.copy() if blocks is not None else None,
             )
 
     def text_stream(self, params: SamplingParams) -> TextStream | None:
@@ -110,3 +135,13 @@ def _check_unicode(field: str, text: str) -> None:
         raise InvalidValueError(
             field, text, f"character {error.start} is half of a surrogate pair, which is no text"
         ) from None
+
+
+def _check_salt(cache_salt: str) -> None:
+    if not isinstance(cache_salt, str):
+        raise InvalidValueError("cache_salt", cache_salt, f"must be a string, not {type(cache_salt).__name__}")
+    if len(cache_salt) > MAX_CACHE_SALT:
+        raise InvalidValueError(
+            "cache_salt", f"{len(cache_salt)} characters", f"at most {MAX_CACHE_SALT}", "give a digest of it instead"
+        )
+    _check_unicode("cache_salt", cache_salt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import queue
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from headwise.cluster.group import ShardGroup
 from headwise.runtime.config import EngineConfig, engine_config
 from headwise.runtime.engine import Delta, Engine
 from headwise.runtime.inputs import InputProcessor, Messages, Prompt
+from headwise.runtime.kv.events import Subscription
 from headwise.runtime.loop import EngineLoop
 from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
 from headwise.runtime.request import FinishReason, Request
@@ -69,6 +71,12 @@ class LLM:
         max_num_seqs: int = 128,
         pipeline_depth: int = 2,
         attention: str | None = None,
+        enable_prefix_caching: bool = True,
+        prefix_eviction: str = "lru",
+        cache_quota: float | None = None,
+        host_kv_memory: str | int | None = None,
+        disk_kv_path: str | Path | None = None,
+        disk_kv_limit: str | int = "16GiB",
         seed: int = 0,
         address: str | None = None,
         cpus_per_rank: float | None = None,
@@ -103,6 +111,12 @@ class LLM:
             max_num_seqs=max_num_seqs,
             pipeline_depth=pipeline_depth,
             attention=attention,
+            enable_prefix_caching=enable_prefix_caching,
+            prefix_eviction=prefix_eviction,
+            cache_quota=cache_quota,
+            host_kv_memory=host_kv_memory,
+            disk_kv_path=str(disk_kv_path) if disk_kv_path is not None else None,
+            disk_kv_limit=disk_kv_limit,
             seed=seed,
             address=address,
             cpus_per_rank=cpus_per_rank,
@@ -127,6 +141,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes prompts.
@@ -134,6 +149,7 @@ class LLM:
         Args:
             prompts: text, a list of texts, a list of token ids, or a list of such lists.
             sampling_params: one for all, or one for each.
+            cache_salt: the prefix cache is shared with requests that have the same salt, and no others.
             use_tqdm: show a bar on stderr.
 
         Returns:
@@ -144,13 +160,14 @@ class LLM:
             ShardGroupDied: a shard died; nothing of this call is returned.
         """
         listed = _as_prompts(prompts)
-        return self._run([self._inputs.token_ids(p) for p in listed], listed, sampling_params, use_tqdm)
+        return self._run([self._inputs.token_ids(p) for p in listed], listed, sampling_params, cache_salt, use_tqdm)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        cache_salt: str = "",
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers conversations, each a list of ``{"role": …, "content": …}``; else as :meth:`generate`."""
@@ -158,7 +175,7 @@ class LLM:
         listed: Sequence[Any] = [messages] if single else messages
         ids = [self._inputs.chat_token_ids(conversation) for conversation in listed]
         ids = [self._inputs.token_ids(tokens) for tokens in ids]
-        return self._run(ids, [None] * len(ids), sampling_params, use_tqdm)
+        return self._run(ids, [None] * len(ids), sampling_params, cache_salt, use_tqdm)
 
     def stream(
         self,
@@ -166,11 +183,13 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> Iterator[OutputDelta]:
         """Completes one prompt, or answers one conversation, bit by bit.
 
         Args:
             request_id: for :meth:`abort`; no other that runs may have it.
+            cache_salt: as of :meth:`generate`.
 
         Leaving the iterator early aborts the request.
 
@@ -179,16 +198,70 @@ class LLM:
             ShardGroupDied: a shard died.
         """
         params = sampling_params or SamplingParams()
-        chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        ids = self._inputs.chat_token_ids(prompt) if chat else prompt  # type: ignore[arg-type]
         number = next(self._numbers)
         name = request_id if request_id is not None else f"request-{number}"
-        requests = list(self._inputs.requests(name, self._inputs.token_ids(ids), params, number))  # type: ignore[arg-type]
-        return self._stream(requests)
+        return self._stream(list(self._inputs.requests(name, self._token_ids(prompt), params, number, cache_salt)))
 
     def abort(self, request_id: str) -> None:
         """Ends a request that another thread runs; its output so far has the finish_reason ``abort``."""
         self._loop.call(lambda engine: engine.abort(request_id))
+
+    def pin_prefix(self, prompt: Prompt | Messages, ttl: float, *, cache_salt: str = "") -> int:
+        """Computes a prompt, or the start of a conversation, and keeps it in the prefix cache for a time.
+
+        Args:
+            ttl: seconds.
+            cache_salt: of the requests that are to find it.
+
+        Returns:
+            How many tokens are kept: those of its full blocks.
+
+        Raises:
+            InvalidValueError: the prompt or ttl is wrong, prefix caching is off, or more would be pinned than may be.
+            ShardGroupDied: a shard died.
+        """
+        if not self.config.enable_prefix_caching:
+            raise InvalidValueError("enable_prefix_caching", False, "a prefix can only be pinned in a prefix cache")
+        if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl < math.inf:
+            raise InvalidValueError("ttl", ttl, "must be a number of seconds above 0")
+        number, ids = next(self._numbers), self._token_ids(prompt)
+        params = SamplingParams(temperature=0, max_tokens=1)
+        [request] = self._inputs.requests(f"request-{number}", ids, params, number, cache_salt)
+        pinned: list[int | InvalidValueError] = []
+
+        def pin(new: list[Delta]) -> list[Delta]:
+            """On the engine's thread, as soon as the prompt is computed: nothing can take its blocks in between."""
+            blocks = request.token_blocks
+            if request.finish_reason is not FinishReason.ERROR and blocks is not None:
+                try:
+                    pinned.append(self._loop.engine.pin(blocks, len(ids), ttl))
+                except InvalidValueError as error:
+                    pinned.append(error)
+            return new
+
+        for _ in self._deltas([request], pin):
+            pass
+        if not pinned:
+            raise InvalidValueError("prompt", f"{len(ids)} tokens", request.error or "was aborted")
+        if isinstance(pinned[0], InvalidValueError):
+            raise pinned[0]
+        return pinned[0]
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
+        self._loop.call(Engine.reset_prefix_cache)
+
+    def subscribe_kv_events(self, capacity: int = 1024) -> Subscription:
+        """What changes in the prefix cache, as msgpack messages for routers; see ``headwise.runtime.kv.events``.
+
+        Args:
+            capacity: messages that may wait unread; a reader further behind is told to take a snapshot.
+        """
+        return self._loop.call(lambda engine: engine.events.subscribe(capacity))
+
+    def kv_snapshot(self) -> bytes:
+        """Which blocks the prefix cache holds, as msgpack; see ``headwise.runtime.kv.events``."""
+        return self._loop.call(lambda engine: engine.events.snapshot())
 
     def stats(self) -> dict[str, Any]:
         """What the engine and its shards hold and have done, among it ``shard_pids``, ``kv_bytes_per_rank``, and the
@@ -214,18 +287,24 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def _token_ids(self, prompt: Prompt | Messages) -> list[int]:
+        chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids = self._inputs.chat_token_ids(prompt) if chat else prompt  # type: ignore[arg-type]
+        return self._inputs.token_ids(ids)  # type: ignore[arg-type]
+
     def _run(
         self,
         token_ids: list[list[int]],
         prompts: Sequence[Prompt | None],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        cache_salt: str,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = _as_params(sampling_params, len(token_ids))
         groups: list[list[Request]] = []
         for ids, param in zip(token_ids, params, strict=True):
             number = next(self._numbers)
-            groups.append(list(self._inputs.requests(f"request-{number}", ids, param, number)))
+            groups.append(list(self._inputs.requests(f"request-{number}", ids, param, number, cache_salt)))
         texts: dict[str, list[str]] = {request.key: [] for group in groups for request in group}
         requests = [request for group in groups for request in group]
         for request in requests:
@@ -302,7 +381,7 @@ class LLM:
             prompt if isinstance(prompt, str) else None,
             first.prompt_token_ids,
             finished=True,
-            num_cached_tokens=first.num_cached_tokens,
+            num_cached_tokens=first.metrics.num_cached_tokens,
             metrics=first.metrics,
             error=next((request.error for request in group if request.error), None),
         )

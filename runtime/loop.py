@@ -31,6 +31,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def engine(self) -> Engine:
+        """The engine, for code that runs on its thread."""
+        return self._engine
+
     def call(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
         """Runs ``function`` on the engine's thread between two steps and returns what it returns.
 

@@ -6,6 +6,8 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.plan import RowSampling, TokenLogprobs
 
@@ -32,13 +34,20 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds on the monotonic clock; 0 is not yet."""
+    """Times in seconds on the monotonic clock, 0 is not yet; and counts.
+
+    Attributes:
+        num_cached_tokens: prompt tokens that were not computed but found in the prefix cache, on whatever tier.
+        num_restored_tokens: those of them that came back from host memory or disk.
+    """
 
     arrival: float = field(default_factory=time.monotonic)
     first_scheduled: float = 0.0
     first_token: float = 0.0
     finished: float = 0.0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_restored_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float:
@@ -61,6 +70,16 @@ class Request:
         row, block_ids: on the shards; held while RUNNING, and until the last step in flight is done. -1 is none.
         key: tells the samples of one call apart.
         generated: tokens seen so far.
+        token_blocks: its tokens in full blocks with their digests; None takes no part in the prefix cache.
+        chain: the cached blocks that hold its first tokens; held while it holds blocks, and else only a guess.
+        num_matched: how many of them were there when it was admitted.
+        num_offered: full blocks that it has tried to share.
+        num_verified: tokens after which it has sampled a finite one.
+        attempt: counts the times it was started over; what a step computed for an earlier one is void.
+        only_verified: it failed on blocks of another request that were not verified, and does without such now.
+        awaits: the digest of a block that another request computes or restores.
+        restoring: blocks are on their way to the device for it.
+        restored_short: not all of them arrived; what is missing is computed.
     """
 
     request_id: str
@@ -76,9 +95,18 @@ class Request:
     num_computed: int = 0
     num_pending: int = 0
     num_in_flight: int = 0
-    num_cached_tokens: int = 0
     row: int = -1
     block_ids: list[int] = field(default_factory=list)
+    token_blocks: TokenBlocks | None = None
+    chain: list[CachedBlock] = field(default_factory=list)
+    num_matched: int = 0
+    num_offered: int = 0
+    num_verified: int = 0
+    attempt: int = 0
+    only_verified: bool = False
+    awaits: bytes | None = None
+    restoring: bool = False
+    restored_short: bool = False
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.block_tables import BlockTables, Entry
+from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.request import FinishReason, Request, RequestState
 from headwise.workers.plan import RowAdmit, StepPlan
 
 
 class Scheduled(NamedTuple):
-    """One request's part in a step. ``samples``: whether the step gives it a token."""
+    """One request's part in a step.
+
+    Attributes:
+        samples: whether the step gives it a token.
+        num_computed: its tokens whose KV is computed once the step is done.
+        attempt: the request's when the step was made; if it is another now, the step's token is void.
+    """
 
     request: Request
     row: int
     samples: bool
+    num_computed: int
+    attempt: int
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the request has ended, or was started over, since."""
+        return self.request.state is RequestState.FINISHED or self.attempt != self.request.attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +66,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
-        block_size: int,
+        tables: BlockTables,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_mixed_prefill_tokens: int | None = None,
@@ -62,8 +76,9 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
+        self.num_restarts = 0
         self._leaving: list[Request] = []  # no longer running, but a step in flight still computes them
-        self._pool, self._block_size, self._budget = pool, block_size, max_num_batched_tokens
+        self._tables, self._budget = tables, max_num_batched_tokens
         self._mixed_budget = max_mixed_prefill_tokens or max_num_batched_tokens
         # No more rows than tokens in a step: else those that decode could leave nothing for a prompt, for ever.
         self._free_rows = list(reversed(range(min(max_num_seqs, max_num_batched_tokens))))
@@ -93,11 +108,22 @@ class Scheduler:
         self._admit_waiting(draft)
         return self._build(draft) if draft.counts else None
 
-    def complete(self, schedule: Schedule) -> None:
-        """The step is done, and is the oldest in flight; its tokens are the engine's to append."""
-        for request, _, samples in schedule.entries:
+    def complete(self, schedule: Schedule, failed: Collection[int] = ()) -> None:
+        """The step is done, and is the oldest in flight; its tokens are the engine's to append.
+
+        Args:
+            failed: the rows whose logits were not finite. Whoever computed with what such a request shared is started
+                over, and so is one that failed itself, but on blocks of another that nobody has verified: what this
+                step sampled for them is void. The others are the engine's to end.
+        """
+        self._fail([entry for entry in schedule.entries if entry.row in failed and entry.samples])
+        for entry in schedule.entries:
+            request = entry.request
             request.num_in_flight -= 1
-            request.num_pending -= samples
+            if entry.attempt == request.attempt:
+                request.num_pending -= entry.samples
+                if entry.samples and entry.row not in failed:
+                    self._tables.verify(request, entry.num_computed)
         for request in [r for r in self._leaving if not r.num_in_flight]:
             self._leaving.remove(request)
             self._release(request)
@@ -106,57 +132,71 @@ class Scheduler:
         """Ends a request, in whatever state it is. Idempotent."""
         if request.state is RequestState.FINISHED:
             return
-        if request.state is RequestState.RUNNING:
-            self._leave(request)
-        else:
-            self.waiting.remove(request)
+        running = request.state is RequestState.RUNNING
         request.state, request.finish_reason = RequestState.FINISHED, reason
         request.metrics.finished = time.monotonic()
+        if running:
+            self._leave(request, share=reason is not FinishReason.ERROR)
+        else:
+            self.waiting.remove(request)
+
+    def check_integrity(self) -> None:
+        """
+        Raises:
+            IntegrityError: the books of the blocks do not agree with each other, or with what requests hold.
+        """
+        self._tables.cache.check_integrity(self._tables.computing([*self.running, *self._leaving]))
+        if self._tables.tiers is not None:
+            self._tables.tiers.check_integrity()
 
     def _compute(self, request: Request, draft: _Draft) -> None:
         """Gives a running request its part of the step, if there is budget and are blocks."""
         count = min(request.num_uncomputed, draft.budget)
         if count <= 0 or request.state is not RequestState.RUNNING:  # preempted for an older one, just now
             return
-        missing = self._blocks_for(request.num_computed + count) - len(request.block_ids)
+        target = request.num_computed + count
+        missing = self._tables.missing(request, target)
         if missing > 0:
             if not self._make_room(request, missing, draft):
                 return
-            draft.appends[request] = self._pool.allocate(missing, request.key)
-            request.block_ids += draft.appends[request]
+            draft.appends[request] = self._tables.grow(request, target)
         draft.counts[request] = count
         draft.budget -= count
 
     def _make_room(self, request: Request, missing: int, draft: _Draft) -> bool:
         """Preempts the newest, ``request`` itself at last, until so many blocks are free or soon will be; returns
         whether they are free now."""
-        while missing > self._pool.num_free + sum(len(r.block_ids) for r in self._leaving):
+        cache = self._tables.cache
+        while missing > cache.num_available + sum(len(r.block_ids) for r in self._leaving):
             victim = self.running[-1]
             self._preempt(victim)
             draft.budget += draft.counts.pop(victim, 0)
             draft.appends.pop(victim, None)
             if victim is request:
                 return False
-        return missing <= self._pool.num_free
+        return missing <= cache.num_available
 
     def _admit_waiting(self, draft: _Draft) -> None:
+        later: list[Request] = []
         while self.waiting and self._free_rows and draft.budget > 0:
             request = self.waiting[0]
             # A preempted request waits for its tokens in flight: the shards get them with its admission.
             if request.num_in_flight:
-                return
-            # Blocks for all its tokens and the next one, so that no prefill is preempted half-way by a later one.
-            needed = self._blocks_for(request.num_tokens + 1)
-            if needed > self._pool.num_free:
-                return
+                break
+            entry = self._tables.enter(request)
+            if entry is Entry.NO_ROOM:
+                break
             self.waiting.popleft()
+            if entry is Entry.LATER:
+                later.append(request)
+                continue
             self.running.append(request)
             request.state, request.row = RequestState.RUNNING, self._free_rows.pop()
-            request.block_ids = self._pool.allocate(needed, request.key)
             request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
             draft.counts[request] = min(request.num_uncomputed, draft.budget)
             draft.budget -= draft.counts[request]
             draft.admitted.append(request)
+        self.waiting.extendleft(reversed(later))
 
     def _build(self, draft: _Draft) -> Schedule:
         plan = StepPlan(self._next_step, drops=self._dropped)
@@ -181,18 +221,54 @@ class Scheduler:
             samples = request.num_computed == request.num_tokens
             request.num_pending += samples
             request.num_in_flight += 1
-            entries.append(Scheduled(request, request.row, samples))
+            entries.append(Scheduled(request, request.row, samples, request.num_computed, request.attempt))
+            self._tables.share(request)
         return Schedule(plan, entries)
+
+    def _fail(self, entries: Sequence[Scheduled]) -> None:
+        """Takes back what rows that are not finite have shared, and starts over whoever relied on it."""
+        ended: list[Request] = []
+        withdrawn: set[CachedBlock] = set()
+        for entry in entries:
+            if entry.attempt != entry.request.attempt:
+                continue
+            taken, relied = self._tables.fail(entry.request)
+            withdrawn |= taken
+            if entry.is_void:
+                continue
+            if relied:
+                entry.request.only_verified = True
+                self._start_over(entry.request)
+            else:
+                ended.append(entry.request)
+        for request in [*self.running, *self._leaving]:
+            if request not in ended and not withdrawn.isdisjoint(request.chain[: request.num_matched]):
+                self._start_over(request)
 
     def _preempt(self, request: Request) -> None:
         """Takes everything from a running request; its tokens are computed again when there is room."""
-        self._leave(request)
-        request.state, request.num_computed = RequestState.WAITING, 0
+        self._leave(request, share=True)
+        self._wait_again(request)
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
+
+    def _start_over(self, request: Request) -> None:
+        """As preempting, but what is computed of it is not to be trusted, nor are its tokens in flight."""
+        if request.state is RequestState.RUNNING:
+            self._leave(request, share=False)
+            self._wait_again(request)
+        request.attempt += 1
+        request.num_pending = 0
+        self.num_restarts += 1
+
+    def _wait_again(self, request: Request) -> None:
+        request.state, request.num_computed = RequestState.WAITING, 0
         self.waiting.appendleft(request)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, share: bool) -> None:
+        """``share``: keep what it computed for others."""
+        if share:
+            self._tables.share(request)
         self.running.remove(request)
         if request.num_in_flight:
             self._leaving.append(request)
@@ -200,11 +276,7 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        self._pool.free(request.block_ids, request.key)
-        request.block_ids = []
+        self._tables.leave(request)
         self._dropped.append(request.row)
         self._free_rows.append(request.row)
         request.row = -1
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)

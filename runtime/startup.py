@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,12 +16,13 @@ from headwise.cluster.local import LocalShardGroup
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine import Engine
 from headwise.runtime.inputs import InputProcessor
-from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
+from headwise.runtime.prefix_caching import prefix_caching, tier_sizes
 from headwise.runtime.scheduler import Scheduler
 from headwise.runtime.tokenizer import load_tokenizer
 from headwise.runtime.warmup import prepare_kernels
-from headwise.workers.checkpoint import verify_checkpoint
+from headwise.workers.checkpoint import model_fingerprint, verify_checkpoint
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model_config import ModelConfig, load_model_config
 from headwise.workers.partition import partition_model
@@ -48,6 +49,13 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(path)
     spec = _spec(config, path, model, max_model_len)
+    sizes = tier_sizes(config, model, spec.dtype)
+    identity = None
+    if config.enable_prefix_caching:
+        identity = KvIdentity(model_fingerprint(path), spec.dtype, config.block_size)
+        spec = replace(
+            spec, host_kv_blocks=sizes.host, disk_kv_path=config.disk_kv_path, kv_identity=identity.namespace()
+        )
     if spec.device == "cpu":
         prepare_kernels(quiet)
     group = make_group(config, spec)
@@ -59,16 +67,18 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
             raise InvalidValueError(
                 "num_blocks", num_blocks, f"holds {num_tokens} tokens, max_model_len={max_model_len} needs more"
             )
+        if not quiet:
+            blocks = f"{num_blocks:,} blocks of {config.block_size}"
+            print(f"KV memory: {num_tokens:,} tokens in {blocks}", file=sys.stderr)
+        caching = prefix_caching(config, group, num_blocks, max_model_len, sizes)
     except BaseException:
         group.close()
         raise
-    if not quiet:
-        print(f"KV memory: {num_tokens:,} tokens in {num_blocks:,} blocks of {config.block_size}", file=sys.stderr)
-    pool = BlockPool(num_blocks)
     mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
-    scheduler = Scheduler(pool, config.block_size, config.max_num_seqs, config.max_num_batched_tokens, mixed)
-    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed)
-    return Started(path, inputs, group, Engine(group, pool, scheduler, config.pipeline_depth))
+    scheduler = Scheduler(caching.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
+    engine = Engine(group, caching.tables, scheduler, config.pipeline_depth, caching.pins, caching.events)
+    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, identity)
+    return Started(path, inputs, group, engine)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -7,11 +7,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
+from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied, TransferResults
 from headwise.workers import collectives
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
+from headwise.workers.transfer import (
+    TransferJob,
+    TransferResult,
+    decode_job,
+    decode_result,
+    encode_job,
+    encode_result,
+)
 
 DEADLINE_S = 120.0
 
@@ -25,6 +33,8 @@ class ThreadShardGroup(ShardGroup):
         self._plans: list[queue.SimpleQueue[bytes | None]] = [queue.SimpleQueue() for _ in range(self._tp)]
         self._outputs: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._copied: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._results = TransferResults(self._tp)
 
     def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
         kind = "solo" if self._tp == 1 else "shared_memory"
@@ -32,7 +42,7 @@ class ThreadShardGroup(ShardGroup):
 
         def build(rank: int) -> Shard:
             peers = collectives.connect(rendezvous, rank, self._tp, DEADLINE_S, "cpu")
-            shard = Shard(self._spec, peers, num_threads=1)
+            shard = Shard(self._spec, peers, 1, lambda result: self._copied.put(encode_result(result)))
             shard.load()
             return shard
 
@@ -59,6 +69,20 @@ class ThreadShardGroup(ShardGroup):
 
     def call(self, method: str) -> list[Any]:
         return [getattr(shard, method)() for shard in self.shards]
+
+    def transfer(self, job: TransferJob) -> None:
+        for shard in self.shards:
+            shard.transfer(decode_job(encode_job(job)))
+
+    def transferred(self, timeout_s: float) -> TransferResult | None:
+        while (result := self._results.take()) is None:
+            try:
+                self._results.add(
+                    decode_result(self._copied.get(timeout=timeout_s) if timeout_s else self._copied.get_nowait())
+                )
+            except queue.Empty:
+                return None
+        return result
 
     def close(self) -> None:
         for plans in self._plans:

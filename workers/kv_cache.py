@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By item size: NumPy has no bfloat16, and copies bits."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -21,7 +26,7 @@ class KVCache:
 
     With ``transposed_keys`` the keys of a block are kept as [head_dim, block_size], so that one load holds the same
     element of several keys and a query times a block of keys needs no horizontal sums. Only this class and the
-    backends that ask for it know: ``gather``, ``export_block`` and ``import_block`` speak [block_size, head_dim].
+    backends that ask for it know: ``gather`` and what moves blocks in and out speak [block_size, head_dim].
 
     Attributes:
         keys: [L, N, K, block_size, D], or [L, N, K, D, block_size] with ``transposed_keys``.
@@ -50,6 +55,16 @@ class KVCache:
         key_block = (head_dim, block_size) if transposed_keys else (block_size, head_dim)
         self.keys = _zeros((num_layers, num_blocks, num_kv_heads, *key_block), dtype, self.device)
         self.values = _zeros(sizes, dtype, self.device)
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if self.device.type == "cuda":
+            # Of the steps, which is the current one where the memory is made, and of copies beside them.
+            beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._streams = torch.cuda.current_stream(self.device), beside
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """Of one block outside the cache: (num_layers, 2 for K and V, kv heads, block_size, head_dim)."""
+        return self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +89,39 @@ class KVCache:
             k_NKSD = k_NKSD.transpose(2, 3)
         k_KCD, v_KCD = (x_NKSD.transpose(0, 1).flatten(1, 2)[:, :length] for x_NKSD in (k_NKSD, v_NKSD))
         return k_KCD, v_KCD
+
+    def read_blocks(self, blocks: Sequence[int], out: Tensor) -> None:
+        """Copy blocks to host memory; complete when it returns. May run beside steps that leave the blocks alone.
+
+        Args:
+            out: [len(blocks), *block_shape], of the cache's dtype, in host memory.
+
+        Raises:
+            InvalidValueError: a block is out of range, or ``out`` has another shape, dtype or device.
+        """
+        self._check_moved(blocks, "out", out)
+        with self._beside_steps():
+            for into, block in zip(out, blocks, strict=True):
+                k_LKSD, v_LKSD = self._standard(block)
+                if self.device.type == "cpu":
+                    _copy(into[:, 0], k_LKSD)
+                    _copy(into[:, 1], v_LKSD)
+                else:
+                    into.copy_(torch.stack((k_LKSD, v_LKSD), dim=1))
+
+    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        """The inverse of :meth:`read_blocks`, with the same ``data``, limits and errors."""
+        self._check_moved(blocks, "data", data)
+        with self._beside_steps():
+            for held, block in zip(data, blocks, strict=True):
+                k_LKSD, v_LKSD = self._standard(block)
+                if self.device.type == "cpu":
+                    _copy(k_LKSD, held[:, 0])
+                    _copy(v_LKSD, held[:, 1])
+                else:
+                    moved = held.to(self.device)
+                    k_LKSD.copy_(moved[:, 0])
+                    v_LKSD.copy_(moved[:, 1])
 
     def export_block(self, layer: int, head: int, block: int) -> tuple[Tensor, Tensor]:
         """A copy of one head's keys and values in one block, each contiguous [block_size, head_dim].
@@ -112,8 +160,33 @@ class KVCache:
         _check_index("layer", layer, self.num_layers)
         _check_index("head", head, self.num_kv_heads)
         _check_index("block", block, self.num_blocks)
-        k_SD = self.keys[layer, block, head]
-        return (k_SD.T if self.transposed_keys else k_SD), self.values[layer, block, head]
+        k_LKSD, v_LKSD = self._standard(block)
+        return k_LKSD[layer, head], v_LKSD[layer, head]
+
+    def _standard(self, block: int) -> tuple[Tensor, Tensor]:
+        """Views of a block, each [num_layers, kv heads, block_size, head_dim] in either layout."""
+        k_LKSD = self.keys[:, block]
+        return (k_LKSD.transpose(-1, -2) if self.transposed_keys else k_LKSD), self.values[:, block]
+
+    def _check_moved(self, blocks: Sequence[int], name: str, x: Tensor) -> None:
+        for block in blocks:
+            _check_index("block", block, self.num_blocks)
+        shape = (len(blocks), *self.block_shape)
+        if x.shape != shape or x.dtype != self.dtype or x.device.type != "cpu":
+            wanted = f"must be {self.dtype} of shape {shape} in host memory"
+            raise InvalidValueError(name, (x.dtype, tuple(x.shape), str(x.device)), wanted)
+
+    @contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        """On a GPU: copies in here start after what steps have submitted so far, and are complete at its end."""
+        if self._streams is None:
+            yield
+            return
+        steps, beside = self._streams
+        beside.wait_stream(steps)
+        with torch.cuda.stream(beside):
+            yield
+        beside.synchronize()
 
 
 def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -171,6 +244,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     memory[:: mmap.PAGESIZE] = 0  # take the pages now: later each would hold up the step that first writes to it
     return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def _copy(into: Tensor, x: Tensor) -> None:
+    """Copies in host memory, on the calling thread: torch may start a team of threads for this, one for each thread
+    that copies, and libgomp lets the waiting threads of several teams sleep instead of spin, the steps' among them."""
+    integer = _INTEGERS[x.dtype.itemsize]
+    np.copyto(into.view(integer).numpy(), x.view(integer).numpy())
 
 
 def _check_index(name: str, index: int, size: int) -> None:

@@ -126,7 +126,7 @@ def encode_plan(plan: StepPlan) -> bytes:
     admits = [(a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, astuple(a.sampling)) for a in plan.admits]
     decodes = [row for row, count in plan.computes if count == 1]
     chunks = _flatten([c for c in plan.computes if c[1] != 1])
-    return _pack((plan.step, plan.drops, admits, _flatten(plan.appends), decodes, chunks))
+    return pack((plan.step, plan.drops, admits, _flatten(plan.appends), decodes, chunks))
 
 
 def decode_plan(data: bytes) -> StepPlan:
@@ -135,8 +135,8 @@ def decode_plan(data: bytes) -> StepPlan:
     Raises:
         ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
     """
-    with _foreign_is_value_error():
-        step, drops, admits, appends, decodes, chunks = _unpack(data)
+    with foreign_is_value_error():
+        step, drops, admits, appends, decodes, chunks = unpack(data)
         rows = [
             RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields))
             for row, tokens, prompt_len, computed, blocks, fields in admits
@@ -146,7 +146,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 def encode_output(output: StepOutput) -> bytes:
     logprobs = [(row, astuple(lp)) for row, lp in output.logprobs.items()]
-    return _pack((output.step, _flatten(output.tokens), logprobs, output.failed, output.seconds))
+    return pack((output.step, _flatten(output.tokens), logprobs, output.failed, output.seconds))
 
 
 def decode_output(data: bytes) -> StepOutput:
@@ -155,8 +155,8 @@ def decode_output(data: bytes) -> StepOutput:
     Raises:
         ValueError: not an output, or larger than MAX_MESSAGE_BYTES.
     """
-    with _foreign_is_value_error():
-        step, tokens, logprobs, failed, seconds = _unpack(data)
+    with foreign_is_value_error():
+        step, tokens, logprobs, failed, seconds = unpack(data)
         parsed = {
             row: TokenLogprobs(chosen, rank, tuple(ids), tuple(top)) for row, (chosen, rank, ids, top) in logprobs
         }
@@ -164,7 +164,8 @@ def decode_output(data: bytes) -> StepOutput:
 
 
 @contextmanager
-def _foreign_is_value_error() -> Iterator[None]:
+def foreign_is_value_error() -> Iterator[None]:
+    """Parsing a message of another form than expected raises ValueError, whatever it stumbles over."""
     try:
         yield
     except (TypeError, KeyError) as error:
@@ -186,14 +187,24 @@ def _pairs(flat: list[int]) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _pack(message: tuple[Any, ...]) -> bytes:
+def pack(message: tuple[Any, ...]) -> bytes:
+    """A message as msgpack.
+
+    Raises:
+        ValueError: it is larger than MAX_MESSAGE_BYTES.
+    """
     data: bytes = msgpack.packb(message)
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     return data
 
 
-def _unpack(data: bytes) -> list[Any]:
+def unpack(data: bytes) -> list[Any]:
+    """The inverse of :func:`pack`.
+
+    Raises:
+        ValueError: no msgpack array, or larger than MAX_MESSAGE_BYTES.
+    """
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     message = msgpack.unpackb(data, strict_map_key=True)

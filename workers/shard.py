@@ -7,32 +7,48 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import torch
 
 from headwise.workers.attention import create_backend, default_backend, transposed_keys
 from headwise.workers.checkpoint import load_shard
 from headwise.workers.collectives import Collectives
+from headwise.workers.copier import Copier
 from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
+from headwise.workers.kv_store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.llama import Llama
 from headwise.workers.model import Model
 from headwise.workers.model_config import load_model_config
 from headwise.workers.partition import partition_model
-from headwise.workers.plan import StepOutput, StepPlan
+from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
 from headwise.workers.runner import Runner
 from headwise.workers.sampler import Sampler
 from headwise.workers.spec import ShardSpec
+from headwise.workers.transfer import TransferJob, TransferResult
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Shard:
-    """One rank. Call in this order: :meth:`load`, :meth:`affordable_blocks`, :meth:`allocate`, then :meth:`step`."""
+    """One rank. Call in this order: :meth:`load`, :meth:`affordable_blocks`, :meth:`allocate`, then :meth:`step` and
+    :meth:`transfer`."""
 
-    def __init__(self, spec: ShardSpec, collectives: Collectives, num_threads: int) -> None:
-        """Args: ``num_threads``: CPU threads this rank computes with."""
+    def __init__(
+        self,
+        spec: ShardSpec,
+        collectives: Collectives,
+        num_threads: int,
+        on_transfer: Callable[[TransferResult], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            num_threads: CPU threads this rank computes with.
+            on_transfer: gets the result of each :meth:`transfer`, on a thread of the shard's; never two at a time.
+        """
         self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
+        self._on_transfer = on_transfer
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
         self._config = load_model_config(Path(spec.model_dir))
@@ -41,6 +57,9 @@ class Shard:
         self._model: Model | None = None
         self._kv_cache: KVCache | None = None
         self._runner: Runner | None = None
+        self._host: HostStore | None = None
+        self._disk: DiskStore | None = None
+        self._copier: Copier | None = None
         self._backend = spec.attention or default_backend(
             self._device, self._dtype, spec.block_size, self._config.head_dim
         )
@@ -66,10 +85,11 @@ class Shard:
         Raises:
             InvalidValueError: not enough for one request of ``max_model_len`` tokens.
         """
-        spec, ranks = self._spec, self._spec.tensor_parallel_size
-        free = available_memory(self._device) // (ranks if self._device.type == "cpu" else 1)
+        spec, per_block = self._spec, self._bytes_per_block()
+        free = available_memory(self._device)
+        if self._device.type == "cpu":
+            free = max(0, free // spec.tensor_parallel_size - spec.host_kv_blocks * per_block)
         budget = parse_memory(spec.kv_memory, free)
-        per_block = self._bytes_per_block()
         blocks, needed = budget // per_block, -(-spec.max_model_len // spec.block_size)
         if blocks < needed:
             raise InvalidValueError(
@@ -82,7 +102,11 @@ class Shard:
         return blocks
 
     def allocate(self, num_blocks: int) -> None:
-        """Takes the KV memory and makes the shard ready for steps; the same number on every rank."""
+        """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
+
+        Raises:
+            InvalidValueError: ``disk_kv_path`` cannot be used, or another engine uses it.
+        """
         spec, heads = self._spec, self._partition.heads
         assert self._model is not None, "load() comes first"
         self._kv_cache = KVCache(
@@ -113,15 +137,28 @@ class Shard:
             max_model_len=spec.max_model_len,
             device=self._device,
         )
+        self._open_tiers(self._kv_cache)
 
     def step(self, plan: StepPlan) -> StepOutput:
         """Computes one step; only rank 0's output is of use."""
         assert self._runner is not None, "allocate() comes first"
         return self._runner.step(plan)
 
+    def transfer(self, job: TransferJob) -> None:
+        """Moves blocks between the device and a tier, beside the steps; ``on_transfer`` gets what came of it."""
+        assert self._copier is not None, "host_kv_blocks or disk_kv_path comes first"
+        self._copier.submit(job)
+
+    def stored_blocks(self) -> list[tuple[bytes, bytes, bytes, bytes]]:
+        """(digest, namespace, parent, tokens) of the newest blocks on disk, oldest first, as many as fit a message."""
+        entries = self._disk.entries() if self._disk is not None else []
+        fitting = (MAX_MESSAGE_BYTES - 1024) // (112 + 4 * self._spec.block_size)  # three digests, tokens, framing
+        newest = entries[-min(fitting, MAX_STORED_BLOCKS) :]
+        return [(key.digest, key.namespace, key.parent, key.tokens) for key in newest]
+
     def stats(self) -> dict[str, Any]:
-        """This rank's place and memory: pid, rank, heads (global half-open ranges), bytes, and seconds of its steps
-        by part since the start, as far as they are measured."""
+        """This rank's place and memory: pid, rank, heads (global half-open ranges), bytes, blocks on disk, and seconds
+        of its steps by part since the start, as far as they are measured."""
         heads = self._partition.heads
         return {
             "pid": os.getpid(),
@@ -129,6 +166,8 @@ class Shard:
             "query_heads": (heads.q_start, heads.q_stop),
             "kv_heads": (heads.kv_start, heads.kv_stop),
             "kv_bytes": self._kv_cache.nbytes if self._kv_cache else 0,
+            "host_kv_bytes": self._host.nbytes if self._host is not None else 0,
+            "disk_kv_blocks": len(self._disk) if self._disk is not None else 0,
             "weight_bytes": self._model.nbytes if self._model else 0,
             "seconds": self._seconds(),
         }
@@ -142,9 +181,25 @@ class Shard:
         self._collectives.abort(cause)
 
     def close(self) -> None:
-        """Lets the peers and the memory go. Idempotent."""
+        """Lets the peers and the memory go; transfers end first, or are abandoned. Idempotent."""
+        ended = self._copier.close() if self._copier is not None else True
+        if self._disk is not None and ended:
+            self._disk.close()  # a copier's thread that has not ended would use what was closed under it
+        self._copier = self._host = self._disk = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
+
+    def _open_tiers(self, kv_cache: KVCache) -> None:
+        spec, rank, ranks = self._spec, self._collectives.rank, self._spec.tensor_parallel_size
+        heads = self._partition.heads
+        if spec.host_kv_blocks:
+            self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
+        if spec.disk_kv_path is not None:
+            place = (rank, ranks, heads.kv_start, heads.kv_stop)
+            identity = msgpack.packb((spec.kv_identity, place, kv_cache.block_shape, spec.dtype))
+            self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, self._bytes_per_block())
+        if self._host is not None or self._disk is not None:
+            self._copier = Copier(kv_cache, self._host, self._disk, self._on_transfer or (lambda result: None))
 
     def _bytes_per_block(self) -> int:
         heads = self._partition.heads

@@ -15,7 +15,12 @@ class ShardSpec:
         device: ``cpu`` or ``cuda`` (the process's first GPU).
         attention: the attention backend, ``reference`` or ``cpu``; None takes the best one for device and dtype.
         kv_memory: what this rank may spend on KV: ``"2GiB"``, bytes, or a fraction of the memory that is free once
-            the weights are loaded (on CPU shared out among the ranks of the group).
+            the weights are loaded (on CPU shared out among the ranks of the group, and without what host_kv_blocks
+            will take).
+        host_kv_blocks: how many of its blocks this rank may keep in host memory below the device's.
+        disk_kv_path: a folder for files of blocks; each rank keeps its own in a sub-folder. None keeps none.
+        kv_identity: what blocks on disk were computed from, apart from what each rank knows itself (its place, heads,
+            shapes, dtype): those of another identity are deleted.
     """
 
     model_dir: str
@@ -27,3 +32,6 @@ class ShardSpec:
     max_model_len: int
     kv_memory: str | int | float
     attention: str | None = None
+    host_kv_blocks: int = 0
+    disk_kv_path: str | None = None
+    kv_identity: bytes = b""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -43,9 +43,10 @@ def run(model: str, tokens: int, settings: dict[str, Any], *, as_json: bool, plo
         OutputsDifferError: they are not.
     """
     figures.check_plot(plot)
-    settings = {"max_model_len": PROMPT_TOKENS + tokens} | settings
+    # A prefix cache would find what is to be computed again.
+    settings = {"max_model_len": PROMPT_TOKENS + tokens, "enable_prefix_caching": False} | settings
     with ExitStack() as stack:
-        path = write_tiny(Path(stack.enter_context(tempfile.TemporaryDirectory()))) if model == TINY else resolve(model)
+        path = stack.enter_context(model_directory(model))
         [prompt] = prompts(1, PROMPT_TOKENS, load_model_config(path).vocab_size)
         llm = stack.enter_context(LLM(path, **settings))
         llm.generate([prompt], greedy(2), use_tqdm=False)  # warms up
@@ -64,6 +65,16 @@ def run(model: str, tokens: int, settings: dict[str, Any], *, as_json: bool, plo
     )
     if plot is not None:
         _draw(model, cached, plain).savefig(plot)
+
+
+@contextmanager
+def model_directory(model: str) -> Iterator[Path]:
+    """Where a model is; ``tiny`` is made now, and removed when this is left."""
+    if model != TINY:
+        yield resolve(model)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield write_tiny(Path(directory))
 
 
 def write_tiny(directory: Path) -> Path:

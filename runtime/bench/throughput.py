@@ -42,6 +42,7 @@ def run(
     a loaded engine. The bound is the time of all products of such a call.
     """
     figures.check_plot(plot)
+    settings = settings | {"enable_prefix_caching": False}  # every run of a batch has the same prompts
     engine = engine_config(model=model, **settings)
     config = load_model_config(resolve(model))
     steps = {batch: call_steps(batch, tokens, prompt_tokens, engine) for batch in batches}

@@ -1,6 +1,9 @@
-"""BlockPool: which KV blocks are free and which are owned. The same numbers hold on every shard."""
+"""BlockPool: which KV blocks are free, idle, active or reserved. The same numbers hold on every shard."""
 
 from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
 
 from headwise.workers.errors import HeadwiseError
 
@@ -10,61 +13,160 @@ class OutOfBlocksError(HeadwiseError):
 
 
 class IntegrityError(HeadwiseError):
-    """The pool's books do not add up: a bug in whoever uses it, found before it becomes wrong text."""
+    """The books do not add up: a bug in whoever keeps them, found before it becomes wrong text."""
+
+
+class Use(enum.IntEnum):
+    """Why a block may not be taken: a request computes with it; it is moved; someone asked for it to stay."""
+
+    COMPUTE = 0
+    TRANSFER = 1
+    PIN = 2
 
 
 class BlockPool:
-    """Hands out block numbers in [0, num_blocks); each has one owner or is free.
+    """Counts the uses of block numbers in [0, num_blocks), and knows which are cached.
 
-    Invariant, held after every call: free + active = total, and no block is in both or owned twice.
+        used \\ cached    no                          yes
+        not at all       free                        idle
+        somehow          reserved (TRANSFER only)    active
+                         or active
+
+    Invariant, held after every call: free + idle + active + reserved = num_blocks.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is the warmest in the caches
-        self._owner: dict[int, str] = {}
+        self._uses = [[0] * num_blocks for _ in Use]
+        self._total = [0] * num_blocks
+        self._cached = [False] * num_blocks
+        self._num_cached = 0
+        self._num_idle = 0
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, count: int, owner: str) -> list[int]:
-        """Gives ``owner`` that many blocks, all or none.
+    @property
+    def num_idle(self) -> int:
+        return self._num_idle
+
+    def is_used(self, block: int) -> bool:
+        return self._total[block] > 0
+
+    def is_cached(self, block: int) -> bool:
+        return self._cached[block]
+
+    def count(self, block: int, use: Use) -> int:
+        return self._uses[use][block]
+
+    def allocate(self, count: int, use: Use = Use.COMPUTE) -> list[int]:
+        """Takes so many free blocks, all or none; each has one use then.
 
         Raises:
             OutOfBlocksError: fewer are free.
         """
         if count > len(self._free):
-            raise OutOfBlocksError(f"{owner} asked for {count} blocks, {len(self._free)} of {self.num_blocks} are free")
+            raise OutOfBlocksError(f"asked for {count} blocks, {len(self._free)} of {self.num_blocks} are free")
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
-            self._owner[block] = owner
+            self._uses[use][block] = self._total[block] = 1
         return blocks
 
-    def free(self, blocks: list[int], owner: str) -> None:
-        """Takes blocks back.
+    def hold(self, block: int, use: Use) -> bool:
+        """Adds a use to a block that is not free; returns whether it was idle until now.
 
         Raises:
-            IntegrityError: one of them is not the owner's; none is taken then.
+            IntegrityError: the block is free, so that what it holds is nobody's.
         """
-        if len(set(blocks)) != len(blocks):
-            raise IntegrityError(f"{owner} frees a block twice in {blocks}")
-        for block in blocks:
-            if self._owner.get(block) != owner:
-                raise IntegrityError(f"{owner} frees block {block}, which belongs to {self._owner.get(block)}")
-        for block in reversed(blocks):
-            del self._owner[block]
-            self._free.append(block)
+        if not self._total[block] and not self._cached[block]:
+            raise IntegrityError(f"block {block} is free and cannot be held")
+        was_idle = not self._total[block]
+        self._num_idle -= was_idle
+        self._uses[use][block] += 1
+        self._total[block] += 1
+        return was_idle
 
-    def check_integrity(self) -> None:
-        """
+    def release(self, block: int, use: Use) -> bool:
+        """Takes a use away; a block without any is idle if it is cached, and free if not. Returns whether it is idle.
+
         Raises:
-            IntegrityError: the invariant does not hold.
+            IntegrityError: the block has no such use.
         """
-        free = set(self._free)
-        if len(free) != len(self._free):
+        if not self._uses[use][block]:
+            raise IntegrityError(f"block {block} has no {use.name} use to release")
+        self._uses[use][block] -= 1
+        self._total[block] -= 1
+        return self._settle(block)
+
+    def cache(self, block: int) -> None:
+        """A used block is shared from now on.
+
+        Raises:
+            IntegrityError: it is not used, or cached already.
+        """
+        if not self._total[block] or self._cached[block]:
+            raise IntegrityError(f"block {block} is {'cached' if self._cached[block] else 'free'} and cannot be cached")
+        self._cached[block] = True
+        self._num_cached += 1
+
+    def uncache(self, block: int) -> None:
+        """A cached block is shared no longer; an idle one is free then.
+
+        Raises:
+            IntegrityError: it is not cached.
+        """
+        if not self._cached[block]:
+            raise IntegrityError(f"block {block} is not cached")
+        self._cached[block] = False
+        self._num_cached -= 1
+        self._num_idle -= not self._total[block]
+        self._settle(block)
+
+    def states(self) -> dict[str, int]:
+        """How many blocks are free, idle, active and reserved."""
+        reserved = sum(
+            total > 0 and total == self._uses[Use.TRANSFER][block] and not self._cached[block]
+            for block, total in enumerate(self._total)
+        )
+        active = self.num_blocks - len(self._free) - self._num_idle - reserved
+        return {"free": len(self._free), "idle": self._num_idle, "active": active, "reserved": reserved}
+
+    def check_integrity(self, computing: Iterable[int] | None = None) -> None:
+        """
+        Args:
+            computing: the blocks that requests hold for computing, once for each hold; None if they are not known.
+
+        Raises:
+            IntegrityError: the invariant does not hold, or the holds are not those counted.
+        """
+        free = {b for b in range(self.num_blocks) if not self._total[b] and not self._cached[b]}
+        if len(set(self._free)) != len(self._free):
             raise IntegrityError("a block is free twice")
-        if free & self._owner.keys():
-            raise IntegrityError(f"blocks {sorted(free & self._owner.keys())} are free and owned")
-        if free | self._owner.keys() != set(range(self.num_blocks)):
-            raise IntegrityError(f"{len(free)} free + {len(self._owner)} owned blocks are not {self.num_blocks}")
+        if free != set(self._free):
+            raise IntegrityError(f"blocks {sorted(free ^ set(self._free))} are free or not, but listed otherwise")
+        idle = sum(self._cached[b] and not self._total[b] for b in range(self.num_blocks))
+        if idle != self._num_idle or sum(self._cached) != self._num_cached:
+            raise IntegrityError(f"{idle} blocks are idle and {sum(self._cached)} cached, but not so many are counted")
+        for block in range(self.num_blocks):
+            uses = [counts[block] for counts in self._uses]
+            if min(uses) < 0 or sum(uses) != self._total[block]:
+                raise IntegrityError(f"block {block} has uses {uses}, {self._total[block]} are counted")
+        if computing is not None:
+            held = [0] * self.num_blocks
+            for block in computing:
+                held[block] += 1
+            if held != self._uses[Use.COMPUTE]:
+                wrong = [b for b in range(self.num_blocks) if held[b] != self._uses[Use.COMPUTE][b]]
+                raise IntegrityError(f"blocks {wrong} are held by other numbers of requests than are counted")
+
+    def _settle(self, block: int) -> bool:
+        """Files a block without uses; returns whether it is idle."""
+        if self._total[block]:
+            return False
+        if self._cached[block]:
+            self._num_idle += 1
+            return True
+        self._free.append(block)
+        return False

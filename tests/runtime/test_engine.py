@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,204 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.cluster.group import Progress, ShardGroup
 from headwise.runtime import engine as engine_module
-from headwise.runtime.engine import Delta, Engine, Sink
+from headwise.runtime.block_tables import BlockTables
+from headwise.runtime.engine import Engine, Sink
 from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.pins import Pins
+from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.output import TextStream
-from headwise.runtime.request import FinishReason, Request
-from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.request import FinishReason
 from headwise.runtime.scheduler import Scheduler
 from headwise.runtime.tokenizer import IncrementalDetokenizer, load_tokenizer
-from headwise.workers.plan import (
-    RowSampling,
-    StepOutput,
-    StepPlan,
-    decode_output,
-    decode_plan,
-    encode_output,
-    encode_plan,
-)
-
-BLOCK = 4
-VOCAB = 17
-POISON = VOCAB  # in a prompt: the request's logits are not finite
-
-
-def next_token(tokens: list[int], seed: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr((tokens, seed)).encode(), digest_size=4).digest()) % VOCAB
-
-
-@dataclass
-class Row:
-    tokens: list[int]
-    computed: int
-    blocks: list[int]
-    seed: int
-
-
-class PlainGroup(ShardGroup):
-    """Follows plans as a shard does, as late as it may; a slot of a block remembers the tokens up to the one that was
-    written to it."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, Row] = {}
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.plans: deque[bytes] = deque()
-        self.tables: dict[int, list[int]] = {}  # of each row, once the plans in flight are done
-        self.in_use: deque[set[int]] = deque()  # the blocks that each plan in flight works on
-        self.next_step = 0
-        self.max_in_flight = 0
-
-    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
-        raise NotImplementedError
-
-    def submit(self, plan: StepPlan) -> None:
-        handed_out = {block for admit in plan.admits for block in admit.block_ids}
-        handed_out |= {block for _, block in plan.appends}
-        assert not handed_out & set().union(*self.in_use), "a step in flight still works on this block"
-        self.tables |= {admit.row: list(admit.block_ids) for admit in plan.admits}
-        for row, block in plan.appends:
-            self.tables[row].append(block)
-        self.in_use.append({block for row, _ in plan.computes for block in self.tables[row]})
-        self.plans.append(encode_plan(plan))
-        self.max_in_flight = max(self.max_in_flight, len(self.plans))
-
-    def collect(self) -> StepOutput:
-        self.in_use.popleft()
-        return decode_output(encode_output(self._step(decode_plan(self.plans.popleft()))))
-
-    def call(self, method: str) -> list[Any]:
-        assert not self.plans
-        return [method]
-
-    def close(self) -> None:
-        pass
-
-    def _step(self, plan: StepPlan) -> StepOutput:
-        assert plan.step == self.next_step
-        self.next_step += 1
-        for row in plan.drops:
-            del self.rows[row]
-        for admit in plan.admits:
-            assert admit.row not in self.rows
-            self.rows[admit.row] = Row(
-                list(admit.token_ids), admit.num_computed, list(admit.block_ids), admit.sampling.seed
-            )
-        for index, block in plan.appends:
-            self.rows[index].blocks.append(block)
-        held = [block for row in self.rows.values() for block in row.blocks]
-        assert len(held) == len(set(held))
-        output = StepOutput(plan.step)
-        for index, count in plan.computes:
-            self._compute(index, count, output)
-        return output
-
-    def _compute(self, index: int, count: int, output: StepOutput) -> None:
-        row = self.rows[index]
-        assert 0 < count <= len(row.tokens) - row.computed
-        row.computed += count
-        slots = [(row.blocks[at // BLOCK], at % BLOCK) for at in range(row.computed)]
-        for at in range(row.computed - count, row.computed):
-            self.memory[slots[at]] = tuple(row.tokens[: at + 1])
-        for at, slot in enumerate(slots):
-            assert self.memory[slot] == tuple(row.tokens[: at + 1]), "another request wrote here"
-        if row.computed == len(row.tokens):
-            token = next_token(row.tokens, row.seed)
-            if POISON in row.tokens:
-                output.failed.append((index, "not finite"))
-            else:
-                output.tokens.append((index, token))
-            row.tokens.append(token)
-
-
-class Letters:
-    """A detokenizer: token 0 is a, 1 is b."""
-
-    def add(self, token_ids: list[int]) -> str:
-        return "".join(chr(ord("a") + token) for token in token_ids)
-
-    def flush(self) -> str:
-        return ""
-
-
-def make_request(
-    name: str,
-    prompt: list[int],
-    max_tokens: int,
-    stop: tuple[int, ...] = (),
-    seed: int = 0,
-    index: int = 0,
-    **params: Any,
-) -> Request:
-    sampling = RowSampling(seed=seed, stop_token_ids=stop)
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), sampling, max_tokens, index)
-
-
-def alone(request: Request) -> tuple[list[int], FinishReason]:
-    """What the request's tokens and end must be, computed without an engine."""
-    if POISON in request.prompt_token_ids:
-        return [], FinishReason.ERROR
-    generated: list[int] = []
-    while len(generated) < request.max_tokens:
-        generated.append(next_token(request.prompt_token_ids + generated, request.sampling.seed))
-        if generated[-1] in request.sampling.stop_token_ids:
-            return generated, FinishReason.STOP
-    return generated, FinishReason.LENGTH
-
-
-class Bench:
-    """An engine on a PlainGroup, and what its requests got."""
-
-    def __init__(
-        self, blocks: int = 64, rows: int = 8, budget: int = 16, depth: int = 1, mixed: int | None = None
-    ) -> None:
-        self.pool, self.group = BlockPool(blocks), PlainGroup()
-        self.engine = Engine(self.group, self.pool, Scheduler(self.pool, BLOCK, rows, budget, mixed), depth)
-        self.requests: list[Request] = []
-        self.got: dict[str, list[int]] = {}
-        self.text: dict[str, str] = {}
-        self.ended: dict[str, FinishReason | None] = {}
-
-    def add(self, request: Request, stop: tuple[str, ...] | None = None) -> None:
-        """Args: ``stop``: strings that end it; None is without text."""
-        self.requests.append(request)
-        self.got[request.key], self.text[request.key] = [], ""
-        text = None if stop is None else TextStream(Letters(), stop, include_stop=False)  # type: ignore[arg-type]
-        self.engine.add(request, text, self._sink)
-
-    def run(self) -> None:
-        for _ in range(5000):
-            if not self.engine.has_work:
-                return
-            self.step()
-        raise AssertionError(f"still at work: {self.engine.stats()}")
-
-    def step(self) -> None:
-        self.engine.step()
-        self.check_books()
-
-    def check_books(self) -> None:
-        """Every block that is not free is held by one request, and every row by at most one."""
-        self.engine.check_integrity()
-        blocks = [block for request in self.requests for block in request.block_ids]
-        assert len(blocks) == len(set(blocks)) == self.pool.num_blocks - self.pool.num_free
-        rows = [request.row for request in self.requests if request.row >= 0]
-        assert len(rows) == len(set(rows))
-
-    def check_idle(self) -> None:
-        assert not self.engine.has_work and self.pool.num_free == self.pool.num_blocks
-        assert self.engine.stats()["num_running"] == self.engine.stats()["num_waiting"] == 0
-        self.check_books()
-
-    def _sink(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            key = delta.request.key
-            assert key not in self.ended, "a delta after the last"
-            self.got[key] += delta.token_ids
-            self.text[key] += delta.text or ""
-            if delta.finished:
-                self.ended[key] = delta.request.finish_reason
+from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
+from tests.plain_group import POISON, VOCAB, Bench, Letters, PlainGroup, alone, make_request
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -462,8 +274,9 @@ def test_a_decode_step_of_32_streams_takes_little_processor_time(smollm2: Path) 
     tokenizer = load_tokenizer(smollm2)
     assert tokenizer is not None
     group = InstantGroup(tokenizer.encode("It was the best of times, it was the worst of times. 🦊 " * 9))
-    pool = BlockPool(32 * 26)
-    engine = Engine(group, pool, Scheduler(pool, 16, 32, 1024), pipeline_depth=2)
+    cache = PrefixCache(BlockPool(32 * 26), 16)
+    tables = BlockTables(cache)
+    engine = Engine(group, tables, Scheduler(tables, 32, 1024), 2, Pins(cache, 0), KvEvents(1))
     for i in range(32):
         text = TextStream(IncrementalDetokenizer(tokenizer), stop=("\n\n", "User:"), include_stop=False)
         engine.add(make_request(str(i), [5] * 9, 400), text, lambda new: None)

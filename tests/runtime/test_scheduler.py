@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwise.runtime.block_tables import BlockTables
 from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.request import FinishReason, Request, RequestState
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Schedule, Scheduled, Scheduler
@@ -26,7 +28,7 @@ def scheduler(
     blocks: int = 100, rows: int = 8, budget: int = 16, mixed: int | None = None
 ) -> tuple[Scheduler, BlockPool]:
     pool = BlockPool(blocks)
-    return Scheduler(pool, BLOCK, rows, budget, mixed), pool
+    return Scheduler(BlockTables(PrefixCache(pool, BLOCK)), rows, budget, mixed), pool
 
 
 def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 7) -> None:

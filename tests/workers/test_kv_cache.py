@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from itertools import product
 from typing import Any
 
 import pytest
@@ -87,6 +90,92 @@ def test_copy_block_copies_every_layer_and_head_and_leaves_the_source(transposed
     cache.copy_block(1, 3)
     keys[:, 3], values[:, 3] = keys[:, 1], values[:, 1]
     assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+
+
+@pytest.mark.parametrize("from_transposed", [False, True])
+@pytest.mark.parametrize("into_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_move_in_bulk_with_every_layer_and_head(
+    from_transposed: bool, into_transposed: bool, dtype: torch.dtype
+) -> None:
+    source, target = small_cache(from_transposed, dtype), small_cache(into_transposed, dtype)
+    source.keys.normal_()
+    source.values.normal_()
+    moved = torch.full((2, *source.block_shape), 7.0, dtype=dtype)
+    source.read_blocks([3, 1], moved)
+    for index, block in enumerate((3, 1)):
+        for layer, head in product(range(2), range(3)):
+            for part, x_SD in enumerate(source.export_block(layer, head, block)):
+                assert torch.equal(moved[index, layer, part, head], x_SD)
+    target.write_blocks([0, 4], moved)
+    for layer, head, (block, into) in product(range(2), range(3), ((3, 0), (1, 4))):
+        for got, sent in zip(
+            target.export_block(layer, head, into), source.export_block(layer, head, block), strict=True
+        ):
+            assert torch.equal(got, sent)
+    untouched = target.keys[:, 1:4], target.values[:, 1:4]
+    assert not any(x.any() for x in untouched)
+
+
+def test_copies_start_no_threads_of_torch() -> None:
+    # Big enough that torch would split each copy; a second team of threads would slow every step.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cache = small_cache(True, num_layers=8, num_kv_heads=8, block_size=16, head_dim=64)
+        held = torch.zeros(1, *cache.block_shape)
+        seen: list[set[str]] = []
+
+        def copy() -> None:
+            before = set(os.listdir("/proc/self/task"))
+            cache.read_blocks([0], held)
+            cache.write_blocks([1], held)
+            seen.append(set(os.listdir("/proc/self/task")) - before)
+
+        thread = threading.Thread(target=copy)
+        thread.start()
+        thread.join(10)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [set()]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_move_between_a_gpu_and_the_host() -> None:
+    shape = {"num_layers": 3, "num_blocks": 5, "num_kv_heads": 2, "block_size": 16, "head_dim": 64}
+    cache = KVCache(**shape, dtype=torch.bfloat16, device="cuda", transposed_keys=False)
+    cache.keys.normal_()
+    cache.values.normal_()
+    moved = torch.zeros(2, *cache.block_shape, dtype=torch.bfloat16)
+    cache.read_blocks([4, 1], moved)
+    cache.write_blocks([0, 3], moved)
+    for from_block, to_block in ((4, 0), (1, 3)):
+        assert torch.equal(cache.keys[:, to_block], cache.keys[:, from_block])
+        assert torch.equal(cache.values[:, to_block], cache.values[:, from_block])
+    assert torch.equal(moved[0, :, 0], cache.keys[:, 4].cpu()) and torch.equal(moved[1, :, 1], cache.values[:, 1].cpu())
+
+
+@LAYOUTS
+def test_blocks_that_do_not_fit_are_refused(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    data = torch.ones(1, *cache.block_shape)
+    for move, field in ((cache.read_blocks, "out"), (cache.write_blocks, "data")):
+        for block in (-1, 5):
+            with pytest.raises(InvalidValueError, match=rf"^block={block}"):
+                move([block], data)
+        for wrong in (
+            data[0],
+            data.half(),
+            data.expand(2, -1, -1, -1, -1, -1),
+            data.transpose(-1, -2),
+            data.to("meta"),
+        ):
+            with pytest.raises(InvalidValueError, match=rf"^{field}=.*\(1, 2, 2, 3, 4, 8\)"):
+                move([0], wrong)
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
+            move([0, 1], data)
+    assert not cache.keys.any() and not cache.values.any()
 
 
 @LAYOUTS

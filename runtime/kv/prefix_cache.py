@@ -1,0 +1,292 @@
+"""PrefixCache: full blocks of tokens on the device, found by what they hold and shared between requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from headwise.runtime.kv.blocks import BlockPool, IntegrityError, Use
+from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.eviction import POLICIES, CachedBlock, EvictionName, EvictionPolicy, Lru
+from headwise.runtime.kv.identity import ROOT, TokenBlocks
+
+
+class PrefixCache:
+    """Owns the block pool: whoever wants blocks asks here, and idle ones are evicted for them.
+
+    Cached blocks form trees: a block's parent is the block before it, and whoever holds a block holds all its
+    ancestors. A block is idle while nobody holds it.
+
+    Attributes:
+        counts: since the start, by name; see :meth:`stats`.
+        on_idle, on_busy: told when a cached block becomes idle, and when it is idle no longer (evicted included).
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        eviction: EvictionName = "lru",
+        events: KvEvents | None = None,
+        max_blocks_per_namespace: int | None = None,
+    ) -> None:
+        """Args: ``max_blocks_per_namespace``: most cached blocks with one cache salt; None is no limit of its own."""
+        self.pool, self.block_size = pool, block_size
+        self.counts: Counter[str] = Counter()
+        self.on_idle: Callable[[CachedBlock], None] = _ignore
+        self.on_busy: Callable[[CachedBlock], None] = _ignore
+        self._events = events
+        self._index: dict[bytes, CachedBlock] = {}
+        self._policy: EvictionPolicy = POLICIES[eviction]()
+        self._quota = max_blocks_per_namespace
+        self._of_namespace: dict[bytes, Lru] = {}  # the idle blocks of each, kept only where there is a quota
+        self._kept: Counter[bytes] = Counter()  # cached blocks of each namespace
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be had now: free ones, and idle ones that can be evicted."""
+        return self.pool.num_free + self.pool.num_idle
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def get(self, digest: bytes) -> CachedBlock | None:
+        return self._index.get(digest)
+
+    def match(self, blocks: TokenBlocks, limit: int, chain: list[CachedBlock]) -> None:
+        """Makes ``chain`` the longest chain of cached blocks that ``blocks`` starts with.
+
+        Args:
+            limit: at most so many.
+            chain: empty, or what an earlier call left in it for the same ``blocks``, which is not compared again as
+                far as it is still cached.
+        """
+        while chain and not chain[-1].cached:
+            chain.pop()
+        while len(chain) < limit:
+            node = self._find(blocks, len(chain), chain[-1] if chain else None)
+            if node is None:
+                return
+            chain.append(node)
+
+    def num_idle_in(self, chain: Sequence[CachedBlock]) -> int:
+        """How many blocks of a chain are idle; they are its last ones."""
+        for count, node in enumerate(reversed(chain)):
+            if self.pool.is_used(node.block):
+                return count
+        return len(chain)
+
+    def allocate(self, count: int, use: Use = Use.COMPUTE, namespace: bytes = b"") -> list[int]:
+        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full share.
+
+        Raises:
+            OutOfBlocksError: fewer than that are available; none is evicted then.
+        """
+        if count <= self.num_available:
+            while self.pool.num_free < count:
+                own = self._over_quota(namespace)
+                node = own or self._policy.victim()
+                if node is None:
+                    raise IntegrityError(f"{self.pool.num_idle} blocks are idle, but none can be evicted")
+                self._evict(node, "quota" if own else "room")
+        return self.pool.allocate(count, use)
+
+    def insert(
+        self, blocks: TokenBlocks, index: int, parent: CachedBlock | None, block: int, verified: bool = False
+    ) -> CachedBlock | None:
+        """Shares a used block that holds the ``index``-th block of a sequence.
+
+        Returns:
+            What the cache holds for it: the block itself, or one that another request computed, which the caller then
+            holds beside its own to keep its chain. None if it is not cached (now): the parent is not any more, the
+            digest is that of other tokens or of a block that is not verified yet, or the namespace has its full share
+            and all of it is used.
+        """
+        digest = blocks.digests[index]
+        if parent is not None and not parent.cached:
+            return None
+        if digest in self._index:
+            found = self._find(blocks, index, parent)
+            if found is None or not found.verified:
+                return None
+            self.counts["duplicate_blocks"] += 1
+            return found
+        if self._quota is not None and self._kept[blocks.namespace] >= self._quota:
+            victim = self._over_quota(blocks.namespace)
+            if victim is None:
+                self.counts["quota_refused_blocks"] += 1
+                return None
+            self._evict(victim, "quota")
+        self.pool.cache(block)
+        node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block)
+        node.verified = verified
+        self._index[digest] = node
+        self._kept[node.namespace] += 1
+        if parent is not None:
+            parent.children.add(node)
+        if self._events is not None:
+            self._events.stored([digest], blocks.parent(index), "device")
+        self.counts["inserted_tokens"] += self.block_size
+        return node
+
+    def hold(self, chain: Iterable[CachedBlock], use: Use) -> None:
+        """Adds a use to each block of a chain, first to last."""
+        for node in chain:
+            if self.pool.hold(node.block, use):
+                self._busy(node)
+
+    def release(self, chain: Sequence[CachedBlock], use: Use) -> None:
+        """Takes it away again, last to first."""
+        for node in reversed(chain):
+            self.release_block(node.block, use, node)
+
+    def release_block(self, block: int, use: Use, node: CachedBlock | None) -> None:
+        """Takes a use of a block away; ``node``: the cached block whose memory it is, or was, if any."""
+        if self.pool.release(block, use) and node is not None:
+            self._policy.add(node)
+            if self._quota is not None:
+                self._of_namespace.setdefault(node.namespace, Lru()).add(node)
+            self.on_idle(node)
+
+    def verify(self, chain: Iterable[CachedBlock]) -> None:
+        """A finite token was sampled after these blocks."""
+        for node in chain:
+            node.verified = True
+
+    def withdraw(self, node: CachedBlock, cause: str) -> set[CachedBlock]:
+        """Takes a block and all that continue it out of the cache; those in use stay with their users alone. Returns
+        all that were in it."""
+        withdrawn: set[CachedBlock] = set()
+        stack = [node] if node.cached else []
+        while stack:
+            top = stack[-1]
+            if top.children:
+                stack.extend(top.children)
+            else:
+                stack.pop()
+                withdrawn.add(top)
+                self._evict(top, cause)
+        return withdrawn
+
+    def clear(self, cause: str = "reset") -> None:
+        """Forgets everything; blocks in use stay with their users alone."""
+        events, self._events = self._events, None
+        for node in [node for node in self._index.values() if node.parent is None]:
+            self.withdraw(node, cause)
+        self._events = events
+        if events is not None:
+            events.cleared("device")
+
+    def count_lookup(self, num_tokens: int, chain: Sequence[CachedBlock]) -> None:
+        """A request was admitted that has so many tokens, and found this chain."""
+        self.counts["queried_tokens"] += num_tokens
+        self.counts["hit_tokens"] += len(chain) * self.block_size
+        for node in chain:
+            node.hits += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Blocks by state, and counts since the start: tokens ``queried``, ``hit`` and ``inserted``;
+        ``duplicate_blocks``, computed twice and kept once; ``collisions``, digests met that stood for other tokens;
+        ``quota_refused_blocks``, not cached for their salt's share was full and in use;
+        ``evictions`` in blocks by cause; ``integrity_checks`` passed."""
+        evictions = {name.removeprefix("evicted_"): n for name, n in self.counts.items() if name.startswith("evicted_")}
+        return {
+            **{name: self.counts[name] for name in _COUNTS},
+            "evictions": evictions,
+            "blocks": self.pool.states(),
+            "cached_blocks": len(self._index),
+        }
+
+    def check_integrity(self, computing: Iterable[int] | None = None) -> None:
+        """
+        Args:
+            computing: as of :meth:`BlockPool.check_integrity <headwise.runtime.kv.blocks.BlockPool.check_integrity>`.
+
+        Raises:
+            IntegrityError: the books of the pool, the index and the eviction policy do not agree.
+        """
+        self.pool.check_integrity(computing)
+        blocks = {node.block for node in self._index.values()}
+        if len(blocks) != len(self._index) or len(blocks) != sum(map(self.pool.is_cached, range(self.pool.num_blocks))):
+            raise IntegrityError(f"{len(self._index)} entries, {len(blocks)} blocks and the pool's cached ones differ")
+        if len(self._policy) != self.pool.num_idle:
+            raise IntegrityError(f"{self.pool.num_idle} blocks are idle, {len(self._policy)} can be evicted")
+        for digest, node in self._index.items():
+            self._check_node(digest, node)
+        if +self._kept != Counter(node.namespace for node in self._index.values()):
+            raise IntegrityError("the blocks of a namespace are not as many as counted")
+        self.counts["integrity_checks"] += 1
+
+    def _check_node(self, digest: bytes, node: CachedBlock) -> None:
+        parent = node.parent
+        if not node.cached or node.digest != digest or not self.pool.is_cached(node.block):
+            raise IntegrityError(f"entry {digest.hex()} is not what its block {node.block} says")
+        if parent is not None and (not parent.cached or node not in parent.children):
+            raise IntegrityError(f"block {node.block} continues block {parent.block}, which does not know of it")
+        if parent is not None and self.pool.is_used(node.block) and not self.pool.is_used(parent.block):
+            raise IntegrityError(f"block {node.block} is used, block {parent.block} before it is not")
+        if parent is not None and node.verified and not parent.verified:
+            raise IntegrityError(f"block {node.block} is verified, block {parent.block} before it is not")
+
+    def _find(self, blocks: TokenBlocks, index: int, parent: CachedBlock | None) -> CachedBlock | None:
+        """A digest alone proves nothing: the tokens, and all before them, must be the same."""
+        node = self._index.get(blocks.digests[index])
+        if node is None:
+            return None
+        if node.parent is parent and node.tokens == blocks.block(index) and node.namespace == blocks.namespace:
+            return node
+        self.counts["collisions"] += 1
+        return None
+
+    def _over_quota(self, namespace: bytes) -> CachedBlock | None:
+        """The next victim of a namespace that has its full share."""
+        if self._quota is None or self._kept[namespace] < self._quota:
+            return None
+        idle = self._of_namespace.get(namespace)
+        return idle.victim() if idle is not None else None
+
+    def _evict(self, node: CachedBlock, cause: str) -> None:
+        if node.children:
+            raise IntegrityError(f"block {node.block} was to be evicted before the blocks that continue it")
+        if not self.pool.is_used(node.block):
+            self._busy(node)
+        node.cached = False
+        del self._index[node.digest]
+        self._kept[node.namespace] -= 1
+        if not self._kept[node.namespace]:
+            del self._kept[node.namespace]
+            self._of_namespace.pop(node.namespace, None)
+        self.pool.uncache(node.block)
+        if node.parent is not None:
+            node.parent.children.discard(node)
+            if not node.parent.children:
+                self._policy.childless(node.parent)
+        self.counts[f"evicted_{cause}"] += 1
+        if self._events is not None:
+            self._events.removed([node.digest], "device")
+
+    def _busy(self, node: CachedBlock) -> None:
+        self._policy.remove(node)
+        if self._quota is not None and (own := self._of_namespace.get(node.namespace)) is not None:
+            own.remove(node)
+        self.on_busy(node)
+
+
+_COUNTS = (
+    "queried_tokens",
+    "hit_tokens",
+    "inserted_tokens",
+    "duplicate_blocks",
+    "collisions",
+    "quota_refused_blocks",
+    "integrity_checks",
+)
+
+
+def parent_digest(node: CachedBlock) -> bytes:
+    return node.parent.digest if node.parent is not None else ROOT
+
+
+def _ignore(node: CachedBlock) -> None:
+    pass

@@ -1,0 +1,119 @@
+"""TierIndex: the blocks that one tier holds on every rank, least recently used first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from headwise.runtime.kv.blocks import IntegrityError
+from headwise.workers.transfer import BlockKey, Tier
+
+
+@dataclass(slots=True, eq=False)
+class TierEntry:
+    """A block in a tier. ``busy``: jobs in flight that read it; it stays meanwhile."""
+
+    key: BlockKey
+    tier: Tier
+    busy: int = 0
+
+
+class TierIndex:
+    """What a tier holds, and what it would part with.
+
+    Attributes:
+        incoming: blocks on their way to it, for which room is kept.
+    """
+
+    def __init__(self, tier: Tier, capacity: int, quota: float | None = None) -> None:
+        """Args: ``capacity``: most blocks; ``quota``: the share of them one namespace may have."""
+        self.tier, self.capacity, self.incoming = tier, capacity, 0
+        self._quota = None if quota is None else max(1, int(quota * capacity))
+        self._entries: dict[bytes, TierEntry] = {}
+        self._clean: OrderedDict[bytes, None] = OrderedDict()  # can go: a tier below has them, or there is none
+        self._dirty: OrderedDict[bytes, None] = OrderedDict()
+        self._of_namespace: dict[bytes, OrderedDict[bytes, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._entries
+
+    def __iter__(self) -> Iterator[TierEntry]:
+        return iter(self._entries.values())
+
+    def get(self, digest: bytes) -> TierEntry | None:
+        return self._entries.get(digest)
+
+    @property
+    def num_free(self) -> int:
+        return self.capacity - len(self._entries) - self.incoming
+
+    @property
+    def num_clean(self) -> int:
+        return len(self._clean)
+
+    def is_full(self, namespace: bytes) -> bool:
+        """Whether something must go before one more block of a namespace comes."""
+        own = self._of_namespace.get(namespace, ())
+        return self.num_free <= 0 or (self._quota is not None and len(own) >= self._quota)
+
+    def victim(self, namespace: bytes) -> TierEntry | None:
+        """What goes for one more block of a namespace: its own least recently used if it has its full share, else
+        anybody's. None if nothing can go now, since it is read, or not yet in the tier below."""
+        own = self._of_namespace.get(namespace, OrderedDict())
+        candidates = own if self._quota is not None and len(own) >= self._quota else self._clean
+        # What is read is passed over: as many blocks as the jobs in flight have, at most.
+        for digest in candidates:
+            if digest in self._clean and not self._entries[digest].busy:
+                return self._entries[digest]
+        return None
+
+    def dirty(self, count: int) -> list[TierEntry]:
+        """Up to so many that only this tier has, the least recently used first."""
+        return [self._entries[digest] for digest in islice(self._dirty, count)]
+
+    def clean(self, entry: TierEntry) -> None:
+        """It can go, once it is not busy."""
+        if entry.key.digest in self._dirty:
+            del self._dirty[entry.key.digest]
+            self._clean[entry.key.digest] = None
+
+    def add(self, entry: TierEntry, clean: bool) -> None:
+        digest = entry.key.digest
+        if digest in self._entries:
+            raise IntegrityError(f"{self.tier} holds {digest.hex()} already")
+        self._entries[digest] = entry
+        (self._clean if clean else self._dirty)[digest] = None
+        self._of_namespace.setdefault(entry.key.namespace, OrderedDict())[digest] = None
+
+    def touch(self, entry: TierEntry) -> None:
+        """It was used."""
+        digest = entry.key.digest
+        (self._clean if digest in self._clean else self._dirty).move_to_end(digest)
+        self._of_namespace[entry.key.namespace].move_to_end(digest)
+
+    def remove(self, entry: TierEntry) -> None:
+        digest = entry.key.digest
+        del self._entries[digest]
+        self._clean.pop(digest, None)
+        self._dirty.pop(digest, None)
+        own = self._of_namespace[entry.key.namespace]
+        del own[digest]
+        if not own:
+            del self._of_namespace[entry.key.namespace]
+
+    def check_integrity(self) -> None:
+        """
+        Raises:
+            IntegrityError: it holds more than its capacity, or its books do not agree.
+        """
+        if len(self._entries) + self.incoming > self.capacity or self.incoming < 0:
+            raise IntegrityError(f"{self.tier} holds {len(self)} + {self.incoming} blocks, at most {self.capacity}")
+        if self._clean.keys() & self._dirty.keys() or self._clean.keys() | self._dirty.keys() != self._entries.keys():
+            raise IntegrityError(f"{self.tier} holds blocks that are neither clean nor dirty, or both")
+        if sum(map(len, self._of_namespace.values())) != len(self):
+            raise IntegrityError(f"{self.tier}'s blocks are not those of its namespaces")

@@ -1,0 +1,286 @@
+"""A shard group without a model, whose tokens are a hash of all before them, and which checks what it is told; and an
+engine on it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from headwise.cluster.group import Progress, ShardGroup
+from headwise.runtime.block_tables import BlockTables
+from headwise.runtime.engine import Delta, Engine
+from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.identity import KvIdentity
+from headwise.runtime.kv.pins import Pins
+from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.output import TextStream
+from headwise.runtime.request import FinishReason, Request
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.scheduler import Scheduler
+from headwise.workers.plan import (
+    RowSampling,
+    StepOutput,
+    StepPlan,
+    decode_output,
+    decode_plan,
+    encode_output,
+    encode_plan,
+)
+from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
+
+BLOCK = 4
+VOCAB = 17
+POISON = VOCAB  # in a prompt: the request's logits are not finite
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr((tokens, seed)).encode(), digest_size=4).digest()) % VOCAB
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    computed: int
+    blocks: list[int]
+    seed: int
+
+
+class PlainGroup(ShardGroup):
+    """Follows plans as a shard does, as late as it may; a slot of a block remembers the tokens up to the one that was
+    written to it. Blocks are copied to and from tiers at times that ``chance`` picks, and now and then not at all."""
+
+    def __init__(self, chance: random.Random | None = None, failing: float = 0.0) -> None:
+        self.rows: dict[int, Row] = {}
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.plans: deque[bytes] = deque()
+        self.tables: dict[int, list[int]] = {}  # of each row, once the plans in flight are done
+        self.in_use: deque[set[int]] = deque()  # the blocks that each plan in flight works on
+        self.next_step = 0
+        self.max_in_flight = 0
+        self.chance, self.failing = chance or random.Random(0), failing
+        self.stored: dict[Tier, dict[bytes, list[tuple[int, ...]]]] = {tier: {} for tier in Tier}
+        self.jobs: dict[Tier, deque[TransferJob]] = {tier: deque() for tier in Tier}
+        self.loading: set[int] = set()
+        self.results: deque[TransferResult] = deque()
+        self.computed_tokens = 0
+
+    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
+        raise NotImplementedError
+
+    def submit(self, plan: StepPlan) -> None:
+        handed_out = {block for _, block in plan.appends}
+        for admit in plan.admits:
+            handed_out |= set(admit.block_ids[admit.num_computed // BLOCK :])
+            assert admit.num_computed % BLOCK == 0
+        assert not handed_out & set().union(*self.in_use), "a step in flight still works on this block"
+        self.tables |= {admit.row: list(admit.block_ids) for admit in plan.admits}
+        for row, block in plan.appends:
+            self.tables[row].append(block)
+        self.in_use.append({block for row, _ in plan.computes for block in self.tables[row]})
+        assert not self.in_use[-1] & self.loading, "a block is computed with before it is there"
+        self.plans.append(encode_plan(plan))
+        self.max_in_flight = max(self.max_in_flight, len(self.plans))
+        self._copy_some()
+
+    def collect(self) -> StepOutput:
+        self.in_use.popleft()
+        self._copy_some()
+        return decode_output(encode_output(self._step(decode_plan(self.plans.popleft()))))
+
+    def call(self, method: str) -> list[Any]:
+        assert not self.plans
+        return [method]
+
+    def transfer(self, job: TransferJob) -> None:
+        self.jobs[job.tier].append(decode_job(encode_job(job)))
+        if job.op is Op.LOAD:
+            assert not self.loading & set(job.blocks) and not set(job.blocks) & set().union(*self.in_use)
+            self.loading |= set(job.blocks)
+
+    def transferred(self, timeout_s: float) -> TransferResult | None:
+        if timeout_s and not self.results:
+            self._copy_one(self.chance.choice([tier for tier in Tier if self.jobs[tier]]))
+        return self.results.popleft() if self.results else None
+
+    def close(self) -> None:
+        pass
+
+    def _copy_some(self) -> None:
+        for tier in Tier:
+            while self.jobs[tier] and self.chance.random() < 0.3:
+                self._copy_one(tier)
+
+    def _copy_one(self, tier: Tier) -> None:
+        job = self.jobs[tier].popleft()
+        store, failed = self.stored[tier], []
+        for at, key in enumerate(job.keys):
+            if job.op is Op.DROP:
+                store.pop(key.digest, None)
+                continue
+            source = store if job.op is Op.LOAD else self.stored[Tier.HOST]
+            if self.chance.random() < self.failing or (job.op is not Op.SAVE and key.digest not in source):
+                failed.append(key.digest)
+            elif job.op is Op.SAVE:
+                store[key.digest] = [self.memory[job.blocks[at], slot] for slot in range(BLOCK)]
+            elif job.op is Op.DEMOTE:
+                store[key.digest] = source[key.digest]
+            else:
+                self.memory |= {(job.blocks[at], slot): seen for slot, seen in enumerate(store[key.digest])}
+        if job.op is Op.LOAD:
+            self.loading -= set(job.blocks)
+        self.results.append(TransferResult(job.id, failed, 1e-3))
+
+    def _step(self, plan: StepPlan) -> StepOutput:
+        assert plan.step == self.next_step
+        self.next_step += 1
+        for row in plan.drops:
+            del self.rows[row]
+        for admit in plan.admits:
+            assert admit.row not in self.rows
+            self.rows[admit.row] = Row(
+                list(admit.token_ids), admit.num_computed, list(admit.block_ids), admit.sampling.seed
+            )
+        for index, block in plan.appends:
+            self.rows[index].blocks.append(block)
+        output = StepOutput(plan.step, seconds=1e-3)
+        for index, count in plan.computes:
+            self._write(index, count)
+        for index, count in plan.computes:
+            self._compute(index, count, output)
+        return output
+
+    def _write(self, index: int, count: int) -> None:
+        row = self.rows[index]
+        assert 0 < count <= len(row.tokens) - row.computed
+        for at in range(row.computed, row.computed + count):
+            self.memory[row.blocks[at // BLOCK], at % BLOCK] = tuple(row.tokens[: at + 1])
+        self.computed_tokens += count
+
+    def _compute(self, index: int, count: int, output: StepOutput) -> None:
+        row = self.rows[index]
+        row.computed += count
+        for at in range(row.computed):
+            seen = self.memory[row.blocks[at // BLOCK], at % BLOCK]
+            assert seen == tuple(row.tokens[: at + 1]), "something else was written here"
+        if row.computed == len(row.tokens):
+            token = next_token(row.tokens, row.seed)
+            if POISON in row.tokens:
+                output.failed.append((index, "not finite"))
+            else:
+                output.tokens.append((index, token))
+            row.tokens.append(token)
+
+
+IDENTITY = KvIdentity("model", "float32", BLOCK)
+
+
+class Letters:
+    """A detokenizer: token 0 is a, 1 is b."""
+
+    def add(self, token_ids: list[int]) -> str:
+        return "".join(chr(ord("a") + token) for token in token_ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+def make_request(
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    stop: tuple[int, ...] = (),
+    seed: int = 0,
+    index: int = 0,
+    salt: str = "",
+    **params: Any,
+) -> Request:
+    sampling = RowSampling(seed=seed, stop_token_ids=stop)
+    blocks = IDENTITY.token_blocks(prompt, salt)
+    return Request(
+        name, prompt, SamplingParams(max_tokens=max_tokens, **params), sampling, max_tokens, index, token_blocks=blocks
+    )
+
+
+def alone(request: Request) -> tuple[list[int], FinishReason]:
+    """What the request's tokens and end must be, computed without an engine."""
+    if POISON in request.prompt_token_ids:
+        return [], FinishReason.ERROR
+    generated: list[int] = []
+    while len(generated) < request.max_tokens:
+        generated.append(next_token(request.prompt_token_ids + generated, request.sampling.seed))
+        if generated[-1] in request.sampling.stop_token_ids:
+            return generated, FinishReason.STOP
+    return generated, FinishReason.LENGTH
+
+
+class Bench:
+    """An engine on a PlainGroup, and what its requests got."""
+
+    def __init__(
+        self,
+        blocks: int = 64,
+        rows: int = 8,
+        budget: int = 16,
+        depth: int = 1,
+        mixed: int | None = None,
+        tiers: tuple[int, int] = (0, 0),
+        group: PlainGroup | None = None,
+        quota: float | None = None,
+        **cache: Any,
+    ) -> None:
+        """Args: ``tiers``: blocks of host memory and disk; ``cache``: other arguments of its PrefixCache."""
+        self.pool, self.group = BlockPool(blocks), group or PlainGroup()
+        self.events = KvEvents(1)
+        share = None if quota is None else max(1, int(quota * blocks))
+        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_namespace=share, **cache)
+        self.tiers = Tiers(self.cache, *tiers, blocks, quota, self.events) if any(tiers) else None
+        tables = BlockTables(self.cache, self.tiers)
+        scheduler = Scheduler(tables, rows, budget, mixed)
+        self.engine = Engine(self.group, tables, scheduler, depth, Pins(self.cache, blocks - 8), self.events)
+        self.requests: list[Request] = []
+        self.got: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
+        self.ended: dict[str, FinishReason | None] = {}
+
+    def add(self, request: Request, stop: tuple[str, ...] | None = None) -> None:
+        """Args: ``stop``: strings that end it; None is without text."""
+        self.requests.append(request)
+        self.got[request.key], self.text[request.key] = [], ""
+        text = None if stop is None else TextStream(Letters(), stop, include_stop=False)  # type: ignore[arg-type]
+        self.engine.add(request, text, self._sink)
+
+    def run(self) -> None:
+        for _ in range(5000):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError(f"still at work: {self.engine.stats()}")
+
+    def step(self) -> None:
+        self.engine.step()
+        self.check_books()
+
+    def check_books(self) -> None:
+        """Every row is held by at most one request; the blocks' books agree with what the requests hold."""
+        self.engine.check_integrity()
+        rows = [request.row for request in self.requests if request.row >= 0]
+        assert len(rows) == len(set(rows))
+
+    def check_idle(self) -> None:
+        assert not self.engine.has_work and self.cache.num_available == self.pool.num_blocks
+        assert self.engine.stats()["num_running"] == self.engine.stats()["num_waiting"] == 0
+        self.check_books()
+
+    def _sink(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            key = delta.request.key
+            assert key not in self.ended, "a delta after the last"
+            self.got[key] += delta.token_ids
+            self.text[key] += delta.text or ""
+            if delta.finished:
+                self.ended[key] = delta.request.finish_reason

@@ -1,0 +1,115 @@
+"""A shard with tiers: what it computed comes back from them, in this run and the next."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+from torch import Tensor
+
+from headwise.workers.collectives import Solo
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
+from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult
+from tests.workers.kv_blocks import key_of
+
+KEYS = [key_of(0), key_of(1)]
+
+
+class Running:
+    """A shard of 8 blocks on a small checkpoint."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self.results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
+        self.shard = Shard(spec, Solo(), 1, self.results.put)
+        self.shard.load()
+        self.shard.allocate(8)
+
+    def transfer(self, op: Op, tier: Tier, blocks: list[int]) -> list[bytes]:
+        self.shard.transfer(TransferJob(0, op, tier, KEYS, blocks))
+        return self.results.get(timeout=10).failed
+
+    def block(self, number: int) -> Tensor:
+        cache = self.shard._kv_cache
+        assert cache is not None
+        block = torch.empty(1, *cache.block_shape)
+        cache.read_blocks([number], block)
+        return block
+
+
+@pytest.fixture
+def spec(checkpoint: Callable[..., Path], tmp_path: Path) -> ShardSpec:
+    return ShardSpec(
+        model_dir=str(checkpoint("gqa")),
+        tensor_parallel_size=1,
+        dtype="float32",
+        device="cpu",
+        block_size=16,
+        max_num_seqs=4,
+        max_model_len=64,
+        kv_memory="1MiB",
+        host_kv_blocks=2,
+        disk_kv_path=str(tmp_path / "kv"),
+        kv_identity=b"model",
+    )
+
+
+@pytest.mark.parametrize("attention", ["cpu", "reference"])
+def test_computed_blocks_come_back_from_both_tiers(spec: ShardSpec, attention: str) -> None:
+    running = Running(replace(spec, attention=attention))
+    tokens = list(range(3, 36))
+    first = StepPlan(0, admits=[RowAdmit(0, tokens, 33, 0, [0, 1, 2], RowSampling())], computes=[(0, 33)])
+    expected = running.shard.step(first).tokens[0][1]
+    for tier in Tier:
+        assert running.transfer(Op.SAVE, tier, [0, 1]) == []
+    assert running.transfer(Op.LOAD, Tier.HOST, [3, 4]) == [] == running.transfer(Op.LOAD, Tier.DISK, [5, 6])
+    for computed, *loaded in ((0, 3, 5), (1, 4, 6)):
+        assert running.block(computed).any()
+        assert all(torch.equal(running.block(computed), running.block(block)) for block in loaded)
+    for step, blocks in enumerate(([3, 4, 7], [5, 6, 7]), start=1):
+        admit = RowAdmit(step, tokens, 33, 32, blocks, RowSampling())
+        assert running.shard.step(StepPlan(step, admits=[admit], computes=[(step, 1)])).tokens == [(step, expected)]
+    stats = running.shard.stats()
+    assert stats["disk_kv_blocks"] == 2 and stats["host_kv_bytes"] == stats["kv_bytes"] // 4
+    running.shard.close()
+    running.shard.close()
+
+
+def test_the_next_run_finds_the_blocks_of_its_own_identity_only(spec: ShardSpec) -> None:
+    running = Running(spec)
+    assert running.transfer(Op.SAVE, Tier.DISK, [0, 1]) == []
+    with pytest.raises(InvalidValueError, match=r"^disk_kv_path=.*another engine"):
+        Running(spec)
+    running.shard.close()
+    expected = [(key.digest, key.namespace, key.parent, key.tokens) for key in KEYS]
+    running = Running(spec)
+    stored = running.shard.stored_blocks()
+    assert stored == expected
+    assert [tuple(entry) for entry in msgpack.unpackb(msgpack.packb(stored))] == expected
+    assert running.transfer(Op.LOAD, Tier.DISK, [3, 4]) == []
+    running.shard.close()
+    for other in (replace(spec, kv_identity=b"other"), replace(spec, block_size=32), replace(spec, dtype="bfloat16")):
+        running = Running(other)
+        assert running.shard.stored_blocks() == [] and running.shard.stats()["disk_kv_blocks"] == 0
+        running.shard.close()
+        running = Running(spec)
+        assert running.shard.stored_blocks() == []
+        assert running.transfer(Op.SAVE, Tier.DISK, [0, 1]) == []
+        running.shard.close()
+
+
+def test_host_blocks_are_set_aside_before_a_fraction_is_taken(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.workers.shard.available_memory", lambda device: 1 << 20)
+    blocks = []
+    for host_blocks in (0, 16):
+        made = Shard(replace(spec, kv_memory=1.0, host_kv_blocks=host_blocks), Solo(), 1)
+        blocks.append(made.affordable_blocks())
+        made.close()
+    assert blocks[0] - blocks[1] == 16 and blocks[1] > 0
