@@ -70,6 +70,7 @@ class Engine:
         self.num_generated_tokens = 0
         self._seconds = dict.fromkeys(("schedule", "submit", "collect", "emit"), 0.0)
         self._cpu_seconds = 0.0
+        self._next_check = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -165,6 +166,14 @@ class Engine:
         """
         self._scheduler.check_integrity()
 
+    def _check_idle(self) -> None:
+        """Checks the books, at most a hundredth of the time: with many blocks that takes a while."""
+        started = time.monotonic()
+        if started >= self._next_check:
+            self.check_integrity()
+            ended = time.monotonic()
+            self._next_check = ended + 100 * (ended - started)
+
     def _move_blocks(self, wait: bool) -> bool:
         """Has blocks copied between the device and the tiers, and takes note of what is done.
 
@@ -227,7 +236,7 @@ class Engine:
         self._learn_cost(schedule, output)
         self._deliver()
         if not self.has_work:
-            self.check_integrity()
+            self._check_idle()
 
     def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
         """What a token takes to compute: of steps that mostly compute prompts."""

@@ -19,7 +19,7 @@ from headwise.cluster.group import ShardGroup
 from headwise.runtime.config import EngineConfig, engine_config
 from headwise.runtime.engine import Delta, Engine
 from headwise.runtime.inputs import InputProcessor, Messages, Prompt
-from headwise.runtime.kv.events import Subscription
+from headwise.runtime.kv.events import KvEvents, Subscription
 from headwise.runtime.loop import EngineLoop
 from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
 from headwise.runtime.request import FinishReason, Request
@@ -129,7 +129,7 @@ class LLM:
         self._quiet = quiet
         self._numbers = itertools.count()
         self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()
-        self._loop = EngineLoop(started.engine, _FailAll(self._queues))
+        self._loop = EngineLoop(started.engine, _FailAll(self._queues, started.engine.events))
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
         # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
         # been registered long ago, and would find Ray gone.
@@ -413,12 +413,13 @@ class LLM:
 class _FailAll:
     """Tells every caller that waits that the engine is gone. Holds no LLM, so that one can be collected."""
 
-    def __init__(self, queues: set[queue.SimpleQueue[list[Delta] | BaseException]]) -> None:
-        self._queues = queues
+    def __init__(self, queues: set[queue.SimpleQueue[list[Delta] | BaseException]], events: KvEvents) -> None:
+        self._queues, self._events = queues, events
 
     def __call__(self, error: BaseException) -> None:
         for deltas in list(self._queues):
             deltas.put(error)
+        self._events.close()
 
 
 def _abort_all(engine: Engine, request_ids: set[str]) -> None:

@@ -199,29 +199,15 @@ class Tiers:
         elif job.job.op is Op.LOAD:
             self._loaded(job, failed, result.seconds)
 
-    def clear(self, epoch_ended: bool = False) -> None:
-        """Forgets what the tiers hold; what is on its way will not arrive.
-
-        Args:
-            epoch_ended: the shards are gone, with their host memory and whatever they were told; the disk is still
-                there, but belongs to nobody until it is adopted again.
-        """
+    def clear(self) -> None:
+        """Forgets what the tiers hold; what is on its way will not arrive."""
         for index in self._tiers.values():
-            entries = list(index)
-            if epoch_ended:
-                for entry in entries:
-                    self._forget(index, entry)
-            else:
-                self._drop(index, entries, "reset")
+            self._drop(index, list(index), "reset")
         for job in self._jobs.values():
             job.void = True
             if job.restore is not None:
                 job.restore.void = True
         self._refused.clear()
-        if epoch_ended:
-            self.outbox.clear()
-            for number in list(self._jobs):
-                self.finished(TransferResult(number, [key.digest for key in self._jobs[number].job.keys]))
 
     def stats(self) -> dict[str, Any]:
         """By tier: blocks held and their limit, tokens ``queried``, ``hit`` (restored) and ``inserted``, ``evictions``
