@@ -166,6 +166,38 @@ def kv_cache(
     measure.run(model, tokens, settings, as_json=as_json, plot=plot)
 
 
+@bench.command()
+def prefix(
+    model: Annotated[str, typer.Option("--model", "-m", help="tiny is a random model made for this.")] = "tiny",
+    tp: Tp = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompts, parts of which are found.")] = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Readings of each; reported: the median.")] = 3,
+    host: Annotated[str, typer.Option(help="Host memory to restore from, such as 1GiB; none: do not measure it.")] = (
+        "1GiB"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once where nothing is found.")] = 32,
+    pairs: Annotated[int, typer.Option(min=0, help="Runs of those with the cache, and as many without.")] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "local",
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    pipeline_depth: PipelineDepth = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What the prefix cache saves: time to first token by what is found of a prompt; what it costs if nothing is."""
+    from headwise.runtime.bench import prefix as measure
+
+    settings = engine_settings(
+        tp, dtype, device, executor, None, kv_memory, cpus_per_rank, address, pipeline_depth, max_num_batched_tokens
+    )
+    load = measure.Load(prompt_tokens, repeats, None if host == "none" else host, batch, pairs)
+    measure.run(model, load, settings, as_json=as_json, plot=plot)
+
+
 def _sizes(flag: str, text: str) -> list[int]:
     """Numbers separated by commas, each once.
 
