@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from headwise.runtime.kv.blocks import Use
@@ -99,8 +99,9 @@ class BlockTables:
             self.cache.verify(request.chain[first:last])
             request.num_verified = num_tokens
 
-    def fail(self, request: Request) -> tuple[set[CachedBlock], bool]:
-        """What was sampled is not finite: takes what it computed, and nobody has verified, out of the cache.
+    def fail(self, request: Request, failed: Sequence[Request]) -> tuple[set[CachedBlock], bool]:
+        """What was sampled is not finite: takes what it computed, and nobody has verified, out of the cache; and what
+        others computed if nobody computes with it but those who ``failed`` in this step.
 
         Returns:
             All that was taken out, for others may compute with it; and whether the request itself relied on blocks of
@@ -108,7 +109,7 @@ class BlockTables:
         """
         chain = request.chain
         unverified = [index for index, node in enumerate(chain) if not node.verified]
-        alone = (i for i in unverified if i >= request.num_matched or self._holds_alone(chain[i]))
+        alone = (i for i in unverified if i >= request.num_matched or self._is_held_by(failed, chain[i]))
         first = next(alone, None)
         withdrawn = self.cache.withdraw(chain[first], "not_finite") if first is not None else set()
         return withdrawn, bool(unverified) and unverified[0] < request.num_matched
@@ -226,13 +227,14 @@ class BlockTables:
                 if self._computing.get(digest) is request:
                     del self._computing[digest]
 
-    def _holds_alone(self, node: CachedBlock) -> bool:
-        return self.cache.pool.count(node.block, Use.COMPUTE) == 1
+    def _is_held_by(self, requests: Sequence[Request], node: CachedBlock) -> bool:
+        """Whether nobody else computes with a block."""
+        return self.cache.pool.count(node.block, Use.COMPUTE) == sum(node in request.chain for request in requests)
 
     def _forget_unverified(self, chain: list[CachedBlock]) -> None:
         """What an ended request left unverified stays only if somebody else computes with it, and so will tell."""
         for node in chain:
-            if not node.verified and node.cached and not self.cache.pool.is_used(node.block):
+            if not node.verified and node.cached and not self.cache.pool.count(node.block, Use.COMPUTE):
                 self.cache.withdraw(node, "unverified")
                 return
 

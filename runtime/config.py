@@ -70,7 +70,7 @@ class EngineConfig(BaseModel):
     prefix_eviction: EvictionName = "lru"
     cache_quota: float | None = Field(default=None, gt=0, le=1)
     host_kv_memory: str | int | None = None
-    disk_kv_path: str | None = None
+    disk_kv_path: str | None = Field(default=None, min_length=1)
     disk_kv_limit: str | int = "16GiB"
     seed: int = Field(default=0, ge=0, lt=2**64)
     address: str | None = None

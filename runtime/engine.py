@@ -43,7 +43,12 @@ Sink = Callable[[list[Delta]], None]
 
 
 class Engine:
-    """Runs requests on a shard group."""
+    """Runs requests on a shard group.
+
+    Attributes:
+        events: of its prefix cache.
+        waiting_since: on the monotonic clock, while it waits for a step's output; read by other threads.
+    """
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class Engine:
         self._group, self._scheduler, self._depth = group, scheduler, pipeline_depth
         self._tables, self._cache, self._tiers, self._pins = tables, tables.cache, tables.tiers, pins
         self.events = events
+        self.waiting_since: float | None = None
         self._in_flight: deque[Schedule] = deque()
         self._live: dict[str, tuple[Request, TextStream | None, Sink]] = {}
         self._new: dict[Sink, list[Delta]] = {}
@@ -71,10 +77,17 @@ class Engine:
         self._seconds = dict.fromkeys(("schedule", "submit", "collect", "emit"), 0.0)
         self._cpu_seconds = 0.0
         self._next_check = 0.0
+        self._num_paused = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._in_flight or (self._tiers is not None and self._tiers.busy))
+        moving = self._tiers is not None and self._tiers.busy
+        return bool(len(self._live) > self._num_paused or self._in_flight or moving)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be computed, for the first time or again."""
+        return len(self._scheduler.waiting)
 
     @property
     def request_ids(self) -> set[str]:
@@ -94,6 +107,14 @@ class Engine:
             self._emit(request, [], None, FinishReason.ABORT)
         self._deliver()
 
+    def pause(self, request_id: str, paused: bool) -> None:
+        """Computes nothing for a request until it is called with False; what is in flight still comes. Others may get
+        its row and blocks meanwhile. Unknown ids are ignored."""
+        for request, _, _ in self._live.values():
+            if request.request_id == request_id and request.paused != paused:
+                request.paused = paused
+                self._num_paused += 1 if paused else -1
+
     def step(self) -> None:
         """Submits as much as may be in flight and processes the oldest output.
 
@@ -107,7 +128,7 @@ class Engine:
         moving = self._move_blocks(wait=not self._in_flight)
         if self._in_flight:
             self._collect_oldest()
-        elif self._live and not moving:
+        elif len(self._live) > self._num_paused and not moving:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
@@ -212,7 +233,9 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
+        self.waiting_since = time.monotonic()
         output = self._group.collect()
+        self.waiting_since = None
         collected = time.perf_counter()
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started
@@ -284,6 +307,7 @@ class Engine:
                 reason, request.stop_reason = FinishReason.STOP, stop
         if reason is not None:
             del self._live[request.key]
+            self._num_paused -= request.paused
             self._scheduler.finish(request, reason)
         self._new.setdefault(sink, []).append(Delta(request, token_ids, text, logprobs, reason is not None))
 

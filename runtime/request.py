@@ -63,6 +63,7 @@ class Request:
 
     Attributes:
         max_tokens: the most it may generate, the model's length already considered.
+        paused: nobody takes its tokens at present, so that none are computed.
         streamed: someone waits for each token, not just for the last.
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
         num_pending: sampled by a step in flight and not seen yet.
@@ -89,6 +90,7 @@ class Request:
     max_tokens: int
     index: int = 0
     streamed: bool = True
+    paused: bool = False
     state: RequestState = RequestState.WAITING
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -98,6 +98,8 @@ class Scheduler:
         decodes: list[Request] = []
         prefills: list[Request] = []
         for request in self.running:
+            if request.paused:
+                continue
             (prefills if request.num_uncomputed > 1 else decodes).append(request)
         for request in decodes:
             self._compute(request, draft)
@@ -168,7 +170,7 @@ class Scheduler:
         whether they are free now."""
         cache = self._tables.cache
         while missing > cache.num_available + sum(len(r.block_ids) for r in self._leaving):
-            victim = self.running[-1]
+            victim = self._newest_paused() or self.running[-1]
             self._preempt(victim)
             draft.budget += draft.counts.pop(victim, 0)
             draft.appends.pop(victim, None)
@@ -178,14 +180,23 @@ class Scheduler:
 
     def _admit_waiting(self, draft: _Draft) -> None:
         later: list[Request] = []
-        while self.waiting and self._free_rows and draft.budget > 0:
+        while self.waiting and draft.budget > 0:
             request = self.waiting[0]
+            if request.paused:
+                later.append(self.waiting.popleft())
+                continue
             # A preempted request waits for its tokens in flight: the shards get them with its admission.
             if request.num_in_flight:
                 break
-            entry = self._tables.enter(request)
+            entry = self._tables.enter(request) if self._free_rows else Entry.NO_ROOM
             if entry is Entry.NO_ROOM:
-                break
+                if (victim := self._newest_paused()) is None:
+                    break
+                self._preempt(victim)
+                later.append(self.waiting.popleft())
+                if victim.num_in_flight:  # its place is free once that is done
+                    break
+                continue
             self.waiting.popleft()
             if entry is Entry.LATER:
                 later.append(request)
@@ -229,10 +240,11 @@ class Scheduler:
         """Takes back what rows that are not finite have shared, and starts over whoever relied on it."""
         ended: list[Request] = []
         withdrawn: set[CachedBlock] = set()
+        failed = [entry.request for entry in entries if entry.attempt == entry.request.attempt]
         for entry in entries:
-            if entry.attempt != entry.request.attempt:
+            if entry.request not in failed:
                 continue
-            taken, relied = self._tables.fail(entry.request)
+            taken, relied = self._tables.fail(entry.request, failed)
             withdrawn |= taken
             if entry.is_void:
                 continue
@@ -244,6 +256,10 @@ class Scheduler:
         for request in [*self.running, *self._leaving]:
             if request not in ended and not withdrawn.isdisjoint(request.chain[: request.num_matched]):
                 self._start_over(request)
+
+    def _newest_paused(self) -> Request | None:
+        """Whose place others may have: nothing is computed for it anyway."""
+        return next((request for request in reversed(self.running) if request.paused), None)
 
     def _preempt(self, request: Request) -> None:
         """Takes everything from a running request; its tokens are computed again when there is room."""

@@ -118,15 +118,15 @@ class DiskStore:
         Raises:
             InvalidValueError: the folder cannot be used, or another engine uses it.
         """
-        self._folder = Path(path).expanduser() / f"rank-{rank}-of-{ranks}"
         self._identity = hashlib.sha256(identity).digest()
         self._payload_bytes = payload_bytes
         self._mutex = threading.Lock()
         try:
+            self._folder = Path(path).expanduser() / f"rank-{rank}-of-{ranks}"
             # What is in it tells prompts: nobody else is to read them.
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = FileIO(self._folder / "lock", "w")
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the latter two of paths that cannot be one
             raise _unusable(path, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -288,5 +288,5 @@ def _unlink(path: Path) -> None:
         path.unlink()
 
 
-def _unusable(path: str | Path, error: OSError) -> InvalidValueError:
+def _unusable(path: str | Path, error: Exception) -> InvalidValueError:
     return InvalidValueError("disk_kv_path", str(path), f"cannot be used: {error}", "give a folder that can be written")

@@ -193,6 +193,10 @@ class Shard:
         spec, rank, ranks = self._spec, self._collectives.rank, self._spec.tensor_parallel_size
         heads = self._partition.heads
         if spec.host_kv_blocks:
+            needed = spec.host_kv_blocks * self._bytes_per_block()
+            if needed > (free := available_memory("cpu")):
+                limit = f"rank {rank} has {free} bytes of host memory left"
+                raise InvalidValueError("host_kv_memory", f"{needed} bytes", limit, "lower host_kv_memory or kv_memory")
             self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
         if spec.disk_kv_path is not None:
             place = (rank, ranks, heads.kv_start, heads.kv_stop)

@@ -19,7 +19,7 @@ class RestoreCost:
     def __init__(self) -> None:
         self._token_s: float | None = None
         self._block_s: dict[Tier, float] = {}
-        self._latency_s = 0.0
+        self._latency_s: float | None = None
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step computed so many tokens."""
@@ -34,11 +34,13 @@ class RestoreCost:
         """Whether to restore so many blocks of each tier rather than to compute their ``tokens``."""
         if self._token_s is None:
             return True
-        restore_s = self._latency_s + sum(count * self._block_s.get(tier, 0.0) for tier, count in blocks.items())
+        restore_s = (self._latency_s or 0.0) + sum(
+            count * self._block_s.get(tier, 0.0) for tier, count in blocks.items()
+        )
         if restore_s < tokens * self._token_s:
             return True
         self._block_s = {tier: cost * _DOUBT for tier, cost in self._block_s.items()}
-        self._latency_s *= _DOUBT
+        self._latency_s = (self._latency_s or 0.0) * _DOUBT
         return False
 
     def stats(self) -> dict[str, float]:
@@ -46,7 +48,9 @@ class RestoreCost:
         found = {f"{tier.value}_block": seconds for tier, seconds in self._block_s.items()}
         if self._token_s is not None:
             found["computed_token"] = self._token_s
-        return found | {"restore_latency": self._latency_s}
+        if self._latency_s is not None:
+            found["restore_latency"] = self._latency_s
+        return found
 
 
 def _mean(old: float | None, new: float) -> float:

@@ -26,6 +26,7 @@ class CachedBlock:
         cached: whether it is (still) in the cache; once it is not, it never is again.
         verified: a finite token was sampled from it, or from a block that continues it.
         hits: requests that found it.
+        unwanted: no tier could take it, or one preferred others to it; so until it is used again.
     """
 
     __slots__ = (
@@ -39,6 +40,7 @@ class CachedBlock:
         "namespace",
         "parent",
         "tokens",
+        "unwanted",
         "verified",
     )
 
@@ -46,7 +48,7 @@ class CachedBlock:
         self.digest, self.namespace, self.tokens, self.parent, self.block = digest, namespace, tokens, parent, block
         self.index: int = 0 if parent is None else parent.index + 1
         self.children: set[CachedBlock] = set()
-        self.cached, self.verified, self.hits = True, False, 0
+        self.cached, self.verified, self.unwanted, self.hits = True, False, False, 0
         self.eviction_key = 0
 
 

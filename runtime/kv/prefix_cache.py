@@ -78,14 +78,16 @@ class PrefixCache:
         return len(chain)
 
     def allocate(self, count: int, use: Use = Use.COMPUTE, namespace: bytes = b"") -> list[int]:
-        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full share.
+        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full share,
+        or will have it once these are cached.
 
         Raises:
             OutOfBlocksError: fewer than that are available; none is evicted then.
         """
         if count <= self.num_available:
+            full = self._quota is not None and self._kept[namespace] + count > self._quota
             while self.pool.num_free < count:
-                own = self._over_quota(namespace)
+                own = self._own_victim(namespace) if full else None
                 node = own or self._policy.victim()
                 if node is None:
                     raise IntegrityError(f"{self.pool.num_idle} blocks are idle, but none can be evicted")
@@ -112,15 +114,15 @@ class PrefixCache:
                 return None
             self.counts["duplicate_blocks"] += 1
             return found
-        if self._quota is not None and self._kept[blocks.namespace] >= self._quota:
-            victim = self._over_quota(blocks.namespace)
+        if self._has_full_share(blocks.namespace):
+            victim = self._own_victim(blocks.namespace)
             if victim is None:
                 self.counts["quota_refused_blocks"] += 1
                 return None
             self._evict(victim, "quota")
         self.pool.cache(block)
         node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block)
-        node.verified = verified
+        node.verified = verified and (parent is None or parent.verified)
         self._index[digest] = node
         self._kept[node.namespace] += 1
         if parent is not None:
@@ -239,10 +241,11 @@ class PrefixCache:
         self.counts["collisions"] += 1
         return None
 
-    def _over_quota(self, namespace: bytes) -> CachedBlock | None:
-        """The next victim of a namespace that has its full share."""
-        if self._quota is None or self._kept[namespace] < self._quota:
-            return None
+    def _has_full_share(self, namespace: bytes) -> bool:
+        return self._quota is not None and self._kept[namespace] >= self._quota
+
+    def _own_victim(self, namespace: bytes) -> CachedBlock | None:
+        """What a namespace that has its full share loses next; None if all of it is used."""
         idle = self._of_namespace.get(namespace)
         return idle.victim() if idle is not None else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,12 +24,13 @@ class TierIndex:
     """What a tier holds, and what it would part with.
 
     Attributes:
-        incoming: blocks on their way to it, for which room is kept.
+        incoming: blocks on their way to it by namespace, for which room is kept.
     """
 
     def __init__(self, tier: Tier, capacity: int, quota: float | None = None) -> None:
         """Args: ``capacity``: most blocks; ``quota``: the share of them one namespace may have."""
-        self.tier, self.capacity, self.incoming = tier, capacity, 0
+        self.tier, self.capacity = tier, capacity
+        self.incoming: Counter[bytes] = Counter()
         self._quota = None if quota is None else max(1, int(quota * capacity))
         self._entries: dict[bytes, TierEntry] = {}
         self._clean: OrderedDict[bytes, None] = OrderedDict()  # can go: a tier below has them, or there is none
@@ -50,7 +51,7 @@ class TierIndex:
 
     @property
     def num_free(self) -> int:
-        return self.capacity - len(self._entries) - self.incoming
+        return self.capacity - len(self._entries) - self.incoming.total()
 
     @property
     def num_clean(self) -> int:
@@ -58,14 +59,13 @@ class TierIndex:
 
     def is_full(self, namespace: bytes) -> bool:
         """Whether something must go before one more block of a namespace comes."""
-        own = self._of_namespace.get(namespace, ())
-        return self.num_free <= 0 or (self._quota is not None and len(own) >= self._quota)
+        return self.num_free <= 0 or self._has_full_share(namespace)
 
     def victim(self, namespace: bytes) -> TierEntry | None:
         """What goes for one more block of a namespace: its own least recently used if it has its full share, else
         anybody's. None if nothing can go now, since it is read, or not yet in the tier below."""
         own = self._of_namespace.get(namespace, OrderedDict())
-        candidates = own if self._quota is not None and len(own) >= self._quota else self._clean
+        candidates = own if self._has_full_share(namespace) else self._clean
         # What is read is passed over: as many blocks as the jobs in flight have, at most.
         for digest in candidates:
             if digest in self._clean and not self._entries[digest].busy:
@@ -111,9 +111,17 @@ class TierIndex:
         Raises:
             IntegrityError: it holds more than its capacity, or its books do not agree.
         """
-        if len(self._entries) + self.incoming > self.capacity or self.incoming < 0:
-            raise IntegrityError(f"{self.tier} holds {len(self)} + {self.incoming} blocks, at most {self.capacity}")
+        incoming = self.incoming.total()
+        if len(self) + incoming > self.capacity:
+            raise IntegrityError(f"{self.tier} holds {len(self)} + {incoming} blocks, at most {self.capacity}")
+        for namespace, own in self._of_namespace.items():
+            if self._quota is not None and len(own) + self.incoming[namespace] > self._quota:
+                raise IntegrityError(f"{self.tier} holds {len(own)} blocks of a salt, at most {self._quota}")
         if self._clean.keys() & self._dirty.keys() or self._clean.keys() | self._dirty.keys() != self._entries.keys():
             raise IntegrityError(f"{self.tier} holds blocks that are neither clean nor dirty, or both")
         if sum(map(len, self._of_namespace.values())) != len(self):
             raise IntegrityError(f"{self.tier}'s blocks are not those of its namespaces")
+
+    def _has_full_share(self, namespace: bytes) -> bool:
+        own = len(self._of_namespace.get(namespace, ())) + self.incoming[namespace]
+        return self._quota is not None and own >= self._quota

@@ -98,8 +98,7 @@ class Tiers:
         self._unsaved: OrderedDict[CachedBlock, None] = OrderedDict()  # idle, and no tier has them
         self._saving: set[CachedBlock] = set()  # idle, and on their way to one
         self._copying: dict[bytes, CachedBlock] = {}  # on their way to one, idle or not
-        self._num_demoting = 0
-        self._refused: set[bytes] = set()  # could not be saved, and are not tried again while they are on the device
+        self._demoting: set[bytes] = set()
         cache.on_idle, cache.on_busy = self._idle, self._busy
 
     @property
@@ -129,7 +128,7 @@ class Tiers:
         if count <= clean:
             return True
         self._save(count - clean - len(self._saving))
-        return not self._saving and not (self._unsaved and self._num_demoting)
+        return not self._saving and not (self._unsaved and self._demoting)
 
     def pump(self) -> None:
         """Starts what keeps the reserves. Called once a step."""
@@ -207,14 +206,17 @@ class Tiers:
             job.void = True
             if job.restore is not None:
                 job.restore.void = True
-        self._refused.clear()
 
     def stats(self) -> dict[str, Any]:
         """By tier: blocks held and their limit, tokens ``queried``, ``hit`` (restored) and ``inserted``, ``evictions``
-        in blocks by cause, ``damaged`` blocks found and ``refused`` ones, which could not be written; for all:
-        ``declined_tokens``, which were faster to compute, and the measured seconds of a block or token."""
+        in blocks by cause, ``damaged`` blocks found and ``refused`` ones, which could not be written.
+
+        For all: ``declined_tokens``, which were faster to compute; ``collisions``, digests that stood for other tokens;
+        and the measured seconds of a block or token.
+        """
         stats: dict[str, Any] = {
             "declined_tokens": self._counts["declined_tokens"],
+            "collisions": self._counts["collisions"],
             "seconds": self.cost.stats(),
         }
         for tier, index in self._tiers.items():
@@ -233,7 +235,7 @@ class Tiers:
             index.check_integrity()
 
     def _idle(self, node: CachedBlock) -> None:
-        if not node.verified or self._holds(node.digest) or node.digest in self._refused:
+        if not node.verified or node.unwanted or self._holds(node.digest):
             return
         copying = self._copying.get(node.digest)
         if copying is None:
@@ -245,7 +247,7 @@ class Tiers:
         if node in self._unsaved:
             del self._unsaved[node]
         self._saving.discard(node)
-        self._refused.discard(node.digest)
+        node.unwanted = False
 
     def _holds(self, digest: bytes) -> bool:
         return any(digest in index for index in self._tiers.values())
@@ -272,7 +274,7 @@ class Tiers:
                 self._keep_host_reserve()
                 break
             del self._unsaved[node]
-            index.incoming += 1
+            index.incoming[node.namespace] += 1
             self._saving.add(node)
             self._copying[node.digest] = node
             nodes.append(node)
@@ -282,15 +284,14 @@ class Tiers:
 
     def _saved(self, job: _Job, failed: set[bytes]) -> None:
         index = self._tiers[job.job.tier]
-        index.incoming -= len(job.nodes)
+        index.incoming -= Counter(node.namespace for node in job.nodes)
         useless: list[BlockKey] = []
         for node, key in zip(job.nodes, job.job.keys, strict=True):
             del self._copying[node.digest]
             self._saving.discard(node)
             if node.digest in failed:
                 self._counts[f"{index.tier}_refused"] += 1
-                if node.cached:
-                    self._refused.add(node.digest)
+                node.unwanted = True
             if job.void or not node.cached or node.digest in failed:
                 # Taken for something else while it was copied, or missing on a rank: no good to anybody.
                 useless.append(key)
@@ -311,20 +312,22 @@ class Tiers:
             return
         entries: list[TierEntry] = []
         for entry in host.dirty(min(count, MAX_BATCH)):
+            if entry.key.digest in self._demoting:  # an earlier one of that digest, which is void by now
+                continue
             if not self._make_room(disk, entry.key.namespace):
                 break
-            disk.incoming += 1
+            disk.incoming[entry.key.namespace] += 1
             entry.busy += 1
             host.clean(entry)
             entries.append(entry)
-        self._num_demoting += len(entries)
+        self._demoting |= {entry.key.digest for entry in entries}
         if entries:
             self._send(Op.DEMOTE, Tier.DISK, [entry.key for entry in entries]).entries = entries
 
     def _demoted(self, job: _Job, failed: set[bytes]) -> None:
         disk = self._tiers[Tier.DISK]
-        disk.incoming -= len(job.entries)
-        self._num_demoting -= len(job.entries)
+        disk.incoming -= Counter(entry.key.namespace for entry in job.entries)
+        self._demoting -= {entry.key.digest for entry in job.entries}
         for entry in job.entries:
             if entry.key.digest in failed:
                 self._counts["disk_refused"] += 1
@@ -392,17 +395,22 @@ class Tiers:
             self._events.stored([key.digest], key.parent, index.tier.value)
 
     def _drop(self, index: TierIndex, entries: list[TierEntry], cause: str) -> None:
+        if not entries:
+            return
+        digests = [entry.key.digest for entry in entries]
         for entry in entries:
-            self._forget(index, entry)
+            index.remove(entry)
         self._counts[f"{index.tier}_evicted_{cause}"] += len(entries)
-        if entries:
-            self._send(Op.DROP, index.tier, [entry.key for entry in entries])
-
-    def _forget(self, index: TierIndex, entry: TierEntry) -> None:
-        index.remove(entry)
         if self._events is not None:
-            self._events.removed([entry.key.digest], index.tier.value)
-        self._retry([entry.key.digest])
+            self._events.removed(digests, index.tier.value)
+        self._send(Op.DROP, index.tier, [entry.key for entry in entries])
+        if cause == "room":  # it would only drive out others to come back
+            for digest in digests:
+                node = self._cache.get(digest)
+                if node is not None and not self._cache.pool.is_used(node.block):
+                    node.unwanted = True
+        else:
+            self._retry(digests)
 
     def _retry(self, digests: Iterable[bytes]) -> None:
         """No tier has these blocks after all, or any more: if they are idle on the device, they are to be saved."""

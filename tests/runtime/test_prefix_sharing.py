@@ -63,6 +63,8 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
         bench.step()
         if not todo and not bench.engine.has_work:
             break
+    else:
+        raise AssertionError(f"still at work: {bench.engine.stats()}")
     bench.engine.reset_prefix_cache()
     bench.run()
     bench.check_idle()

@@ -98,12 +98,12 @@ def _embed(team: Any, shape: Any, buffers: Any, token_ids: Any) -> None:
     row_bytes = 4 * shape.padded_width
     for t in range(team.member, len(token_ids), team.size):
         residual, delta = buffers.residual + t * row_bytes, buffers.delta + t * row_bytes
+        # All of the delta: what pads it may hold a NaN of the step before, which would get into every sum.
         fill(residual, shape.padded_width, np.float32(0.0))
+        fill(delta, shape.padded_width, np.float32(0.0))
         token = token_ids[t]
         if shape.vocab_start <= token < shape.vocab_stop:
             copy(buffers.embed + (token - shape.vocab_start) * 4 * shape.width, delta, shape.width)
-        else:
-            fill(delta, shape.padded_width, np.float32(0.0))
     barrier(team)
     lap(team, buffers.times, _EMBED)
 

@@ -1,0 +1,529 @@
+"""The prefix cache beside a naive one: a dict from (salt, all tokens up to a block's end) to the block's memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from headwise.runtime.kv.blocks import BlockPool, OutOfBlocksError, Use
+from headwise.runtime.kv.events import KvEvents, decode_snapshot
+from headwise.runtime.kv.eviction import CachedBlock, EvictionName
+from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
+from headwise.runtime.kv.pins import Pins
+from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
+from headwise.workers.errors import InvalidValueError
+
+SIZE = 2
+NUM_BLOCKS = 12
+MAX_PINNED = 5
+SALTS = ("", "tenant")
+PROMPTS = st.builds(
+    lambda start, length, tail: start[:length] + tail,
+    st.sampled_from(([0] * 10, [0] * 5 + [1] * 5, [1] * 10)),
+    st.integers(1, 10),
+    st.lists(st.integers(0, 2), max_size=3),
+)
+RARELY = st.integers(0, 9).map(lambda number: number == 7)
+
+Key = tuple[str, tuple[int, ...]]
+"""What a block holds: for whom, and all tokens up to its end."""
+
+
+def one_byte(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:1]
+
+
+def token_blocks(key: Key, hash: Hash = sha256) -> TokenBlocks:
+    return TokenBlocks(sha256(key[0].encode()), SIZE, key[1], hash)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request: memory for all its tokens, and what the cache holds for the first of them."""
+
+    key: Key
+    blocks: TokenBlocks
+    chain: list[CachedBlock]
+    memory: list[int]
+    verified: bool = False
+
+    def prefix(self, index: int) -> Key:
+        return self.key[0], self.key[1][: (index + 1) * SIZE]
+
+    def held(self) -> list[int]:
+        apart = [n.block for n, own in zip(self.chain, self.memory, strict=False) if n.block != own]
+        return self.memory + apart
+
+
+@dataclass(eq=False)
+class Pinned:
+    chain: list[CachedBlock]
+    keys: list[Key]
+    expiry: float
+
+
+@dataclass
+class Naive:
+    """What may be found, and in which order it goes."""
+
+    quota: int | None
+    memory: dict[Key, int] = field(default_factory=dict)
+    verified: set[Key] = field(default_factory=set)
+    idle: list[Key] = field(default_factory=list)  # for the longest time first
+    collisions: int = 0
+
+    def longest(self, key: Key, limit: int) -> list[Key]:
+        prefixes = [(key[0], key[1][: end * SIZE]) for end in range(1, limit + 1)]
+        missing = (index for index, prefix in enumerate(prefixes) if prefix not in self.memory)
+        return prefixes[: next(missing, limit)]
+
+    def share(self, salt: str) -> int:
+        return sum(key[0] == salt for key in self.memory)
+
+    def own_victim(self, salt: str) -> Key | None:
+        if self.quota is None or self.share(salt) < self.quota:
+            return None
+        return next((key for key in self.idle if key[0] == salt), None)
+
+    def forget(self, key: Key) -> None:
+        del self.memory[key]
+        self.verified.discard(key)
+        if key in self.idle:
+            self.idle.remove(key)
+
+    def descendants(self, key: Key) -> list[Key]:
+        return [other for other in self.memory if other[0] == key[0] and other[1][: len(key[1])] == key[1]]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Requests come, share, are verified, and leave; prefixes are pinned; what is there is taken back."""
+
+    hash: Hash = staticmethod(sha256)
+
+    @initialize(eviction=st.sampled_from(["lru", "lru", "cost_aware"]), quota=st.sampled_from([None, None, 1, 3, 5]))
+    def start(self, eviction: EvictionName, quota: int | None) -> None:
+        self.eviction = eviction
+        self.events = KvEvents(1)
+        self.cache = PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, self.events, quota)
+        self.now = 0.0
+        self.pins = Pins(self.cache, MAX_PINNED, lambda: self.now)
+        self.told_idle: set[CachedBlock] = set()
+        self.cache.on_idle, self.cache.on_busy = self.told_idle.add, self.told_idle.remove
+        self.naive = Naive(quota)
+        self.sequences: list[Sequence] = []
+        self.pinned: list[Pinned] = []
+        self.written: dict[int, Key] = {}
+        self.nodes: dict[Key, CachedBlock] = {}
+
+    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, finite=st.booleans())
+    def serve(self, salt: str, tokens: list[int], finite: bool) -> None:
+        """All of a request's life."""
+        before = len(self.sequences)
+        self.begin(salt, tokens)
+        if len(self.sequences) > before:
+            sequence = self.sequences[-1]
+            sequence.verified = False
+            if finite:
+                self.verify_one(sequence)
+            self.share_up_to(sequence, len(tokens))
+            self.end_one(sequence)
+
+    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS)
+    def begin(self, salt: str, tokens: list[int]) -> None:
+        key = (salt, tuple(tokens))
+        blocks = token_blocks(key, self.hash)
+        chain = self.match(key, blocks, (len(tokens) - 1) // SIZE)
+        keys = [(salt, key[1][: end * SIZE]) for end in range(1, len(chain) + 1)]
+        missing = len(tokens) // SIZE + 1 - len(chain)
+        idle = sum(prefix in self.naive.idle for prefix in keys)
+        assert self.cache.num_idle_in(chain) == idle
+        before = dict(self.naive.memory)
+        self.hold(chain, keys, Use.COMPUTE)
+        if missing > self.cache.num_available:
+            with pytest.raises(OutOfBlocksError):
+                self.cache.allocate(missing, Use.COMPUTE, blocks.namespace)
+            self.check_cached(before)
+            self.let_go(chain, keys, Use.COMPUTE)
+            return
+        held = self.held()
+        new = self.cache.allocate(missing, Use.COMPUTE, blocks.namespace)
+        assert len(set(new)) == missing and not set(new) & held.keys(), "a block has two owners"
+        self.expect_evictions(missing, salt)
+        sequence = Sequence(key, blocks, chain, [node.block for node in chain] + new)
+        self.sequences.append(sequence)
+        for index in range(len(chain), len(sequence.memory)):
+            self.written[sequence.memory[index]] = sequence.prefix(index)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def share(self, data: st.DataObject, count: int) -> None:
+        self.share_up_to(data.draw(st.sampled_from(self.sequences)), count)
+
+    def share_up_to(self, sequence: Sequence, count: int) -> None:
+        full = min(len(sequence.key[1]) // SIZE, len(sequence.chain) + count)
+        for index in range(len(sequence.chain), full):
+            if not self.share_block(sequence, index):
+                break
+
+    def share_block(self, sequence: Sequence, index: int) -> bool:
+        key, own, naive = sequence.prefix(index), sequence.memory[index], self.naive
+        parent = sequence.chain[-1] if sequence.chain else None
+        alive = parent is None or parent.cached
+        expected = self.expect_insert(key, sequence.blocks.digests[index]) if alive else None
+        node = self.cache.insert(sequence.blocks, index, parent, own, sequence.verified)
+        if expected is None:
+            assert node is None
+            return False
+        assert node is not None and node.cached and node.parent is parent
+        assert (node.block == own) == (expected == "own")
+        if expected == "own":
+            naive.memory[key] = own
+            self.nodes[key] = node
+            if sequence.verified:
+                naive.verified.add(key)
+        else:
+            assert node is self.nodes[key] and node.verified
+            self.hold([node], [key], Use.COMPUTE)
+        sequence.chain.append(node)
+        return True
+
+    def expect_insert(self, key: Key, digest: bytes) -> str | None:
+        """What comes of it; makes the room that it makes."""
+        naive = self.naive
+        if key in naive.memory:
+            return "found" if key in naive.verified else None
+        if self.by_digest().get(digest) is not None:
+            naive.collisions += 1
+            return None
+        if naive.quota is not None and naive.share(key[0]) >= naive.quota:
+            victim = naive.own_victim(key[0])
+            if victim is None:
+                return None
+            naive.forget(victim)
+        return "own"
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def verify(self, data: st.DataObject) -> None:
+        self.verify_one(data.draw(st.sampled_from(self.sequences)))
+
+    def verify_one(self, sequence: Sequence) -> None:
+        self.cache.verify(sequence.chain)
+        sequence.verified = True
+        cached = {sequence.prefix(index) for index, node in enumerate(sequence.chain) if node.cached}
+        self.naive.verified |= cached
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        """As it finishes, is aborted or preempted."""
+        self.end_one(data.draw(st.sampled_from(self.sequences)))
+
+    def end_one(self, sequence: Sequence) -> None:
+        self.sequences.remove(sequence)
+        for index in reversed(range(len(sequence.memory))):
+            own = sequence.memory[index]
+            node = sequence.chain[index] if index < len(sequence.chain) else None
+            if node is not None and node.block != own:
+                self.cache.release_block(own, Use.COMPUTE, None)
+                own = node.block
+            self.cache.release_block(own, Use.COMPUTE, node)
+            if node is not None:
+                self.note_idle([sequence.prefix(index)])
+
+    @rule(data=st.data(), ttl=st.sampled_from([0.0, 1.0, 5.0]))
+    def pin(self, data: st.DataObject, ttl: float) -> None:
+        self.expire()
+        keys = list(self.naive.memory) or [("", ())]
+        key = data.draw(st.sampled_from(keys))
+        chain = self.match(key, token_blocks(key, self.hash), len(key[1]) // SIZE)
+        keys = self.naive.longest(key, len(chain))
+        pinned = {node.block for pin in self.pinned for node in pin.chain}
+        if len(pinned | {node.block for node in chain}) > MAX_PINNED:
+            with pytest.raises(InvalidValueError, match="would be pinned"):
+                self.pins.pin(chain, ttl)
+            return
+        self.pins.pin(chain, ttl)
+        self.pinned.append(Pinned(chain, keys, self.now + ttl))
+        self.note_busy(keys)
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.expire()
+
+    def expire(self) -> None:
+        over = [pin for pin in self.pinned if pin.expiry <= self.now]
+        self.pinned = [pin for pin in self.pinned if pin.expiry > self.now]
+        self.pins.expire()
+        self.note_idle_after(over)
+
+    @precondition(lambda self: self.naive.memory)
+    @rule(data=st.data(), really=RARELY)
+    def withdraw(self, data: st.DataObject, really: bool) -> None:
+        """What was computed is not finite."""
+        if not really:
+            return
+        key = data.draw(st.sampled_from(list(self.naive.memory)))
+        gone = self.naive.descendants(key)
+        node = self.nodes[key]
+        assert self.cache.withdraw(node, "not_finite") == {self.nodes[other] for other in gone}
+        assert self.cache.withdraw(node, "not_finite") == set()
+        for other in gone:
+            self.naive.forget(other)
+
+    @rule(really=RARELY)
+    def clear(self, really: bool) -> None:
+        if not really:
+            return
+        self.cache.clear()
+        self.naive.memory.clear()
+        self.naive.verified.clear()
+        self.naive.idle.clear()
+
+    @invariant()
+    def nothing_is_mixed_up(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity([block for sequence in self.sequences for block in sequence.held()])
+        self.check_cached(self.naive.memory)
+        for key, block in self.naive.memory.items():
+            assert self.written[block] == key, "what is shared is not what was written last"
+            node = self.nodes[key]
+            blocks = token_blocks(key, self.hash)
+            index = len(key[1]) // SIZE - 1
+            assert node.cached and node.index == index and node.tokens == blocks.block(index)
+            assert node.namespace == blocks.namespace and parent_digest(node) == blocks.parent(index)
+            assert node.verified == (key in self.naive.verified)
+        assert self.told_idle == {self.nodes[key] for key in self.naive.idle}
+        if self.naive.quota is not None:
+            assert all(self.naive.share(salt) <= self.naive.quota for salt in SALTS)
+        assert self.cache.counts["collisions"] == self.naive.collisions
+        assert self.pins.num_blocks == len({node.block for pin in self.pinned for node in pin.chain})
+        told = decode_snapshot(self.events.snapshot()).blocks["device"]
+        assert told == {self.nodes[key].digest: parent_digest(self.nodes[key]) for key in self.naive.memory}
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for sequence in self.sequences:
+            for block in sequence.held():
+                self.cache.pool.release(block, Use.COMPUTE)
+        self.sequences = []
+        self.pins.clear()
+        self.cache.pool.check_integrity([])
+
+    def match(self, key: Key, blocks: TokenBlocks, limit: int) -> list[CachedBlock]:
+        """Finds exactly what the naive cache does, whatever collides."""
+        expected = self.naive.longest(key, limit)
+        if len(expected) < limit and blocks.digests[len(expected)] in self.by_digest():
+            self.naive.collisions += 1
+        chain: list[CachedBlock] = []
+        self.cache.match(blocks, limit, chain)
+        assert [self.written[node.block] for node in chain] == expected
+        assert [self.nodes[prefix] for prefix in expected] == chain
+        return chain
+
+    def by_digest(self) -> dict[bytes, Key]:
+        return {self.nodes[key].digest: key for key in self.naive.memory}
+
+    def hold(self, chain: list[CachedBlock], keys: list[Key], use: Use) -> None:
+        self.cache.hold(chain, use)
+        self.note_busy(keys)
+
+    def let_go(self, chain: list[CachedBlock], keys: list[Key], use: Use) -> None:
+        self.cache.release(chain, use)
+        self.note_idle(reversed(keys))
+
+    def note_busy(self, keys: list[Key]) -> None:
+        self.naive.idle = [key for key in self.naive.idle if key not in keys]
+
+    def note_idle(self, keys: list[Key] | Iterator[Key]) -> None:
+        """Of keys just let go, last block first: those nobody holds now, and that are there at all."""
+        for key in keys:
+            block = self.naive.memory.get(key)
+            if block is not None and key not in self.naive.idle and not self.cache.pool.is_used(block):
+                assert not self.held()[block]
+                self.naive.idle.append(key)
+
+    def note_idle_after(self, pins: list[Pinned]) -> None:
+        for at, pin in enumerate(pins):
+            later = {node for other in pins[at + 1 :] for node in other.chain}  # the last of them lets go
+            self.note_idle(
+                key
+                for key, node in zip(reversed(pin.keys), reversed(pin.chain), strict=True)
+                if node.cached and node not in later
+            )
+
+    def held(self) -> Counter[int]:
+        computed = Counter(block for sequence in self.sequences for block in sequence.held())
+        return computed + Counter(node.block for pin in self.pinned for node in pin.chain)
+
+    def expect_evictions(self, count: int, salt: str) -> None:
+        """For an allocation just made: as few as it took, idle ones only, no parent before its children."""
+        naive = self.naive
+        now = {key for key in naive.memory if self.nodes[key].cached}
+        gone = naive.memory.keys() - now
+        assert gone <= set(naive.idle)
+        free = NUM_BLOCKS - len({*self.held(), *naive.memory.values()})
+        assert len(gone) == max(0, count - free)
+        if self.eviction == "lru":
+            expected = []
+            full = naive.quota is not None and naive.share(salt) + count > naive.quota
+            for _ in gone:
+                own = (key for key in naive.idle if key[0] == salt and full)
+                expected.append(next(own, naive.idle[0]))
+                naive.forget(expected[-1])
+            assert set(expected) == gone
+        elif naive.own_victim(salt) is not None:
+            assert any(key[0] == salt for key in gone) or not gone
+        for key in gone & naive.memory.keys():
+            naive.forget(key)
+
+    def check_cached(self, expected: dict[Key, int]) -> None:
+        assert len(self.cache) == len(expected)
+        for key, block in expected.items():
+            node = self.cache.get(self.nodes[key].digest)
+            assert node is self.nodes[key] and node.block == block
+
+
+class CollidingMachine(CacheMachine):
+    """With digests of 8 bits."""
+
+    hash: Hash = staticmethod(one_byte)
+
+
+class CrowdedMachine(CacheMachine):
+    """With digests of 3 bits, so that nearly every block meets another one's."""
+
+    hash: Hash = staticmethod(lambda data: bytes([one_byte(data)[0] & 7]))
+
+
+for machine in (CacheMachine, CollidingMachine, CrowdedMachine):
+    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestCache = CacheMachine.TestCase
+TestColliding = CollidingMachine.TestCase
+TestCrowded = CrowdedMachine.TestCase
+
+
+def compute(cache: PrefixCache, key: Key, count: int) -> list[CachedBlock]:
+    """A request finds, computes and verifies so many blocks, and leaves."""
+    blocks, chain = token_blocks(key), list[CachedBlock]()
+    cache.match(blocks, count, chain)
+    cache.hold(chain, Use.COMPUTE)
+    held = len(chain)
+    memory = cache.allocate(count - held, Use.COMPUTE, blocks.namespace)
+    for index, own in enumerate(memory, held):
+        node = cache.insert(blocks, index, chain[-1] if chain else None, own, verified=True)
+        if node is None:
+            break
+        chain.append(node)
+    for own in reversed(memory[len(chain) - held :]):
+        cache.release_block(own, Use.COMPUTE, None)
+    cache.release(chain, Use.COMPUTE)
+    cache.check_integrity([])
+    return chain
+
+
+def salted(salt: str, first: int, length: int = 8) -> Key:
+    return salt, (first, *range(1, length * SIZE))
+
+
+def test_another_salts_block_is_never_found() -> None:
+    cache = PrefixCache(BlockPool(8), SIZE)
+    compute(cache, salted("a", 0), 3)
+    chain: list[CachedBlock] = []
+    cache.match(token_blocks(salted("b", 0)), 3, chain)
+    assert chain == [] and cache.counts["collisions"] == 0
+
+
+def test_a_forged_digest_is_a_miss_and_counted() -> None:
+    cache = PrefixCache(BlockPool(8), SIZE)
+    compute(cache, salted("a", 0), 3)
+    forged = token_blocks(salted("a", 9))
+    forged.digests[:3] = token_blocks(salted("a", 0)).digests[:3]
+    chain: list[CachedBlock] = []
+    cache.match(forged, 3, chain)
+    assert chain == [] and cache.stats()["collisions"] == 1
+    [own] = cache.allocate(1)
+    assert cache.insert(forged, 0, None, own, verified=True) is None and cache.stats()["collisions"] == 2
+    same_tokens_other_parent = token_blocks(salted("a", 9))
+    same_tokens_other_parent.digests[1] = token_blocks(salted("a", 0)).digests[1]
+    node = cache.insert(same_tokens_other_parent, 0, None, own)
+    cache.match(same_tokens_other_parent, 2, chain)
+    assert chain == [node] and cache.stats()["collisions"] == 3
+
+
+def test_an_earlier_match_is_gone_on_with_and_its_lost_end_is_not() -> None:
+    cache = PrefixCache(BlockPool(8), SIZE)
+    nodes = compute(cache, salted("a", 0), 4)
+    blocks, chain = token_blocks(salted("a", 0)), list[CachedBlock]()
+    cache.match(blocks, 2, chain)
+    assert chain == nodes[:2]
+    cache.match(blocks, 8, chain)
+    assert chain == nodes
+    cache.withdraw(nodes[1], "not_finite")
+    again = compute(cache, salted("a", 0), 3)
+    cache.match(blocks, 8, chain)
+    assert chain == again and chain[0] is nodes[0] and chain[1] is not nodes[1]
+
+
+def test_one_salts_churn_takes_no_others_blocks_but_for_what_it_holds() -> None:
+    cache = PrefixCache(BlockPool(12), SIZE, max_blocks_per_namespace=4)
+    theirs = compute(cache, salted("b", 0), 4)
+    for first in range(20):
+        compute(cache, salted("a", first), 4)
+    assert all(node.cached for node in theirs)
+    assert cache.stats()["evictions"].keys() <= {"quota"}
+
+
+def test_all_of_ones_own_go_before_any_of_the_others() -> None:
+    cache = PrefixCache(BlockPool(8), SIZE, max_blocks_per_namespace=4)
+    theirs = compute(cache, salted("b", 0), 4)
+    mine = compute(cache, salted("a", 0), 4)
+    cache.allocate(4, Use.COMPUTE, mine[0].namespace)
+    assert all(node.cached for node in theirs)
+
+
+def test_lookups_are_counted_and_hits_noted() -> None:
+    cache = PrefixCache(BlockPool(8), SIZE)
+    chain = compute(cache, salted("a", 0), 3)
+    cache.count_lookup(7, chain[:2])
+    stats = cache.stats()
+    assert (stats["queried_tokens"], stats["hit_tokens"], stats["inserted_tokens"]) == (7, 4, 6)
+    assert [node.hits for node in chain] == [1, 1, 0]
+    assert stats["blocks"] == {"free": 5, "idle": 3, "active": 0, "reserved": 0} and stats["cached_blocks"] == 3
+
+
+class Counting(dict[bytes, CachedBlock]):
+    """Counts what is asked of it; a walk is not allowed."""
+
+    asked = 0
+
+    def get(self, digest: bytes, default: object = None) -> CachedBlock | None:  # type: ignore[override]
+        self.asked += 1
+        return super().get(digest)
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise AssertionError("walked")
+
+    def values(self) -> None:  # type: ignore[override]
+        raise AssertionError("walked")
+
+
+def test_matching_looks_once_at_each_block_and_evicting_at_none() -> None:
+    cache = PrefixCache(BlockPool(400), SIZE)
+    chain = compute(cache, salted("a", 0, 300), 300)
+    cache._index = index = Counting(cache._index)
+    found: list[CachedBlock] = []
+    cache.match(token_blocks(salted("a", 0, 300)), 299, found)
+    assert found == chain[:299] and index.asked == 299
+    cache.allocate(300)
+    assert index.asked == 299 and [node.cached for node in chain] == [True] * 100 + [False] * 200
