@@ -1,4 +1,4 @@
-"""The command line: ``headwise generate | chat | warmup | bench``.
+"""The command line: ``headwise generate | chat | serve | warmup | bench``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 130 interrupted.
 """
@@ -11,25 +11,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headwise.runtime.bench.cli import bench
 from headwise.runtime.options import (
+    MODEL_HELP,
     Address,
     AsJson,
+    CacheQuota,
     CpusPerRank,
     Device,
+    DiskKvLimit,
+    DiskKvPath,
     Dtype,
     Executor,
+    HostKvMemory,
     KvMemory,
     MaxModelLen,
     Model,
+    PrefixCaching,
     Tp,
     engine_settings,
 )
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from headwise.runtime.sampling_params import SamplingParams
 
 app = typer.Typer(
     name="headwise",
@@ -57,7 +67,10 @@ def main() -> None:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
-    model: Model,
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
+    server: Annotated[str | None, typer.Option(help="host:port of a running server to ask instead.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HEADWISE_TOKEN", help="The server's token for you.")] = None,
+    tls_ca: Annotated[Path | None, typer.Option(help="Use TLS, with servers that this certificate signed.")] = None,
     tp: Tp = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")] = False,
     max_tokens: MaxTokens = 128,
@@ -76,12 +89,19 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt: the text streams to stdout, everything else goes to stderr."""
-    from headwise.runtime import LLM, SamplingParams
+    from headwise.runtime import SamplingParams
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
     )
+    if server is not None:
+        _ask_server(server, token, tls_ca, [{"role": "user", "content": text}] if chat else text, params, as_json)
+        return
+    if model is None:
+        raise InvalidValueError("--model", None, "is needed where no --server is given")
+    from headwise.runtime import LLM
+
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
     with LLM(model, **settings) as llm:
         question: Any = [{"role": "user", "content": text}] if chat else text
@@ -136,6 +156,75 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Model,
+    tp: Tp = 1,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 50051,
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")] = None,
+    openai_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's API there.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: --model.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients that this certificate signed.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help='Lines of "TENANT TOKEN [admin]".')] = None,
+    insecure: Annotated[bool, typer.Option(help="Serve anybody who reaches a host that is not loopback.")] = False,
+    max_queued_requests: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 1024,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 128,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that requests get to end on SIGTERM.")] = 30.0,
+    stall_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a client may leave a stream unread.")] = 30.0,
+    step_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a step may take in good health.")] = 8.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "ray",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    prefix_caching: PrefixCaching = True,
+    cache_quota: CacheQuota = None,
+    host_kv_memory: HostKvMemory = None,
+    disk_kv_path: DiskKvPath = None,
+    disk_kv_limit: DiskKvLimit = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a model by gRPC until SIGTERM: then finish what runs. Prints one line when it is ready."""
+    from headwise.runtime.config import engine_config
+    from headwise.runtime.server.serve import ServeOptions
+    from headwise.runtime.server.serve import serve as run
+
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    tiers = {
+        "cache_quota": cache_quota,
+        "host_kv_memory": host_kv_memory,
+        "disk_kv_path": disk_kv_path,
+        "disk_kv_limit": disk_kv_limit,
+    }
+    settings |= {key: value for key, value in tiers.items() if value is not None}
+    config = engine_config(model=model, enable_prefix_caching=prefix_caching, max_num_seqs=max_num_seqs, **settings)
+    options = ServeOptions(
+        name=name or model,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        openai_port=openai_port,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        token_file=token_file,
+        insecure=insecure,
+        max_queued_requests=max_queued_requests,
+        drain_timeout_s=drain_timeout,
+        stall_timeout_s=stall_timeout,
+        step_timeout_s=step_timeout,
+        as_json=as_json,
+    )
+    sys.exit(run(config, options))
+
+
+@app.command()
 def warmup(as_json: AsJson = False) -> None:
     """Compile the CPU kernels of this machine now, so that no start waits for it."""
     from headwise.runtime.warmup import compile_kernels
@@ -148,6 +237,21 @@ def warmup(as_json: AsJson = False) -> None:
         _print_json({"folder": folder, "compiled": compiled, "seconds": round(seconds, 3)})
     else:
         print(f"{folder}: {f'compiled in {seconds:.1f} s' if compiled else 'ready'}")
+
+
+def _ask_server(
+    server: str, token: str | None, ca: Path | None, question: Any, params: SamplingParams, as_json: bool
+) -> None:
+    from headwise.runtime.client import Client, Completion
+
+    with Client(server, token=token, ca=ca) as client:
+        if as_json:
+            _print_json(asdict(client.generate(question, params)))
+            return
+        for item in client.stream(question, params):
+            if not isinstance(item, Completion):
+                _write(item.text or "")
+        _write("\n")
 
 
 def _ask() -> str:

@@ -15,6 +15,9 @@ from headwise.workers.model_config import ModelConfig
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 
+MAX_PROMPT_BYTES = 4 << 20
+"""Of a prompt's text, or of one message's: a million tokens or so, and seconds to tokenize."""
+MAX_MESSAGES = 4096
 MAX_CACHE_SALT = 256
 """Characters of a cache salt: room for any tenant's name or key."""
 
@@ -32,7 +35,8 @@ class InputProcessor:
     ) -> None:
         """Args: ``identity``: of the KV blocks; None: requests take no part in a prefix cache."""
         self.tokenizer = tokenizer
-        self._model, self._max_model_len, self._seed, self._identity = model, max_model_len, seed, identity
+        self.model, self.max_model_len = model, max_model_len
+        self._seed, self._identity = seed, identity
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens.
@@ -43,26 +47,42 @@ class InputProcessor:
         """
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidValueError("prompt", prompt, "must be text or a list of whole token ids")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidValueError(
-                    "prompt", prompt, "the model's directory has no tokenizer", "give a list of token ids instead"
-                )
-            _check_unicode("prompt", prompt)
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_ids(ids)
         if not ids:
             raise InvalidValueError("prompt", prompt, "must have at least one token")
-        if len(ids) >= self._max_model_len:
+        if len(ids) >= self.max_model_len:
             raise InvalidValueError(
                 "prompt",
                 f"{len(ids)} tokens",
-                f"at most {self._max_model_len - 1} leave room for one more in max_model_len={self._max_model_len}",
+                f"at most {self.max_model_len - 1} leave room for one more in max_model_len={self.max_model_len}",
                 "shorten the prompt or raise max_model_len (--max-model-len)",
             )
         return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Text's tokens, however many.
+
+        Raises:
+            InvalidValueError: it is too long or no text, or there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidValueError(
+                "prompt", text, "the model's directory has no tokenizer", "give a list of token ids instead"
+            )
+        _check_text("prompt", text)
+        return self.tokenizer.encode(text)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The tokens' text.
+
+        Raises:
+            InvalidValueError: one is not in the vocabulary, or there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidValueError("token_ids", token_ids, "the model's directory has no tokenizer")
+        self._check_ids(token_ids)
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
 
     def chat_token_ids(self, messages: Messages) -> list[int]:
         """The tokens of a conversation, by the model's own template, up to where the assistant's answer starts.
@@ -74,12 +94,14 @@ class InputProcessor:
             raise InvalidValueError("messages", messages, "the model's directory has no tokenizer")
         if not isinstance(messages, Sequence) or not messages:
             raise InvalidValueError("messages", messages, "must be a list of at least one message")
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidValueError("messages", f"{len(messages)} messages", f"at most {MAX_MESSAGES}")
         for message in messages:
             if not isinstance(message, Mapping) or not all(
                 isinstance(message.get(k), str) for k in ("role", "content")
             ):
                 raise InvalidValueError("messages", message, "each must have a role and a content, both strings")
-            _check_unicode("messages", message["content"])
+            _check_text("messages", message["content"])
         return self.tokenizer.apply_chat_template([dict(message) for message in messages])
 
     def requests(
@@ -96,17 +118,17 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
-        params.check(vocab_size=self._model.vocab_size, max_model_len=self._max_model_len)
+        params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
         _check_salt(cache_salt)
         blocks = self._identity.token_blocks(token_ids, cache_salt) if self._identity is not None else None
-        room = self._max_model_len - len(token_ids)
+        room = self.max_model_len - len(token_ids)
         for index in range(params.n):
             yield Request(
                 request_id=request_id,
                 prompt_token_ids=token_ids,
                 params=params,
                 sampling=params.row_sampling(
-                    eos_token_ids=self._model.eos_token_ids, default_seed=self._seed + number, index=index
+                    eos_token_ids=self.model.eos_token_ids, default_seed=self._seed + number, index=index
                 ),
                 max_tokens=min(params.max_tokens or room, room),
                 index=index,
@@ -124,8 +146,14 @@ class InputProcessor:
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise InvalidValueError("prompt", token, "must be text or a list of whole token ids")
-            if not 0 <= token < self._model.vocab_size:
-                raise InvalidValueError("prompt", token, f"token ids are in [0, {self._model.vocab_size})")
+            if not 0 <= token < self.model.vocab_size:
+                raise InvalidValueError("prompt", token, f"token ids are in [0, {self.model.vocab_size})")
+
+
+def _check_text(field: str, text: str) -> None:
+    if len(text) > MAX_PROMPT_BYTES or len(text.encode(errors="replace")) > MAX_PROMPT_BYTES:
+        raise InvalidValueError(field, f"{len(text)} characters", f"at most {MAX_PROMPT_BYTES} bytes of text")
+    _check_unicode(field, text)
 
 
 def _check_unicode(field: str, text: str) -> None:

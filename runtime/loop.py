@@ -44,12 +44,20 @@ class EngineLoop:
             ShardGroupDied: a shard died; the loop has ended.
             TimeoutError: no answer in time; the call may still be made.
         """
+        return self.submit(function).result(timeout_s)
+
+    def submit(self, function: Callable[[Engine], T]) -> Future[T]:
+        """As :meth:`call`, but the answer is the future's.
+
+        Raises:
+            EngineStoppedError, ShardGroupDied: the loop has ended.
+        """
         future: Future[T] = Future()
         with self._lock:
             if self._ended is not None:
                 raise self._ended
             self._calls.put((function, future))
-        return future.result(timeout_s)
+        return future
 
     def post(self, function: Callable[[Engine], object]) -> None:
         """As :meth:`call`, but waits for nothing and raises nothing; after the loop's end, does nothing.

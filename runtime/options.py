@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face directory, a .gguf file, or smollm2.")]
+MODEL_HELP = "A Hugging Face directory, a .gguf file, or smollm2."
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 Tp = Annotated[int, typer.Option("--tp", help="Ranks the model is split over.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -17,6 +18,11 @@ CpusPerRank = Annotated[float | None, typer.Option(help="CPUs each rank asks Ray
 Address = Annotated[str | None, typer.Option(help="The Ray to join; default: RAY_ADDRESS, or start one here.")]
 PipelineDepth = Annotated[int | None, typer.Option(help="Steps in flight at once: 1 or 2.")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens of a step; longer prompts go in chunks.")]
+HostKvMemory = Annotated[str | None, typer.Option(help="Host memory of each rank for KV blocks evicted: 4GiB.")]
+DiskKvPath = Annotated[str | None, typer.Option(help="A folder where each rank keeps KV blocks evicted from memory.")]
+DiskKvLimit = Annotated[str | None, typer.Option(help="The most that each rank keeps there; default: 16GiB.")]
+PrefixCaching = Annotated[bool, typer.Option(help="Share KV blocks between requests with equal beginnings.")]
+CacheQuota = Annotated[float | None, typer.Option(help="Share of the prefix cache that one tenant may fill.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

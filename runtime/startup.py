@@ -35,6 +35,8 @@ class Started:
     inputs: InputProcessor
     group: ShardGroup
     engine: Engine
+    spec: ShardSpec
+    num_blocks: int
 
 
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
@@ -78,7 +80,7 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     scheduler = Scheduler(caching.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
     engine = Engine(group, caching.tables, scheduler, config.pipeline_depth, caching.pins, caching.events)
     inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, identity)
-    return Started(path, inputs, group, engine)
+    return Started(path, inputs, group, engine, spec, num_blocks)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -64,6 +64,10 @@ class Tokenizer:
         """The tokens that are not text, such as end of sequence."""
         return self._special
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
     def encode(self, text: str) -> list[int]:
         """The text's tokens and what the tokenizer puts around them: transformers' ``tokenizer(text).input_ids``."""
         ids: list[int] = self._tokenizer(text, verbose=False).input_ids

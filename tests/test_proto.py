@@ -32,14 +32,14 @@ def test_a_request_survives_the_wire() -> None:
         request_id="a",
         token_ids=inference_pb2.TokenIds(ids=[1, 2, 2**32 - 1]),
         sampling_params=inference_pb2.SamplingParams(
-            temperature=0.0, top_k=-1, logit_bias={5: -1.5}, stop=["x", "é"], seed=2**64 - 1
+            temperature=0.0, top_k=-1, logit_bias={5: -1.5}, stop=["x", "é"], seed=2**63 - 1
         ),
     )
     parsed = inference_pb2.GenerateRequest.FromString(request.SerializeToString())
     assert parsed == request and parsed.WhichOneof("prompt") == "token_ids"
     # What was set to its default is not the same as what was not set.
     assert parsed.sampling_params.HasField("temperature") and not parsed.sampling_params.HasField("top_p")
-    assert list(parsed.token_ids.ids) == [1, 2, 2**32 - 1] and parsed.sampling_params.seed == 2**64 - 1
+    assert list(parsed.token_ids.ids) == [1, 2, 2**32 - 1] and parsed.sampling_params.seed == 2**63 - 1
 
 
 def test_finish_reasons_are_those_of_the_runtime() -> None:
@@ -53,5 +53,8 @@ def test_finish_reasons_are_those_of_the_runtime() -> None:
 def test_the_service_has_a_stub_and_a_servicer() -> None:
     service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
     assert service.full_name == "headwise.v1.InferenceService"
-    assert [(m.name, m.server_streaming) for m in service.methods] == [("Generate", True)]
-    assert hasattr(inference_pb2_grpc.InferenceServiceServicer, "Generate")
+    streaming = {method.name for method in service.methods if method.server_streaming}
+    assert streaming == {"Generate", "SubscribeKvEvents"} and len(service.methods) == 8
+    for method in service.methods:
+        assert method.input_type.name == f"{method.name}Request" and method.output_type.name == f"{method.name}Response"
+        assert hasattr(inference_pb2_grpc.InferenceServiceServicer, method.name)

@@ -116,6 +116,9 @@ def measure_decode(llm: LLM, rows: list[list[int]], steps: int, repeats: int, ba
         for _ in range(repeats):
             _advance(last, steps)
             after, ended = llm.stats(), time.perf_counter()
+            # Tokens of steps before the reading may have waited in the stream, and were counted above.
+            while after["num_steps"] - before["num_steps"] < steps and _advance(last, 1):
+                after, ended = llm.stats(), time.perf_counter()
             samples.append(_decode_sample(before, after, ended - started, len(rows), steps))
             before, started = after, ended
             bar.update()
@@ -165,9 +168,9 @@ def _subtract(after: Mapping[str, float], before: Mapping[str, float]) -> dict[s
     return {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
 
 
-def _advance(stream: Any, tokens: int) -> None:
-    for _ in islice(stream, tokens):
-        pass
+def _advance(stream: Any, tokens: int) -> int:
+    """Takes so many increments; returns how many there were."""
+    return sum(1 for _ in islice(stream, tokens))
 
 
 def _median(samples: Sequence[Sample]) -> Sample:

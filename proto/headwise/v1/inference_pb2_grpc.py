@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Completes prompts.
+    """Completes prompts, and tells about the engine that does.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,100 @@ class InferenceServiceStub:
                 request_serializer=headwise_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=headwise_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/headwise.v1.InferenceService/Tokenize',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/headwise.v1.InferenceService/Detokenize',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/headwise.v1.InferenceService/Abort',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/headwise.v1.InferenceService/GetModel',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/headwise.v1.InferenceService/GetStats',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
+        self.SubscribeKvEvents = channel.unary_stream(
+                '/headwise.v1.InferenceService/SubscribeKvEvents',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/headwise.v1.InferenceService/Drain',
+                request_serializer=headwise_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+                response_deserializer=headwise_dot_v1_dot_inference__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
-    """Completes prompts.
+    """Completes prompts, and tells about the engine that does.
     """
 
     def Generate(self, request, context):
-        """Streams a completion bit by bit; the last response of each sample carries its finish reason.
+        """Streams a completion bit by bit; the last response has the result.
+
+        Cancelling the call, or its deadline, ends the request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Turns text or a conversation into the model's tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns tokens into text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends requests that other calls run; those get their results so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Tells what is served, and the limits that requests have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStats(self, request, context):
+        """Tells what the engine and its shards hold and have done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubscribeKvEvents(self, request, context):
+        """Streams what changes in the prefix cache, for routers; the first response is a snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no new requests from now on, and returns once the running ones are done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +147,41 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=headwise_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=headwise_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.AbortRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.AbortResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.GetStatsRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'SubscribeKvEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.SubscribeKvEvents,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=headwise_dot_v1_dot_inference__pb2.DrainRequest.FromString,
+                    response_serializer=headwise_dot_v1_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'headwise.v1.InferenceService', rpc_method_handlers)
@@ -70,7 +191,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Completes prompts.
+    """Completes prompts, and tells about the engine that does.
     """
 
     @staticmethod
@@ -90,6 +211,195 @@ class InferenceService:
             '/headwise.v1.InferenceService/Generate',
             headwise_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             headwise_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/Tokenize',
+            headwise_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/Detokenize',
+            headwise_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/Abort',
+            headwise_dot_v1_dot_inference__pb2.AbortRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/GetModel',
+            headwise_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/GetStats',
+            headwise_dot_v1_dot_inference__pb2.GetStatsRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubscribeKvEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/headwise.v1.InferenceService/SubscribeKvEvents',
+            headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.SubscribeKvEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headwise.v1.InferenceService/Drain',
+            headwise_dot_v1_dot_inference__pb2.DrainRequest.SerializeToString,
+            headwise_dot_v1_dot_inference__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,215 @@
+"""AsyncLLM: an engine for asyncio programs. Each request is a stream with bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+from headwise.runtime.config import EngineConfig
+from headwise.runtime.engine import Delta, Engine
+from headwise.runtime.inputs import InputProcessor
+from headwise.runtime.loop import EngineLoop
+from headwise.runtime.request import Request
+from headwise.runtime.startup import start_engine
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+T = TypeVar("T")
+
+MAX_BUFFERED = 64
+"""Deltas that may wait in a stream before its request is paused; the steps in flight then add a few."""
+
+
+class QueueFullError(HeadwiseError):
+    """More requests wait than may; the engine is busy, and another time or another engine will do."""
+
+    def __init__(self, waiting: int, limit: int) -> None:
+        self.waiting, self.limit = waiting, limit
+        super().__init__(
+            f"{waiting} requests wait, max_queued_requests={limit} (--max-queued-requests); try again later"
+        )
+
+
+class AsyncLLM:
+    """An engine on its own thread, for one event loop: create it and call it there.
+
+    Attributes:
+        inputs: the validator of what users hand in.
+        config, dtype, num_blocks: what it was built with.
+        failure: what ended the engine, once it has ended.
+    """
+
+    def __init__(self, config: EngineConfig, *, max_queued_requests: int = 1024, quiet: bool = False) -> None:
+        """Loads a model, which takes a while: call it before anything is served.
+
+        Args:
+            max_queued_requests: requests that may wait for their first step; each of ``n`` samples is one.
+
+        Raises: as :class:`~headwise.runtime.llm.LLM`.
+        """
+        self._started = start_engine(config, quiet)
+        self.config, self.model_path = config, self._started.model_path
+        self.dtype, self.num_blocks = self._started.spec.dtype, self._started.num_blocks
+        self.inputs: InputProcessor = self._started.inputs
+        self.failure: BaseException | None = None
+        self.max_queued_requests = max_queued_requests
+        self._numbers = itertools.count()
+        self._streams: dict[str, _Stream] = {}
+        self._new: deque[list[Delta]] = deque()
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._loop = EngineLoop(self._started.engine, self._fail)
+        self.ended = asyncio.Event()
+
+    @property
+    def engine(self) -> Engine:
+        """For what may be read from any thread; everything else goes through :meth:`call`."""
+        return self._started.engine
+
+    @property
+    def num_streams(self) -> int:
+        """How many requests are served now."""
+        return len(self._streams)
+
+    def next_number(self) -> int:
+        """Of a request, for its name and its seed."""
+        return next(self._numbers)
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta]]:
+        """Runs the samples of one request; yields what is new of them, until each has had its last delta.
+
+        Leaving early, by a cancellation too, aborts what still runs. While nobody takes what it yields, the request is
+        paused after MAX_BUFFERED deltas.
+
+        Raises:
+            InvalidValueError: a request with this id still runs.
+            QueueFullError: too many wait.
+            EngineStoppedError, ShardGroupDied: the engine ended.
+        """
+        self._event_loop = asyncio.get_running_loop()
+        request_id = requests[0].request_id
+        if request_id in self._streams:
+            raise InvalidValueError("request_id", request_id, "a request with this id still runs")
+        stream = self._streams[request_id] = _Stream(requests)
+        try:
+            await self.call(lambda engine: self._add(engine, requests))
+            while stream.running:
+                deltas = await stream.take()
+                if stream.paused:
+                    stream.paused = False
+                    self._loop.post(partial(Engine.pause, request_id=request_id, paused=False))
+                yield deltas
+        finally:
+            del self._streams[request_id]
+            if stream.running:
+                self._loop.post(lambda engine: engine.abort(request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets the last deltas."""
+        self._loop.post(lambda engine: engine.abort(request_id))
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """Runs ``function`` on the engine's thread between two steps; raises what it raises.
+
+        Raises:
+            EngineStoppedError, ShardGroupDied: the engine ended.
+        """
+        return await asyncio.wrap_future(self.submit(function))
+
+    def submit(self, function: Callable[[Engine], T]) -> Future[T]:
+        """As :meth:`call`, from any thread."""
+        return self._loop.submit(function)
+
+    async def stats(self) -> dict[str, Any]:
+        """What the engine holds and has done, without asking the shards."""
+        return await self.call(Engine.stats)
+
+    async def close(self) -> None:
+        """Ends everything that runs. Idempotent."""
+
+        def close() -> None:
+            try:
+                self._loop.close()
+            finally:
+                self._started.group.close()
+
+        await asyncio.to_thread(close)
+
+    def _add(self, engine: Engine, requests: Sequence[Request]) -> None:
+        waiting = engine.num_waiting
+        if waiting + len(requests) > self.max_queued_requests:
+            raise QueueFullError(waiting, self.max_queued_requests)
+        for request in requests:
+            engine.add(request, self.inputs.text_stream(request.params), self._take)
+
+    def _take(self, deltas: list[Delta]) -> None:
+        """On the engine's thread, once a step for all streams: wakes the event loop once."""
+        self._new.append(deltas)
+        # In this order: if more than one is there, whoever takes the others has not looked for the last time.
+        if len(self._new) == 1 and self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._distribute)
+
+    def _distribute(self) -> None:
+        while self._new:
+            for delta in self._new.popleft():
+                stream = self._streams.get(delta.request.request_id)
+                if stream is None or delta.request not in stream.requests:
+                    continue  # left, and maybe another has its id now
+                stream.put(delta)
+                if stream.num_buffered >= MAX_BUFFERED and not stream.paused and stream.running:
+                    stream.paused = True
+                    self._loop.post(partial(Engine.pause, request_id=delta.request.request_id, paused=True))
+
+    def _fail(self, error: BaseException) -> None:
+        """On the engine's thread, which has ended."""
+        self._started.engine.events.close()
+
+        def tell() -> None:
+            self.failure = error
+            self.ended.set()
+            for stream in self._streams.values():
+                stream.fail(error)
+
+        if self._event_loop is not None and not self._event_loop.is_closed():
+            self._event_loop.call_soon_threadsafe(tell)
+        else:
+            self.failure = error
+
+
+class _Stream:
+    """What one request's samples have produced and nobody has taken. Used on the event loop only."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = frozenset(requests)
+        self.running, self.paused = len(requests), False
+        self._deltas: list[Delta] = []
+        self._error: BaseException | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def num_buffered(self) -> int:
+        return len(self._deltas)
+
+    def put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self._ready.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._ready.set()
+
+    async def take(self) -> list[Delta]:
+        """Everything that is there, waiting for something if nothing is."""
+        await self._ready.wait()
+        self._ready.clear()
+        if not self._deltas and self._error is not None:
+            self.running = 0
+            raise self._error
+        deltas, self._deltas = self._deltas, []
+        self.running -= sum(delta.finished for delta in deltas)
+        if self._error is not None:
+            self._ready.set()
+        return deltas

@@ -1,0 +1,387 @@
+"""The gRPC client of a Headwise server: :class:`AsyncClient`, and :class:`Client` for programs without asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.server.convert import messages_message, sampling_message
+from headwise.v1 import inference_pb2 as pb
+from headwise.v1.inference_pb2_grpc import InferenceServiceStub
+from headwise.workers.errors import HeadwiseError
+
+T = TypeVar("T")
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or a conversation."""
+
+RETRIES = 3
+_MAX_BACKOFF_S = 5.0
+_FINISH = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_ABORT: "abort",
+    pb.FINISH_REASON_ERROR: "error",
+}
+
+
+class ServerError(HeadwiseError):
+    """A call failed.
+
+    Attributes:
+        code: the gRPC status code.
+        field: of the request that was wrong, where one was.
+        retry_after_s: when to try again, where the server said so.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, field: str = "", retry_after_s: float | None = None
+    ) -> None:
+        self.code, self.field, self.retry_after_s = code, field, retry_after_s
+        super().__init__(f"{code.name}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """What is new of one sample. ``text`` is None where the model has no tokenizer; ``logprobs`` has one entry a token:
+    its logprob, rank, and (token id, logprob) of the most likely ones."""
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[tuple[float, int, list[tuple[int, float]]]]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One of a request's ``n`` outputs. ``stop_reason``: the stop string or token that ended it, if one did."""
+
+    index: int
+    text: str | None = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, int, list[tuple[int, float]]]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Completion:
+    """A request's result. Times in seconds, from its arrival at the server."""
+
+    request_id: str
+    samples: list[Sample]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    queued_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    total_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """Of the first sample."""
+        return self.samples[0].text or ""
+
+
+class AsyncClient:
+    """A connection to a server, for one event loop; close it, or use it as an async context manager."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        ca: Path | None = None,
+        cert: Path | None = None,
+        key: Path | None = None,
+        tls: bool = False,
+        timeout: float | None = None,
+        retries: int = RETRIES,
+    ) -> None:
+        """
+        Args:
+            address: host:port.
+            token: sent with each call; only send it over TLS, or to this machine.
+            ca: a PEM file with the certificate that signed the server's; None trusts those of the system.
+            cert, key: PEM files of the client's own certificate, for servers that want one.
+            tls: whether to use TLS; given by any of the files too.
+            timeout: seconds for each call that brings none of its own; None waits for ever.
+            retries: how often a call is made again that found the server UNAVAILABLE before it sent anything.
+        """
+        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._timeout, self._retries = timeout, retries
+        options = [("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0)]
+        if tls or ca or cert or key:
+            files = [path.read_bytes() if path is not None else None for path in (ca, key, cert)]
+            credentials = grpc.ssl_channel_credentials(*files)
+            self._channel = grpc.aio.secure_channel(address, credentials, options)
+        else:
+            self._channel = grpc.aio.insecure_channel(address, options)
+        self._stub = InferenceServiceStub(self._channel)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Increment | Completion]:
+        """Completes a prompt, or answers a conversation, bit by bit; the last item is the :class:`Completion`.
+
+        Leaving early ends the request.
+
+        Args:
+            request_id: for :meth:`abort`; None makes one up.
+            timeout: seconds, for the whole request.
+
+        Raises:
+            ServerError: the call failed.
+        """
+        name = request_id or secrets.token_hex(12)
+        request = _request(prompt, sampling_params or SamplingParams(), name, cache_salt)
+        deadline = _deadline(timeout if timeout is not None else self._timeout)
+        completion = Completion(name, [Sample(i) for i in range(request.sampling_params.n)])
+        attempt = 0
+        while True:
+            call = self._stub.Generate(request, timeout=_left(deadline), metadata=self._metadata)
+            started = False
+            try:
+                async for response in call:
+                    started = True
+                    yield _take(completion, response)
+                return
+            except grpc.aio.AioRpcError as error:
+                # Nothing came, so nothing can come twice; and a server that still has the request refuses its id.
+                attempt += 1
+                if started or error.code() is not grpc.StatusCode.UNAVAILABLE or attempt > self._retries:
+                    raise _error(error) from None
+                await asyncio.sleep(_backoff(attempt, deadline))
+            finally:
+                call.cancel()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Completion:
+        """As :meth:`stream`, all at once."""
+        completion: Completion | None = None
+        async for item in self.stream(prompt, sampling_params, **options):
+            if isinstance(item, Completion):
+                completion = item
+        if completion is None:
+            raise ServerError(grpc.StatusCode.INTERNAL, "the server ended the stream without a result")
+        return completion
+
+    async def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The model's tokens of text, or of a conversation."""
+        request = pb.TokenizeRequest()
+        if isinstance(text, str):
+            request.text = text
+        else:
+            request.messages.CopyFrom(messages_message(text))
+        return list((await self._call(self._stub.Tokenize, request)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The tokens' text."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return str((await self._call(self._stub.Detokenize, request)).text)
+
+    async def abort(self, *request_ids: str) -> None:
+        """Ends requests; those who wait for them get what there is."""
+        await self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids))
+
+    async def model(self) -> pb.GetModelResponse:
+        """What is served, and the limits of requests."""
+        return await self._call(self._stub.GetModel, pb.GetModelRequest())
+
+    async def stats(self) -> pb.GetStatsResponse:
+        """What the engine holds and has done."""
+        return await self._call(self._stub.GetStats, pb.GetStatsRequest())
+
+    async def kv_events(self, capacity: int = 0) -> AsyncGenerator[pb.SubscribeKvEventsResponse]:
+        """The snapshot and the messages of ``headwise.runtime.kv.events``."""
+        call = self._stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(capacity=capacity), metadata=self._metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise _error(error) from None
+        finally:
+            call.cancel()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Has the server take no more requests, and waits until the running ones are done."""
+        await self._call(self._stub.Drain, pb.DrainRequest(), timeout)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        deadline = _deadline(timeout if timeout is not None else self._timeout)
+        for attempt in range(1, self._retries + 2):
+            try:
+                return await method(request, timeout=_left(deadline), metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt > self._retries:
+                    raise _error(error) from None
+            await asyncio.sleep(_backoff(attempt, deadline))
+        raise AssertionError("unreachable")
+
+
+class Client:
+    """As :class:`AsyncClient`, for programs without asyncio; thread-safe. Takes the same arguments."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="headwise-client", daemon=True)
+        self._thread.start()
+
+        async def connect() -> AsyncClient:
+            return AsyncClient(address, **options)
+
+        self._client = self._run(connect())
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Increment | Completion]:
+        """As :meth:`AsyncClient.stream`."""
+        stream = self._client.stream(prompt, sampling_params, **options)
+        try:
+            while (item := self._run(_next(stream))) is not None:
+                yield item
+        finally:
+            self._run(stream.aclose())
+
+    def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> Completion:
+        """As :meth:`AsyncClient.generate`."""
+        return self._run(self._client.generate(prompt, sampling_params, **options))
+
+    def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
+        return self._run(self._client.tokenize(text))
+
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._run(self._client.detokenize(token_ids, skip_special_tokens))
+
+    def abort(self, *request_ids: str) -> None:
+        self._run(self._client.abort(*request_ids))
+
+    def model(self) -> pb.GetModelResponse:
+        return self._run(self._client.model())
+
+    def stats(self) -> pb.GetStatsResponse:
+        return self._run(self._client.stats())
+
+    def drain(self, timeout: float | None = None) -> None:
+        self._run(self._client.drain(timeout))
+
+    def close(self) -> None:
+        """Ends the connection. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+def _request(prompt: Prompt, params: SamplingParams, request_id: str, cache_salt: str) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt, sampling_params=sampling_message(params))
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        request.messages.CopyFrom(messages_message(cast("Sequence[Mapping[str, str]]", prompt)))
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request
+
+
+async def _next(stream: AsyncGenerator[Increment | Completion]) -> Increment | Completion | None:
+    return await anext(stream, None)
+
+
+def _take(completion: Completion, response: pb.GenerateResponse) -> Increment | Completion:
+    """Adds a response to the completion; returns what the caller gets of it."""
+    if response.WhichOneof("response") == "increment":
+        new = response.increment
+        logprobs = [(one.logprob, one.rank, [(top.token_id, top.logprob) for top in one.top]) for one in new.logprobs]
+        text = new.text if new.HasField("text") else None
+        sample = completion.samples[new.index]
+        sample.text = None if text is None or sample.text is None else sample.text + text
+        sample.token_ids += new.token_ids
+        sample.logprobs += logprobs
+        return Increment(new.index, text, list(new.token_ids), logprobs)
+    result = response.result
+    completion.prompt_tokens = result.usage.prompt_tokens
+    completion.completion_tokens = result.usage.completion_tokens
+    completion.cached_tokens = result.usage.cached_tokens
+    completion.queued_s = result.timings.queued
+    completion.time_to_first_token_s = result.timings.time_to_first_token
+    completion.total_s = result.timings.total
+    for ended in result.samples:
+        sample = completion.samples[ended.index]
+        sample.finish_reason, sample.error = _FINISH.get(ended.finish_reason), ended.error
+        kind = ended.WhichOneof("stop_reason")
+        sample.stop_reason = getattr(ended, kind) if kind else None
+    return completion
+
+
+def _error(error: grpc.aio.AioRpcError) -> ServerError:
+    field, retry_after_s = "", None
+    details = next((v for k, v in error.trailing_metadata() or () if k == "grpc-status-details-bin"), b"")
+    for detail in status_pb2.Status.FromString(details).details:
+        bad, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(bad) and bad.field_violations:
+            field = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    return ServerError(error.code(), error.details() or "", field, retry_after_s)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _backoff(attempt: int, deadline: float | None) -> float:
+    """Doubles from 0.1 s, with a random part so that clients do not come back all at once."""
+    wait = min(_MAX_BACKOFF_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+    left = _left(deadline)
+    return wait if left is None else min(wait, left)

@@ -1,0 +1,1 @@
+"""The gRPC service: a running engine for clients in other processes and on other machines."""

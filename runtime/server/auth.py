@@ -1,0 +1,103 @@
+"""Who a client is: bearer tokens, and the tenants they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwise.runtime.server.errors import UnauthenticatedError
+from headwise.workers.errors import InvalidValueError
+
+MIN_TOKEN_CHARACTERS = 16
+"""Shorter ones can be guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose requests a token stands for.
+
+    Attributes:
+        name: prefix caches are apart by it; empty where there are no tokens.
+        admin: may drain the server, and end the requests of others.
+    """
+
+    name: str = ""
+    admin: bool = False
+
+    def cache_salt(self, salt: str) -> str:
+        """What requests of this tenant share the prefix cache by: no other tenant can have the same."""
+        return f"{self.name}\x1f{salt}" if self.name else salt
+
+
+class Tokens:
+    """Knows tokens by their SHA-256 only, and compares in constant time."""
+
+    def __init__(self, tenants: dict[bytes, Tenant]) -> None:
+        """Args: ``tenants``: by the SHA-256 of their token; empty lets everybody in, as an admin."""
+        self._tenants = tenants
+
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
+
+    def tenant(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
+        """Of a call, by its metadata.
+
+        Raises:
+            UnauthenticatedError: there is no ``authorization: Bearer …``, or nobody has that token.
+        """
+        if not self._tenants:
+            return Tenant(admin=True)
+        value = next((value for key, value in metadata if key == "authorization"), "")
+        scheme, _, token = (value.decode() if isinstance(value, bytes) else value).partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise UnauthenticatedError('no token; send the metadata "authorization: Bearer TOKEN"')
+        digest, found = _digest(token.strip()), None
+        for known, tenant in self._tenants.items():  # all of them, so that the time tells nothing
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        if found is None:
+            raise UnauthenticatedError("nobody has this token")
+        return found
+
+
+def read_tokens(path: Path | None) -> Tokens:
+    """A file with a line for each token: tenant, token and, for administrators, ``admin``. # starts a comment.
+
+    Raises:
+        InvalidValueError: the file cannot be read, or a line is not of that form; names the line, never the token.
+    """
+    if path is None:
+        return Tokens({})
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValueError("--token-file", str(path), f"cannot be read: {error}") from None
+    tenants: dict[bytes, Tenant] = {}
+    for number, line in enumerate(lines, start=1):
+        fields = line.partition("#")[0].split()
+        if not fields:
+            continue
+        if len(fields) not in (2, 3) or fields[2:] not in ([], ["admin"]):
+            raise InvalidValueError(
+                "--token-file", f"{path}:{number}", 'must be "TENANT TOKEN" or "TENANT TOKEN admin"'
+            )
+        if len(fields[1]) < MIN_TOKEN_CHARACTERS:
+            raise InvalidValueError(
+                "--token-file",
+                f"{path}:{number}",
+                f"a token has at least {MIN_TOKEN_CHARACTERS} characters",
+                'make one with: python -c "import secrets; print(secrets.token_urlsafe())"',
+            )
+        if (digest := _digest(fields[1])) in tenants:
+            raise InvalidValueError("--token-file", f"{path}:{number}", "has the token of an earlier line")
+        tenants[digest] = Tenant(fields[0], bool(fields[2:]))
+    if not tenants:
+        raise InvalidValueError("--token-file", str(path), "holds no token")
+    return Tokens(tenants)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

@@ -1,0 +1,130 @@
+"""Between the messages of proto/headwise/v1 and the runtime's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headwise.runtime.engine import Delta
+from headwise.runtime.inputs import InputProcessor
+from headwise.runtime.request import FinishReason, Request
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.v1 import inference_pb2 as pb
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import TokenLogprobs
+
+_SCALARS = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("logprobs", "max_tokens", "min_tokens", "ignore_eos", "seed"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+def sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """
+    Raises:
+        InvalidValueError: a field is outside its limits.
+    """
+    fields: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    if message.logit_bias:
+        fields["logit_bias"] = dict(message.logit_bias)
+    if message.stop:
+        fields["stop"] = list(message.stop)
+    if message.stop_token_ids:
+        fields["stop_token_ids"] = list(message.stop_token_ids)
+    return SamplingParams(**fields)
+
+
+def sampling_message(params: SamplingParams) -> pb.SamplingParams:
+    """The inverse of :func:`sampling_params`."""
+    message = pb.SamplingParams(
+        logit_bias=dict(params.logit_bias), stop=params.stop, stop_token_ids=params.stop_token_ids
+    )
+    for name in _SCALARS:
+        if (value := getattr(params, name)) is not None:
+            setattr(message, name, value)
+    return message
+
+
+def messages(message: pb.Messages) -> list[dict[str, str]]:
+    return [{"role": one.role, "content": one.content} for one in message.messages]
+
+
+def messages_message(conversation: Sequence[Mapping[str, str]]) -> pb.Messages:
+    return pb.Messages(messages=[pb.Message(role=m["role"], content=m["content"]) for m in conversation])
+
+
+def prompt_ids(inputs: InputProcessor, request: pb.GenerateRequest) -> list[int]:
+    """The tokens of a request's prompt; text is tokenized, which may take a while.
+
+    Raises:
+        InvalidValueError: there is none, or it is wrong.
+    """
+    match request.WhichOneof("prompt"):
+        case "text":
+            return inputs.token_ids(request.text)
+        case "token_ids":
+            return inputs.token_ids(list(request.token_ids.ids))
+        case "messages":
+            return inputs.token_ids(inputs.chat_token_ids(messages(request.messages)))
+    raise InvalidValueError("prompt", None, "must be one of text, token_ids and messages")
+
+
+def increments(deltas: Sequence[Delta], with_text: bool) -> list[pb.GenerateIncrement]:
+    """One for each sample that has something new, whatever number of deltas it has."""
+    found: dict[int, pb.GenerateIncrement] = {}
+    for delta in deltas:
+        if not delta.token_ids and not delta.text:
+            continue
+        index = delta.request.index
+        if index not in found:
+            found[index] = pb.GenerateIncrement(index=index, text="" if with_text else None)
+        found[index].token_ids.extend(delta.token_ids)
+        if delta.text:
+            found[index].text += delta.text
+        if delta.logprobs is not None:
+            found[index].logprobs.append(_logprobs(delta.logprobs))
+    return list(found.values())
+
+
+def result(requests: Sequence[Request]) -> pb.GenerateResult:
+    """Of a request whose samples have all ended."""
+    metrics = requests[0].metrics
+    message = pb.GenerateResult(
+        request_id=requests[0].request_id,
+        usage=pb.Usage(
+            prompt_tokens=len(requests[0].prompt_token_ids),
+            completion_tokens=sum(len(request.generated) for request in requests),
+            cached_tokens=metrics.num_cached_tokens,
+        ),
+        timings=pb.Timings(
+            queued=max(0.0, (metrics.first_scheduled or metrics.finished) - metrics.arrival),
+            time_to_first_token=metrics.time_to_first_token,
+            total=metrics.finished - metrics.arrival,
+        ),
+    )
+    for request in requests:
+        assert request.finish_reason is not None
+        sample = message.samples.add(
+            index=request.index,
+            finish_reason=FINISH_REASONS[request.finish_reason],
+            num_tokens=len(request.generated),
+            error=request.error or "",
+        )
+        if isinstance(request.stop_reason, str):
+            sample.stop_string = request.stop_reason
+        elif request.stop_reason is not None:
+            sample.stop_token_id = request.stop_reason
+    return message
+
+
+def _logprobs(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
+    top = [pb.TopLogprob(token_id=i, logprob=v) for i, v in zip(logprobs.top_ids, logprobs.top, strict=True)]
+    return pb.TokenLogprobs(logprob=logprobs.chosen, rank=logprobs.rank, top=top)

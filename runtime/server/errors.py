@@ -1,0 +1,77 @@
+"""From the runtime's errors to gRPC statuses, with the details that clients can act on."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import grpc
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from headwise.cluster.group import ShardGroupDied
+from headwise.runtime.aio import QueueFullError
+from headwise.runtime.loop import EngineStoppedError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+RETRY_AFTER_S = 1.0
+"""What a client is told to wait when the queue is full."""
+
+
+class UnavailableError(HeadwiseError):
+    """The server takes no requests: it drains, or its engine is gone."""
+
+
+class UnauthenticatedError(HeadwiseError):
+    """No token, or one that nobody has."""
+
+
+class PermissionDeniedError(HeadwiseError):
+    """The token's tenant may not do that."""
+
+
+class StalledError(HeadwiseError):
+    """The client did not read what it asked for."""
+
+
+_CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
+    (InvalidValueError, grpc.StatusCode.INVALID_ARGUMENT),
+    (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (StalledError, grpc.StatusCode.CANCELLED),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+    (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
+    (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
+    (HeadwiseError, grpc.StatusCode.INTERNAL),
+]
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """INTERNAL for what is no error of ours."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseException) -> NoReturn:
+    """Ends a call with the status of an error: a wrong field as BadRequest, when to come back as RetryInfo.
+
+    Of an error that is not ours only the type is told; what it says may hold anything.
+    """
+    code = code_of(error)
+    message = str(error) if isinstance(error, HeadwiseError) else f"internal error: {type(error).__name__}"
+    status = status_pb2.Status(code=_number(code), message=message)
+    metadata: list[tuple[str, str | bytes]] = []
+    if isinstance(error, InvalidValueError):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMilliseconds(int(RETRY_AFTER_S * 1000))
+        status.details.add().Pack(info)
+        # https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
+        metadata.append(("grpc-retry-pushback-ms", str(int(RETRY_AFTER_S * 1000))))
+    metadata.append(("grpc-status-details-bin", status.SerializeToString()))
+    await context.abort(code, message, tuple(metadata))
+    raise AssertionError("abort() returned")
+
+
+def _number(code: grpc.StatusCode) -> int:
+    return int(code_pb2.Code.Value(code.name))

@@ -1,0 +1,56 @@
+"""The health service's state: it follows the shards' lives and their progress, not just this process's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+from headwise.runtime.engine import Engine
+from headwise.runtime.server.service import Sessions
+
+_INTERVAL_S = 0.5
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class HealthMonitor:
+    """Keeps the packaged health servicer up to date.
+
+    Attributes:
+        servicer: grpc.health.v1, for the server; ``Check`` and ``Watch`` of "" and of each service's name.
+    """
+
+    def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float) -> None:
+        """Args: ``step_timeout_s``: how long a step may take before the engine counts as hung."""
+        self.servicer = health_aio.HealthServicer()
+        self._sessions, self._services, self._step_timeout_s = sessions, ["", *services], step_timeout_s
+        self._serving: bool | None = None
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await self.set(self._is_healthy())
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def set(self, serving: bool) -> None:
+        if serving == self._serving:
+            return
+        self._serving = serving
+        for service in self._services:
+            await self.servicer.set(service, SERVING if serving else NOT_SERVING)
+
+    def _is_healthy(self) -> bool:
+        llm = self._sessions.llm
+        if llm.failure is not None or self._sessions.draining:
+            return False
+        return not is_hung(llm.engine, self._step_timeout_s)
+
+
+def is_hung(engine: Engine, step_timeout_s: float) -> bool:
+    """Whether a step in flight makes no progress. Reads two numbers of the engine's thread, which may be a step old."""
+    since = engine.waiting_since
+    return since is not None and time.monotonic() - since > step_timeout_s

@@ -1,0 +1,116 @@
+"""What an operator watches, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from headwise.runtime.request import Request
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The server's own counts, and the engine's as they are when somebody asks."""
+
+    def __init__(self, engine_stats: Callable[[], dict[str, Any]]) -> None:
+        """Args: ``engine_stats``: gives ``Engine.stats()``; may be called from any thread."""
+        self.registry = CollectorRegistry()
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Mean time between a request's tokens.")
+        self.queue_time = self._histogram("queue_time_seconds", "From arrival to the first step.")
+        self.duration = self._histogram("request_duration_seconds", "From arrival to the end.")
+        self.requests = Counter(
+            "headwise_requests_total", "Requests by the code they ended with.", ["code"], registry=self.registry
+        )
+        self.prompt_tokens = Counter("headwise_prompt_tokens_total", "Prompt tokens.", registry=self.registry)
+        self.cached_tokens = Counter(
+            "headwise_cached_prompt_tokens_total", "Prompt tokens found in the prefix cache.", registry=self.registry
+        )
+        self.generated_tokens = Counter("headwise_generated_tokens_total", "Tokens generated.", registry=self.registry)
+        self.registry.register(_EngineCollector(engine_stats))
+
+    def observe(self, requests: Sequence[Request]) -> None:
+        """The samples of a request that has ended."""
+        first = requests[0].metrics
+        self.prompt_tokens.inc(len(requests[0].prompt_token_ids))
+        self.cached_tokens.inc(first.num_cached_tokens)
+        for request in requests:
+            metrics, tokens = request.metrics, len(request.generated)
+            self.generated_tokens.inc(tokens)
+            if metrics.first_scheduled:
+                self.queue_time.observe(metrics.first_scheduled - metrics.arrival)
+            if metrics.first_token:
+                self.time_to_first_token.observe(metrics.time_to_first_token)
+            if tokens > 1 and metrics.finished:
+                self.inter_token.observe((metrics.finished - metrics.first_token) / (tokens - 1))
+            if metrics.finished:
+                self.duration.observe(metrics.finished - metrics.arrival)
+
+    def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
+        """Answers scrapes on a thread of its own; returns the port and what ends it."""
+        server, thread = start_http_server(port, host, self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join(5.0)
+
+        return int(server.server_port), stop
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"headwise_{name}", text, buckets=_SECONDS, registry=self.registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine_stats: Callable[[], dict[str, Any]]) -> None:
+        self._engine_stats = engine_stats
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            stats = self._engine_stats()
+        except Exception:  # the engine is gone; what the server counted is still of use
+            yield GaugeMetricFamily("headwise_engine_up", "Whether the engine runs.", 0)
+            return
+        cache = stats["prefix_cache"]
+        yield GaugeMetricFamily("headwise_engine_up", "Whether the engine runs.", 1)
+        yield GaugeMetricFamily("headwise_requests_running", "Requests that are computed.", stats["num_running"])
+        yield GaugeMetricFamily("headwise_requests_waiting", "Requests that wait.", stats["num_waiting"])
+        used = 1 - stats["num_free_blocks"] / stats["num_blocks"]
+        yield GaugeMetricFamily("headwise_kv_usage_ratio", "Share of the KV blocks that requests hold.", used)
+        blocks = GaugeMetricFamily("headwise_kv_blocks", "KV blocks by state.", labels=["state"])
+        for state, count in cache["blocks"].items():
+            blocks.add_metric([state], count)
+        yield blocks
+        for name, key, text in (
+            ("headwise_steps", "num_steps", "Steps computed."),
+            ("headwise_preemptions", "num_preemptions", "Requests that had to give up their blocks for a while."),
+        ):
+            yield CounterMetricFamily(name, text, stats[key])
+        yield from _cache_metrics(cache)
+
+
+def _cache_metrics(cache: dict[str, Any]) -> Iterable[Metric]:
+    tiers = {"device": cache} | {name: cache["tiers"][name] for name in ("host", "disk") if name in cache["tiers"]}
+    for key in ("queried", "hit", "inserted"):
+        tokens = CounterMetricFamily(f"headwise_prefix_cache_{key}_tokens", f"Tokens {key}, by tier.", labels=["tier"])
+        for tier, counts in tiers.items():
+            tokens.add_metric([tier], counts[f"{key}_tokens"])
+        yield tokens
+    evictions = CounterMetricFamily(
+        "headwise_prefix_cache_evicted_blocks", "Blocks evicted, by tier and cause.", labels=["tier", "cause"]
+    )
+    for tier, counts in tiers.items():
+        for cause, count in counts["evictions"].items():
+            evictions.add_metric([tier, cause], count)
+    yield evictions
+    yield CounterMetricFamily(
+        "headwise_prefix_cache_duplicate_blocks", "Blocks computed twice and kept once.", cache["duplicate_blocks"]
+    )
+    yield CounterMetricFamily(
+        "headwise_prefix_cache_integrity_checks", "Checks of the books passed.", cache["integrity_checks"]
+    )

@@ -1,0 +1,320 @@
+"""``headwise serve``: a server's life, from loading to draining."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from headwise.cluster.group import ShardGroupDied
+from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.config import EngineConfig
+from headwise.runtime.engine import Engine
+from headwise.runtime.server.auth import Tokens, read_tokens
+from headwise.runtime.server.gateway import Gateway, check_gateway
+from headwise.runtime.server.health import HealthMonitor
+from headwise.runtime.server.metrics import Metrics
+from headwise.runtime.server.service import InferenceService, Sessions
+from headwise.v1 import inference_pb2 as pb
+from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from headwise.workers.errors import InvalidValueError
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""The largest request: four prompts of the longest text, or a million tokens thrice."""
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Clients and gateways ping while idle, some every second; none of them is to be cut off for it.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    # A client that is gone without a word is noticed.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Two servers on one port would each get some of the clients.
+    ("grpc.so_reuseport", 0),
+]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How a server is reached, and by whom.
+
+    Attributes:
+        name: of the model, as clients see it.
+        port, metrics_port, openai_port: 0 takes a free one; None serves no metrics, and no OpenAI API.
+        tls_cert, tls_key: PEM files; with tls_client_ca clients must have a certificate that it signed.
+        token_file: see :func:`~headwise.runtime.server.auth.read_tokens`.
+        insecure: whether anybody who reaches a host that is not loopback may use the server.
+        drain_timeout_s: how long running requests may take to end once the server is told to stop.
+        stall_timeout_s: how long a client may leave a stream unread.
+        step_timeout_s: how long a step may take before the server counts as not serving.
+        as_json: the line that says the server is ready is JSON.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int | None = None
+    openai_port: int | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_file: Path | None = None
+    insecure: bool = False
+    max_queued_requests: int = 1024
+    drain_timeout_s: float = 30.0
+    stall_timeout_s: float = 30.0
+    step_timeout_s: float = 8.0
+    as_json: bool = False
+
+
+def serve(config: EngineConfig, options: ServeOptions) -> int:
+    """Loads the model and serves it until a signal, a Drain or the engine's death; returns the exit code.
+
+    Returns:
+        0 once drained; 1 after a second signal, or if requests had to be ended; 3 if the engine died.
+
+    Raises:
+        InvalidValueError: an option is wrong. As :class:`~headwise.runtime.llm.LLM` for what the engine needs.
+    """
+    _checked(options)  # before a model is loaded for nothing
+    _configure_logging()
+    with _terminable():
+        llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
+    server = Server(llm, options)
+
+    def ready(about: dict[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        fields = " ".join(f"{name}={value}" for name, value in about.items())
+        print(json.dumps({"ready": True, **about}) if options.as_json else f"ready {fields}", flush=True)
+
+    return asyncio.run(server.run(ready))
+
+
+class Server:
+    """One engine behind one port. Everything but its creation happens on one event loop."""
+
+    def __init__(self, llm: AsyncLLM, options: ServeOptions) -> None:
+        """
+        Raises:
+            InvalidValueError: the options' files cannot be used, or the server would be open to anybody.
+        """
+        self._llm, self._options = llm, options
+        self._tokens, self._credentials = _checked(options)
+        self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
+
+    def stop(self) -> None:
+        """Drains and ends; called again, ends at once."""
+        (self._hurry if self._stopping.is_set() else self._stopping).set()
+
+    async def run(self, ready: Callable[[dict[str, Any]], None]) -> int:
+        """Serves until it is stopped or drained, or its engine ends; closes the engine and returns the exit code.
+
+        Args:
+            ready: called once it serves, with what there is to know of it.
+        """
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._llm.close)
+            metrics = Metrics(lambda: self._llm.submit(Engine.stats).result(5.0))
+            sessions = Sessions(self._llm, metrics, self._tokens, self._options.stall_timeout_s)
+            health = HealthMonitor(sessions, [_SERVICE], self._options.step_timeout_s)
+            server = self._make_server(sessions, health)
+            port = self._bind(server)
+            metrics_port = None
+            if self._options.metrics_port is not None:
+                metrics_port, stop = _serve_metrics(metrics, self._options.host, self._options.metrics_port)
+                stack.callback(stop)
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+            monitor = asyncio.create_task(health.run())
+            stack.callback(monitor.cancel)
+            gateway = None
+            if self._options.openai_port is not None:
+                gateway = Gateway(self._options.host, self._options.openai_port, port, self._llm.model_path)
+                stack.push_async_callback(gateway.stop)
+                await gateway.start()
+            ready(self._about(port, metrics_port, gateway))
+            return await self._until_done(sessions, health)
+
+    async def _until_done(self, sessions: Sessions, health: HealthMonitor) -> int:
+        drained = asyncio.create_task(sessions.drained.wait())
+        ended, stopping = asyncio.create_task(self._llm.ended.wait()), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([drained, ended, stopping], return_when=asyncio.FIRST_COMPLETED)
+            sessions.drain()
+            await health.set(False)
+            if self._llm.ended.is_set():
+                return self._died()
+            idle, hurry = asyncio.create_task(sessions.idle()), asyncio.create_task(self._hurry.wait())
+            await asyncio.wait(
+                [idle, hurry, ended], timeout=self._options.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            hurry.cancel()
+            idle.cancel()
+            if self._llm.ended.is_set():
+                return self._died()
+            if running := self._llm.num_streams:
+                _logger.warning("%d requests had to be ended", running)
+            return 1 if running or self._hurry.is_set() else 0
+        finally:
+            for task in (drained, ended, stopping):
+                task.cancel()
+
+    def _died(self) -> int:
+        _logger.error("the engine has ended: %s", self._llm.failure)
+        return 3 if isinstance(self._llm.failure, ShardGroupDied) else 1
+
+    def _make_server(self, sessions: Sessions, health: HealthMonitor) -> grpc.aio.Server:
+        limit = self._options.max_queued_requests + self._llm.config.max_num_seqs + 256
+        server = grpc.aio.server(options=_CHANNEL_OPTIONS, maximum_concurrent_rpcs=limit)
+        add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        services = [_SERVICE]
+        if self._options.openai_port is not None:
+            # Here and not above: the packages of an extra.
+            from headwise.runtime.server import vllm_engine
+
+            vllm_engine.add_to(server, vllm_engine.VllmEngineService(sessions, self._options.name))
+            services.append(vllm_engine.SERVICE)
+        names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        """
+        Raises:
+            InvalidValueError: the address is taken, or is none of this host.
+        """
+        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+        address = f"{host}:{self._options.port}"
+        try:
+            if self._credentials is not None:
+                return server.add_secure_port(address, self._credentials)
+            return server.add_insecure_port(address)
+        except RuntimeError:
+            limit = "the address cannot be bound: another process has it, or it is none of this host"
+            raise InvalidValueError("--port", address, limit, "choose another, or 0 for a free one") from None
+
+    def _about(self, port: int, metrics_port: int | None, gateway: Gateway | None) -> dict[str, Any]:
+        llm, options = self._llm, self._options
+        about: dict[str, Any] = {
+            "address": f"{options.host}:{port}",
+            "model": options.name,
+            "kv_tokens": llm.num_blocks * llm.config.block_size,
+            "max_model_len": llm.inputs.max_model_len,
+            "max_num_seqs": llm.config.max_num_seqs,
+            "max_queued_requests": llm.max_queued_requests,
+            "tls": self._credentials is not None,
+            "tokens": bool(self._tokens),
+        }
+        if metrics_port is not None:
+            about["metrics"] = f"{options.host}:{metrics_port}"
+        if gateway is not None:
+            about["openai"] = f"http://{options.host}:{gateway.port}/v1"
+        return about
+
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+
+def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | None]:
+    """Who may come in, and how what they say is kept from others."""
+    tokens, credentials = read_tokens(options.token_file), _credentials(options)
+    _check_exposure(options, tokens, credentials)
+    if options.openai_port is not None:
+        check_gateway()
+        if tokens or credentials is not None:
+            limit = "the gateway calls this server without a token and without TLS"
+            raise InvalidValueError("--openai-port", options.openai_port, limit, "run it on its own, or leave one out")
+    return tokens, credentials
+
+
+def _credentials(options: ServeOptions) -> grpc.ServerCredentials | None:
+    if options.tls_cert is None or options.tls_key is None:
+        for flag, value in (("--tls-cert", options.tls_cert), ("--tls-key", options.tls_key)):
+            if value is not None:
+                raise InvalidValueError(flag, str(value), "a certificate and its key go together")
+        if options.tls_client_ca is not None:
+            raise InvalidValueError("--tls-client-ca", str(options.tls_client_ca), "needs --tls-cert and --tls-key")
+        return None
+    certificate, key = _read("--tls-cert", options.tls_cert), _read("--tls-key", options.tls_key)
+    ca = _read("--tls-client-ca", options.tls_client_ca) if options.tls_client_ca is not None else None
+    return grpc.ssl_server_credentials([(key, certificate)], ca, ca is not None)
+
+
+def _read(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidValueError(flag, str(path), f"cannot be read: {error.strerror}") from None
+
+
+def _check_exposure(options: ServeOptions, tokens: Tokens, credentials: grpc.ServerCredentials | None) -> None:
+    if options.insecure or tokens or credentials is not None or _is_loopback(options.host):
+        return
+    raise InvalidValueError(
+        "--host",
+        options.host,
+        "is not loopback, and anybody who reaches it could use the server",
+        "give --tls-cert and --tls-key, or --token-file, or say --insecure",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
+    try:
+        return metrics.serve(host, port)
+    except (OSError, socket.gaierror) as error:
+        raise InvalidValueError("--metrics-port", port, f"cannot be bound: {error.strerror}") from None
+
+
+def _configure_logging() -> None:
+    """Requests as JSON lines, everything else as text, all of it on stderr."""
+    plain = logging.StreamHandler(sys.stderr)
+    plain.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    root, requests = logging.getLogger("headwise"), logging.getLogger("headwise.requests")
+    root.handlers, requests.handlers = [plain], [lines]
+    root.propagate = requests.propagate = False
+    root.setLevel(logging.INFO)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While the model loads, SIGTERM ends it as Ctrl-C does: with everything closed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, previous)

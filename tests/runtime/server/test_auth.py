@@ -1,0 +1,175 @@
+"""Who may come in: tokens and tenants, certificates, hosts."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from headwise.runtime import SamplingParams
+from headwise.runtime.client import ServerError
+from headwise.runtime.server.auth import Tenant, Tokens, read_tokens
+from headwise.runtime.server.errors import UnauthenticatedError
+from headwise.runtime.server.serve import ServeOptions, _checked
+from headwise.workers.errors import InvalidValueError
+from tests.runtime.server.conftest import Running
+
+Serve = Callable[..., Running]
+ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
+PROMPT = list(range(3, 40))
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"# who may\nalice {ALICE}\nbob {BOB}  # another\n\nops {ROOT} admin\n")
+    return path
+
+
+def test_a_token_file_is_read(token_file: Path) -> None:
+    tokens = read_tokens(token_file)
+    assert tokens.tenant([("authorization", f"Bearer {ALICE}")]) == Tenant("alice")
+    assert tokens.tenant([("other", "x"), ("authorization", f"bearer {ROOT}")]) == Tenant("ops", admin=True)
+    for metadata in (
+        [],
+        [("authorization", ALICE)],
+        [("authorization", f"Bearer {ALICE}x")],
+        [("authorization", "Bearer ")],
+    ):
+        with pytest.raises(UnauthenticatedError):
+            tokens.tenant(metadata)
+    assert ALICE not in repr(vars(tokens))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing\n", "alice\n", f"alice {ALICE} boss\n", "alice short\n", f"alice {ALICE}\nbob {ALICE}\n"],
+)
+def test_a_bad_token_file_is_refused_without_telling_tokens(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(text)
+    with pytest.raises(InvalidValueError, match="--token-file") as error:
+        read_tokens(path)
+    assert ALICE not in str(error.value)
+
+
+def test_no_tokens_let_everybody_in() -> None:
+    assert Tokens({}).tenant([]) == Tenant("", admin=True)
+
+
+def test_tenants_share_nothing_and_see_nothing_of_each_other(serve: Serve, token_file: Path) -> None:
+    running = serve(options={"token_file": token_file})
+    with running.client(token=ALICE) as alice, running.client(token=BOB) as bob:
+        assert alice.generate(PROMPT, SHORT).cached_tokens == 0
+        assert alice.generate(PROMPT, SHORT).cached_tokens == 32
+        assert bob.generate(PROMPT, SHORT).cached_tokens == 0
+        for salt in ("alice", "alice\x1f", "\x1f"):
+            assert bob.generate(PROMPT, SHORT, cache_salt=salt).cached_tokens == 0
+        assert alice.generate(PROMPT, SHORT, cache_salt="mine").cached_tokens == 0
+        stream = alice.stream(PROMPT, SamplingParams(max_tokens=300, ignore_eos=True), request_id="same")
+        next(stream)
+        bob.abort("same")
+        assert bob.generate(PROMPT, SHORT, request_id="same").completion_tokens == 2
+        assert list(stream)[-1].completion_tokens == 300  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("token", [None, "wrong-0123456789abcdef"])
+def test_a_call_without_a_valid_token_is_refused(serve: Serve, token_file: Path, token: str | None) -> None:
+    running = serve(options={"token_file": token_file})
+    with running.client(token=token) as client:
+        calls: list[Callable[[], Any]] = [
+            lambda: client.generate(PROMPT, SHORT),
+            lambda: client.tokenize("a"),
+            lambda: client.detokenize([1]),
+            lambda: client.abort("a"),
+            client.model,
+            client.stats,
+            client.drain,
+        ]
+        for call in calls:
+            with pytest.raises(ServerError) as error:
+                call()
+            assert error.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_only_an_admin_drains(serve: Serve, token_file: Path) -> None:
+    running = serve(options={"token_file": token_file})
+    with running.client(token=ALICE) as alice, pytest.raises(ServerError) as error:
+        alice.drain()
+    assert error.value.code is grpc.StatusCode.PERMISSION_DENIED
+    with running.client(token=ROOT) as root:
+        root.drain()
+    assert running.end() == 0
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two authorities, and from each a certificate for 127.0.0.1: good.pem, good.key and other.pem, other.key."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30, cwd=folder)
+
+    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("good", "other"):
+        subject = f"/CN={name}"
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"{subject}-ca",
+                "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem")  # fmt: skip
+        openssl(
+            "req", "-newkey", "rsa:2048", "-nodes", "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.csr"
+        )
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-CAkey", f"{name}-ca.key",
+                "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
+    return folder
+
+
+def test_tls_and_certificates_of_clients(serve: Serve, certificates: Path) -> None:
+    tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
+    good, other = certificates / "good-ca.pem", certificates / "other-ca.pem"
+    running = serve(options=tls)
+    with running.client(ca=good) as client:
+        assert client.generate(PROMPT, SHORT).completion_tokens == 2
+    for options in ({"ca": other}, {"tls": True}, {}):
+        with running.client(retries=0, **options) as client, pytest.raises(ServerError) as error:
+            client.generate(PROMPT, SHORT, timeout=10.0)
+        assert error.value.code is grpc.StatusCode.UNAVAILABLE
+    mutual = serve(options=tls | {"tls_client_ca": other})
+    with mutual.client(ca=good, cert=certificates / "other.pem", key=certificates / "other.key") as client:
+        assert client.generate(PROMPT, SHORT).completion_tokens == 2
+    with mutual.client(ca=good, retries=0) as client, pytest.raises(ServerError):
+        client.generate(PROMPT, SHORT, timeout=10.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"host": "0.0.0.0"}, "--host"),
+        ({"host": "::"}, "--host"),
+        ({"host": "example.org"}, "--host"),
+        ({"tls_cert": Path("a")}, "--tls-cert"),
+        ({"tls_key": Path("a")}, "--tls-key"),
+        ({"tls_client_ca": Path("a")}, "--tls-client-ca"),
+        ({"tls_cert": Path("/nowhere"), "tls_key": Path("/nowhere")}, "--tls-cert"),
+        ({"token_file": Path("/nowhere")}, "--token-file"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InvalidValueError, match=flag):
+        _checked(ServeOptions("tiny", **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"host": "127.0.0.1"}, {"host": "::1"}, {"host": "localhost"}, {"host": "0.0.0.0", "insecure": True}]
+)
+def test_hosts_that_are_not(options: dict[str, Any]) -> None:
+    _checked(ServeOptions("tiny", **options))
+
+
+def test_the_gateway_has_no_token(token_file: Path) -> None:
+    with pytest.raises(InvalidValueError, match="--openai-port"):
+        _checked(ServeOptions("tiny", token_file=token_file, openai_port=0))
