@@ -1,0 +1,127 @@
+"""The OpenAI door: the gateway ``smg`` as a child process that lives and dies with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib.util
+import logging
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 10.0
+_MAX_RESTART_WAIT_S = 30.0
+_PR_SET_PDEATHSIG = 1
+
+_logger = logging.getLogger(__name__)
+
+
+class GatewayError(HeadwiseError):
+    """The gateway did not start."""
+
+
+def check_gateway() -> None:
+    """
+    Raises:
+        InvalidValueError: the packages of the extra ``gateway`` are not installed.
+    """
+    for package in ("smg", "smg_grpc_proto"):
+        if importlib.util.find_spec(package) is None:
+            fix = "run: pip install 'headwise[gateway]'"
+            raise InvalidValueError("--openai-port", package, "needs this package, which is not installed", fix)
+
+
+class Gateway:
+    """Runs ``smg launch`` against one engine, and starts it again should it end by itself."""
+
+    def __init__(self, host: str, port: int, engine_port: int, model_path: Path) -> None:
+        """Args: ``port``: to serve OpenAI's HTTP on; ``engine_port``: of this process's gRPC, on loopback."""
+        self._host, self.port = host, port or _free_port(host)
+        self._command = [
+            *(sys.executable, "-m", "smg", "launch"),
+            *("--host", host, "--port", str(self.port)),
+            *("--worker-urls", f"grpc://127.0.0.1:{engine_port}"),
+            *("--model-path", str(model_path)),
+            *("--prometheus-port", str(_free_port("127.0.0.1")), "--prometheus-host", "127.0.0.1"),
+        ]
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns once it answers.
+
+        Raises:
+            GatewayError: it ended, or did not answer within START_TIMEOUT_S.
+        """
+        await self._launch()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not await self._answers():
+            assert self._process is not None
+            if self._process.returncode is not None or time.monotonic() > deadline:
+                code = self._process.returncode
+                await self.stop()
+                ended = f"ended with {code}" if code is not None else f"did not answer within {START_TIMEOUT_S:g} s"
+                raise GatewayError(f"the gateway on {self._host}:{self.port} {ended}")
+            await asyncio.sleep(0.1)
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """Ends it, by force if it does not end by itself. Idempotent."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            self._supervisor = None
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _launch(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr.fileno(), preexec_fn=_die_with_parent
+        )
+
+    async def _supervise(self) -> None:
+        wait = 1.0
+        while self._process is not None:
+            started = time.monotonic()
+            code = await self._process.wait()
+            wait = 1.0 if time.monotonic() - started > 60 else min(_MAX_RESTART_WAIT_S, wait * 2)
+            _logger.error("the gateway ended with %d; it is started again in %g s", code, wait)
+            await asyncio.sleep(wait)
+            await self._launch()
+
+    async def _answers(self) -> bool:
+        """Whether it serves the engine's model."""
+        with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
+            reader, writer = await asyncio.open_connection(self._host, self.port)
+            try:
+                writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                answer = await asyncio.wait_for(reader.read(), 5.0)
+                return answer.startswith(b"HTTP/1.1 200") and b'"id"' in answer
+            finally:
+                writer.close()
+        return False
+
+
+def _die_with_parent() -> None:
+    """In the child: however the server ends, the kernel ends its gateway."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

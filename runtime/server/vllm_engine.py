@@ -1,0 +1,272 @@
+"""The service that the gateway ``smg`` speaks to engines, so that OpenAI's clients reach this one.
+
+``vllm.grpc.engine.VllmEngine`` of the package smg-grpc-proto. The gateway turns chats into tokens and tokens into text;
+here fields of a proto3 message that are zero mean that they were not set. The gateway asks another engine again after
+INTERNAL, so a request that would fail there too is INVALID_ARGUMENT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import time
+import zipfile
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
+
+from headwise.runtime.engine import Delta
+from headwise.runtime.request import FinishReason, Request
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.server.auth import Tenant
+from headwise.runtime.server.errors import UnavailableError, abort
+from headwise.runtime.server.service import Context, Sessions
+from headwise.workers.errors import InvalidValueError
+
+SERVICE = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+_CHUNK_BYTES = 1 << 20
+_TOKENIZER_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
+    """What is not here is UNIMPLEMENTED."""
+
+    def __init__(self, sessions: Sessions, name: str) -> None:
+        """Args: ``name``: of the model, as clients see it."""
+        self._sessions, self._llm, self._name = sessions, sessions.llm, name
+        self._started, self._last_request = time.monotonic(), 0.0
+
+    async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Context) -> None:
+        sessions, admitted = self._sessions, False
+        try:
+            tenant = sessions.tenant(context)
+            self._last_request = time.time()
+            requests = await asyncio.to_thread(self._requests, request, tenant)
+            admitted = True
+            async with aclosing(sessions.run(context, tenant, requests)) as stream:
+                async for deltas in stream:
+                    for response in _responses(deltas, request.stream):
+                        await sessions.write(context, response)
+        except Exception as error:
+            if not admitted:
+                sessions.refuse(error)
+            await abort(context, error)
+
+    async def HealthCheck(self, request: Any, context: Context) -> vllm_engine_pb2.HealthCheckResponse:
+        failure = self._llm.failure
+        message = str(failure) if failure is not None else "draining" if self._sessions.draining else "ok"
+        return vllm_engine_pb2.HealthCheckResponse(healthy=message == "ok", message=message)
+
+    async def Abort(self, request: vllm_engine_pb2.AbortRequest, context: Context) -> vllm_engine_pb2.AbortResponse:
+        try:
+            tenant = self._sessions.tenant(context)
+            for request_id in request.request_ids:
+                self._llm.abort(self._sessions.engine_id(tenant, request_id))
+            return vllm_engine_pb2.AbortResponse()
+        except Exception as error:
+            await abort(context, error)
+
+    async def GetModelInfo(self, request: Any, context: Context) -> vllm_engine_pb2.GetModelInfoResponse:
+        inputs, path = self._llm.inputs, str(self._llm.model_path)
+        config = json.loads((self._llm.model_path / "config.json").read_bytes())
+        return vllm_engine_pb2.GetModelInfoResponse(
+            model_path=path,
+            is_generation=True,
+            max_context_length=inputs.max_model_len,
+            vocab_size=inputs.model.vocab_size,
+            served_model_name=self._name,
+            tokenizer_path=path,
+            model_type=config.get("model_type", "llama"),
+            architectures=config.get("architectures") or ["LlamaForCausalLM"],
+            eos_token_ids=inputs.model.eos_token_ids,
+            bos_token_id=config.get("bos_token_id") or 0,
+            pad_token_id=config.get("pad_token_id") or 0,
+            max_req_input_len=inputs.max_model_len - 1,
+        )
+
+    async def GetServerInfo(self, request: Any, context: Context) -> vllm_engine_pb2.GetServerInfoResponse:
+        config = self._llm.config
+        return vllm_engine_pb2.GetServerInfoResponse(
+            active_requests=self._llm.num_streams,
+            last_receive_timestamp=self._last_request,
+            uptime_seconds=time.monotonic() - self._started,
+            server_type="vllm-grpc",
+            data_parallel_size=1,
+            kv_cache_dtype="auto",
+            block_size=config.block_size,
+            model_dtype=self._llm.dtype,
+            max_num_seqs=config.max_num_seqs,
+        )
+
+    async def GetLoads(
+        self, request: vllm_engine_pb2.GetLoadsRequest, context: Context
+    ) -> vllm_engine_pb2.GetLoadsResponse:
+        try:
+            stats = await self._llm.stats()
+        except Exception as error:
+            await abort(context, error)
+        used = stats["num_blocks"] - stats["num_free_blocks"]
+        cache = stats["prefix_cache"]
+        load = vllm_engine_pb2.SchedulerLoad(
+            num_running_reqs=stats["num_running"],
+            num_waiting_reqs=stats["num_waiting"],
+            num_total_reqs=stats["num_running"] + stats["num_waiting"],
+            token_usage=used / stats["num_blocks"],
+            cache_hit_rate=cache["hit_tokens"] / max(1, cache["queried_tokens"]),
+            max_running_requests=self._llm.config.max_num_seqs,
+        )
+        return vllm_engine_pb2.GetLoadsResponse(loads=[load])
+
+    async def GetTokenizer(self, request: Any, context: Context) -> None:
+        data = await asyncio.to_thread(_zip, self._llm.model_path)
+        chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
+        for index, chunk in enumerate(chunks):
+            last = index == len(chunks) - 1
+            digest = hashlib.sha256(data).hexdigest() if last else ""
+            await self._sessions.write(context, common_pb2.GetTokenizerChunk(data=chunk, sha256=digest))
+
+    async def FlushCache(
+        self, request: common_pb2.FlushCacheRequest, context: Context
+    ) -> common_pb2.FlushCacheResponse:
+        try:
+            await self._llm.call(lambda engine: engine.reset_prefix_cache())
+        except Exception as error:
+            await abort(context, error)
+        return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
+
+    def _requests(self, request: vllm_engine_pb2.GenerateRequest, tenant: Tenant) -> list[Request]:
+        for name in ("kv_transfer_params", "mm_inputs", "media_refs"):
+            if request.HasField(name):
+                raise InvalidValueError(name, "given", "this engine serves text only, and no handoff through a gateway")
+        inputs, number = self._llm.inputs, self._llm.next_number()
+        name = self._sessions.engine_id(tenant, request.request_id or f"request-{number}")
+        params = sampling_params(request.sampling_params)
+        tokenized = request.WhichOneof("input") == "tokenized"
+        ids = inputs.token_ids(list(request.tokenized.input_ids) if tokenized else request.text)
+        return list(inputs.requests(name, ids, params, number, tenant.cache_salt("")))
+
+
+def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:
+    """
+    Raises:
+        InvalidValueError: a field is outside its limits, or asks for what this engine does not do.
+    """
+    if (constraint := message.WhichOneof("constraint")) is not None:
+        raise InvalidValueError(constraint, "given", "structured output is not served yet")
+    if message.HasField("prompt_logprobs"):
+        raise InvalidValueError("prompt_logprobs", message.prompt_logprobs, "only output tokens have logprobs here")
+    if message.HasField("truncate_prompt_tokens"):
+        raise InvalidValueError("truncate_prompt_tokens", message.truncate_prompt_tokens, "prompts are not truncated")
+    fields: dict[str, Any] = {
+        "temperature": message.temperature if message.HasField("temperature") else 1.0,
+        "n": message.n or 1,
+        "top_p": message.top_p or 1.0,
+        "top_k": message.top_k,
+        "min_p": message.min_p,
+        "frequency_penalty": message.frequency_penalty,
+        "presence_penalty": message.presence_penalty,
+        "repetition_penalty": message.repetition_penalty or 1.0,
+        "max_tokens": message.max_tokens if message.HasField("max_tokens") else None,
+        "min_tokens": message.min_tokens,
+        "stop": list(message.stop),
+        "stop_token_ids": list(message.stop_token_ids),
+        "ignore_eos": message.ignore_eos,
+        "skip_special_tokens": message.skip_special_tokens,
+        "include_stop_str_in_output": message.include_stop_str_in_output,
+        "logprobs": message.logprobs if message.HasField("logprobs") else None,
+        "seed": message.seed if message.HasField("seed") else None,
+        "logit_bias": dict(message.logit_bias),
+    }
+    return SamplingParams(**fields)
+
+
+def _responses(deltas: Sequence[Delta], streaming: bool) -> list[vllm_engine_pb2.GenerateResponse]:
+    """A chunk for each sample that has something new, if it is a stream; and what completes those that ended: in a
+    stream its last tokens again, else all of them.
+
+    Raises:
+        InvalidValueError: a sample failed.
+    """
+    new: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        new.setdefault(delta.request.index, []).append(delta)
+    found: list[vllm_engine_pb2.GenerateResponse] = []
+    for sample in new.values():
+        request, tokens = sample[-1].request, [token for delta in sample for token in delta.token_ids]
+        if request.finish_reason is FinishReason.ERROR:
+            # Whoever computes this prompt gets the same; see the module's docstring.
+            raise InvalidValueError("prompt", f"{len(request.prompt_token_ids)} tokens", request.error or "failed")
+        if streaming and tokens:
+            found.append(vllm_engine_pb2.GenerateResponse(chunk=_chunk(request, sample, tokens)))
+        if sample[-1].finished:
+            ended = _complete(request, sample if streaming else None, tokens if streaming else request.generated)
+            found.append(vllm_engine_pb2.GenerateResponse(complete=ended))
+    return found
+
+
+def _chunk(request: Request, sample: Sequence[Delta], tokens: list[int]) -> vllm_engine_pb2.GenerateStreamChunk:
+    return vllm_engine_pb2.GenerateStreamChunk(
+        token_ids=tokens,
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=len(tokens),
+        cached_tokens=request.metrics.num_cached_tokens,
+        output_logprobs=_logprobs(tokens, [delta.logprobs for delta in sample if delta.logprobs is not None]),
+        index=request.index,
+    )
+
+
+def _complete(request: Request, sample: Sequence[Delta] | None, tokens: list[int]) -> vllm_engine_pb2.GenerateComplete:
+    found = request.logprobs if sample is None else [delta.logprobs for delta in sample if delta.logprobs is not None]
+    complete = vllm_engine_pb2.GenerateComplete(
+        output_ids=tokens,
+        finish_reason=request.finish_reason.value if request.finish_reason else "",
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=len(tokens),
+        cached_tokens=request.metrics.num_cached_tokens,
+        output_logprobs=_logprobs(tokens, found),
+        index=request.index,
+    )
+    if isinstance(request.stop_reason, str):
+        complete.matched_stop_str = request.stop_reason
+    elif request.stop_reason is not None:
+        complete.matched_token_id = request.stop_reason
+    return complete
+
+
+def _logprobs(tokens: Sequence[int], found: Sequence[Any]) -> vllm_engine_pb2.OutputLogProbs | None:
+    if not found:
+        return None
+    return vllm_engine_pb2.OutputLogProbs(
+        token_logprobs=[one.chosen for one in found],
+        token_ids=tokens,
+        top_logprobs=[vllm_engine_pb2.TopLogProbs(values=one.top, token_ids=one.top_ids) for one in found],
+    )
+
+
+def _zip(folder: Path) -> bytes:
+    """The tokenizer's files of a model's folder.
+
+    Raises:
+        UnavailableError: there are none.
+    """
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+        for name in names:
+            archive.write(folder / name, name)
+    if not names:
+        raise UnavailableError("the model has no tokenizer")
+    return data.getvalue()
+
+
+def add_to(server: grpc.aio.Server, service: VllmEngineService) -> None:
+    vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(service, server)

@@ -1,0 +1,110 @@
+"""The official OpenAI client against a server with its gateway, and the demo model behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headwise.runtime import LLM, SamplingParams
+from headwise.runtime.client import Client
+
+pytest.importorskip("smg")
+openai = pytest.importorskip("openai")
+
+DEADLINE_S = 120.0
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path) -> Iterator[dict[str, Any]]:
+    """``headwise serve --openai-port`` as a process of its own, as users start it."""
+    command = [
+        *(sys.executable, "-m", "headwise.runtime.cli", "serve", "--model", str(smollm2), "--name", "smollm2"),
+        *("--executor", "local", "--port", "0", "--openai-port", "0", "--max-model-len", "2048", "--json"),
+        *("--kv-memory", "512MiB"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
+@pytest.fixture(scope="module")
+def client(server: dict[str, Any]) -> Iterator[Any]:
+    with openai.OpenAI(base_url=server["openai"], api_key="none", timeout=DEADLINE_S, max_retries=0) as made:
+        yield made
+
+
+def ask(client: Any, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="smollm2", messages=QUESTION, **{"temperature": 0, "max_tokens": 16} | options
+    )
+
+
+def test_a_chat_has_the_text_of_the_driver(client: Any, smollm2: Path) -> None:
+    with LLM(smollm2, executor="local", max_model_len=2048, quiet=True, kv_memory="512MiB") as llm:
+        [expected] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    answer = ask(client)
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.choices[0].finish_reason == str(expected.outputs[0].finish_reason)
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(expected.outputs[0].token_ids)
+    streamed = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert text == expected.outputs[0].text
+    assert streamed[-1].usage.completion_tokens == answer.usage.completion_tokens
+
+
+def test_the_usual_options(client: Any) -> None:
+    two = ask(client, n=2, temperature=1.0, seed=7)
+    assert len(two.choices) == 2 and two.choices[0].message.content != two.choices[1].message.content
+    again = ask(client, n=2, temperature=1.0, seed=7)
+    assert [c.message.content for c in two.choices] == [c.message.content for c in again.choices]
+    cut = ask(client, max_tokens=2)
+    assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 2
+    whole = ask(client).choices[0].message.content
+    stopped = ask(client, stop=[whole[3:6]])
+    assert stopped.choices[0].message.content == whole[: whole.index(whole[3:6])]
+    likely = ask(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in likely)
+
+
+def test_an_aborted_stream_frees_its_blocks(client: Any, server: dict[str, Any]) -> None:
+    stream = ask(client, stream=True, max_tokens=1500)
+    next(iter(stream))
+    stream.close()
+    with Client(server["address"], timeout=DEADLINE_S) as direct:
+        for _ in range(600):
+            stats = direct.stats()
+            if stats.num_running == 0 and stats.num_free_blocks == stats.num_blocks:
+                return
+            assert direct.generate([5], SamplingParams(max_tokens=1)).completion_tokens == 1
+    raise AssertionError("the blocks were not freed")
+
+
+def test_32_streams_at_once(client: Any) -> None:
+    def one(_: int) -> str:
+        return "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True) if chunk.choices)
+
+    with ThreadPoolExecutor(32) as pool:
+        texts = list(pool.map(one, range(32)))
+    assert len(set(texts)) == 1 and texts[0]
+
+
+def test_what_is_not_served_is_the_clients_error(client: Any) -> None:
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(client, logprobs=True, top_logprobs=21)
+    assert 400 <= error.value.status_code < 500
+    assert ask(client).choices[0].message.content
