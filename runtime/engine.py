@@ -90,6 +90,11 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def num_paused(self) -> int:
+        """Requests that nobody takes tokens of at present."""
+        return self._num_paused
+
+    @property
     def request_ids(self) -> set[str]:
         """Of every request that waits or runs."""
         return {request.request_id for request, _, _ in self._live.values()}

@@ -198,6 +198,34 @@ def prefix(
     measure.run(model, load, settings, as_json=as_json, plot=plot)
 
 
+@bench.command()
+def serve(
+    model: Model,
+    tp: Tp = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 42,
+    requests: Annotated[int, typer.Option(min=1, help="Single requests, for the time to the first token.")] = 32,
+    pairs: Annotated[int, typer.Option(min=1, help="How often each way is measured, in turns.")] = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "ray",
+    max_model_len: MaxModelLen = 2048,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What the gRPC service costs: throughput and time to first token through it, and through the driver."""
+    from headwise.runtime.bench import serve as measure
+
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    measure.run(
+        model, measure.Load(batch, tokens, prompt_tokens, requests, pairs), settings, as_json=as_json, plot=plot
+    )
+
+
 def _sizes(flag: str, text: str) -> list[int]:
     """Numbers separated by commas, each once.
 
