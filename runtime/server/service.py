@@ -31,6 +31,8 @@ requests_log = logging.getLogger("headwise.requests")
 """One line a request: JSON, without prompt or output."""
 
 MAX_REQUEST_ID = 128
+KV_EVENTS_INTERVAL_S = 0.02
+"""How late a KV event may be; an engine's step takes about as long."""
 
 
 _STATS = (
@@ -246,7 +248,8 @@ class InferenceService(InferenceServiceServicer):
     async def SubscribeKvEvents(self, request: pb.SubscribeKvEventsRequest, context: Context) -> None:
         capacity = request.capacity or 1024
         try:
-            self._sessions.tenant(context)
+            if not self._sessions.tenant(context).admin:
+                raise PermissionDeniedError("which blocks tenants have is told to admins, such as a router, alone")
             if capacity > 1 << 16:
                 raise InvalidValueError("capacity", capacity, f"must be at most {1 << 16}")
             subscription = await self._llm.call(lambda engine: engine.events.subscribe(capacity))
@@ -254,11 +257,13 @@ class InferenceService(InferenceServiceServicer):
                 snapshot = await self._llm.call(lambda engine: engine.events.snapshot())
                 await self._sessions.write(context, pb.SubscribeKvEventsResponse(snapshot=snapshot))
                 while True:
-                    data = await asyncio.to_thread(subscription.get, 1.0)
-                    if data is not None:
+                    if (data := subscription.get(0)) is not None:
                         await self._sessions.write(context, pb.SubscribeKvEventsResponse(events=data))
                     elif self._llm.failure is not None:
                         raise UnavailableError("the engine has ended")
+                    else:
+                        # Not on a thread: waiting subscribers would keep those from tokenizing prompts.
+                        await asyncio.sleep(KV_EVENTS_INTERVAL_S)
         except Exception as error:
             await abort(context, error)
 

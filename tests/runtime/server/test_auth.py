@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import grpc
 import pytest
 
 from headwise.runtime import SamplingParams
-from headwise.runtime.client import ServerError
+from headwise.runtime.client import AsyncClient, ServerError
 from headwise.runtime.server.auth import Tenant, Tokens, read_tokens
 from headwise.runtime.server.errors import UnauthenticatedError
 from headwise.runtime.server.serve import ServeOptions, _checked
+from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from tests.runtime.server.conftest import Running
 
@@ -97,11 +100,20 @@ def test_a_call_without_a_valid_token_is_refused(serve: Serve, token_file: Path,
             assert error.value.code is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_only_an_admin_drains(serve: Serve, token_file: Path) -> None:
+def test_only_an_admin_drains_and_sees_the_blocks_of_all(serve: Serve, token_file: Path) -> None:
     running = serve(options={"token_file": token_file})
     with running.client(token=ALICE) as alice, pytest.raises(ServerError) as error:
         alice.drain()
     assert error.value.code is grpc.StatusCode.PERMISSION_DENIED
+
+    async def first_event(token: str) -> pb.SubscribeKvEventsResponse:
+        async with AsyncClient(running.address, token=token) as client, aclosing(client.kv_events()) as events:
+            return await anext(events)
+
+    with pytest.raises(ServerError) as error:
+        asyncio.run(first_event(ALICE))
+    assert error.value.code is grpc.StatusCode.PERMISSION_DENIED
+    assert asyncio.run(first_event(ROOT)).HasField("snapshot")
     with running.client(token=ROOT) as root:
         root.drain()
     assert running.end() == 0
