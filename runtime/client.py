@@ -139,6 +139,7 @@ class AsyncClient:
         request_id: str | None = None,
         cache_salt: str = "",
         timeout: float | None = None,
+        whole: bool = False,
     ) -> AsyncGenerator[Increment | Completion]:
         """Completes a prompt, or answers a conversation, bit by bit; the last item is the :class:`Completion`.
 
@@ -147,12 +148,14 @@ class AsyncClient:
         Args:
             request_id: for :meth:`abort`; None makes one up.
             timeout: seconds, for the whole request.
+            whole: one increment a sample, once it has ended; costs less.
 
         Raises:
             ServerError: the call failed.
         """
         name = request_id or secrets.token_hex(12)
         request = _request(prompt, sampling_params or SamplingParams(), name, cache_salt)
+        request.stream = not whole
         deadline = _deadline(timeout if timeout is not None else self._timeout)
         completion = Completion(name, [Sample(i) for i in range(request.sampling_params.n)])
         attempt = 0
@@ -178,7 +181,7 @@ class AsyncClient:
     ) -> Completion:
         """As :meth:`stream`, all at once."""
         completion: Completion | None = None
-        async for item in self.stream(prompt, sampling_params, **options):
+        async for item in self.stream(prompt, sampling_params, whole=True, **options):
             if isinstance(item, Completion):
                 completion = item
         if completion is None:

@@ -29,7 +29,7 @@ from headwise.workers.model_config import load_model_config
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WAYS = ("driver", "grpc")
+WAYS = ("driver", "grpc", "grpc streams")
 _STOP_TIMEOUT_S = 60.0
 
 
@@ -57,7 +57,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Generated tokens a second of the batch, and the median time to the first token of single requests."""
+    """Generated tokens a second of the batch, and the median time to the first token of single requests. The driver and
+    "grpc" generate the batch all at once, "grpc streams" token by token."""
 
     tok_s: float
     ttft_s: float
@@ -74,10 +75,10 @@ def run(model: str, load: Load, settings: dict[str, Any], *, as_json: bool, plot
     vocab_size = load_model_config(path).vocab_size
     rows = prompts(load.batch + load.requests + 1, load.prompt_tokens, vocab_size)
     readings: dict[str, list[Reading]] = {way: [] for way in WAYS}
-    with tqdm(total=2 * load.pairs, desc="measuring", unit="run", file=sys.stderr) as bar:
+    with tqdm(total=len(WAYS) * load.pairs, desc="measuring", unit="run", file=sys.stderr) as bar:
         for pair in range(load.pairs):
             for way in WAYS if pair % 2 == 0 else reversed(WAYS):
-                readings[way].append((_driver if way == "driver" else _server)(path, rows, load, settings))
+                readings[way].append(_read(way, path, rows, load, settings))
                 bar.update()
     throughput = _ratio([reading.tok_s for reading in readings["grpc"]], [r.tok_s for r in readings["driver"]])
     added = median(r.ttft_s for r in readings["grpc"]) - median(r.ttft_s for r in readings["driver"])
@@ -108,12 +109,14 @@ def _driver(path: Path, rows: list[list[int]], load: Load, settings: dict[str, A
         return Reading(load.batch * load.tokens / (time.perf_counter() - started), median(times[1:]))
 
 
-def _server(path: Path, rows: list[list[int]], load: Load, settings: dict[str, Any]) -> Reading:
+def _read(way: str, path: Path, rows: list[list[int]], load: Load, settings: dict[str, Any]) -> Reading:
+    if way == "driver":
+        return _driver(path, rows, load, settings)
     with _serving(path, settings) as address:
-        return asyncio.run(_ask(address, rows, load))
+        return asyncio.run(_ask(address, rows, load, streams=way == "grpc streams"))
 
 
-async def _ask(address: str, rows: list[list[int]], load: Load) -> Reading:
+async def _ask(address: str, rows: list[list[int]], load: Load, *, streams: bool) -> Reading:
     single, batch = rows[: load.requests + 1], rows[load.requests + 1 :]
     async with AsyncClient(address) as client:
         times = []
@@ -123,8 +126,13 @@ async def _ask(address: str, rows: list[list[int]], load: Load) -> Reading:
                 if first:
                     times.append(time.perf_counter() - started)
                 first = False
+
+        async def one(row: list[int]) -> None:
+            async for _ in client.stream(row, greedy(load.tokens), whole=not streams):
+                pass
+
         started = time.perf_counter()
-        await asyncio.gather(*[client.generate(row, greedy(load.tokens)) for row in batch])
+        await asyncio.gather(*map(one, batch))
         return Reading(load.batch * load.tokens / (time.perf_counter() - started), median(times[1:]))
 
 

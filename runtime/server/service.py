@@ -162,7 +162,7 @@ class InferenceService(InferenceServiceServicer):
             with_text = self._llm.inputs.tokenizer is not None
             admitted = True
             async with aclosing(sessions.run(context, tenant, requests)) as stream:
-                async for deltas in stream:
+                async for deltas in stream if requests[0].streamed else _whole(stream):
                     for increment in convert.increments(deltas, with_text):
                         await sessions.write(context, pb.GenerateResponse(increment=increment))
             result = convert.result(requests)
@@ -283,4 +283,17 @@ class InferenceService(InferenceServiceServicer):
         name = self._sessions.engine_id(tenant, request.request_id or f"request-{number}")
         params = convert.sampling_params(request.sampling_params)
         ids = convert.prompt_ids(inputs, request)
-        return list(inputs.requests(name, ids, params, number, tenant.cache_salt(request.cache_salt)))
+        requests = list(inputs.requests(name, ids, params, number, tenant.cache_salt(request.cache_salt)))
+        for one in requests:
+            one.streamed = request.stream or not request.HasField("stream")
+        return requests
+
+
+async def _whole(stream: AsyncGenerator[list[Delta]]) -> AsyncGenerator[list[Delta]]:
+    """The deltas of each sample, once it has ended."""
+    kept: dict[int, list[Delta]] = {}
+    async for deltas in stream:
+        for delta in deltas:
+            kept.setdefault(delta.request.index, []).append(delta)
+            if delta.finished:
+                yield kept.pop(delta.request.index)

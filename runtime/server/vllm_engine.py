@@ -152,7 +152,10 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         params = sampling_params(request.sampling_params)
         tokenized = request.WhichOneof("input") == "tokenized"
         ids = inputs.token_ids(list(request.tokenized.input_ids) if tokenized else request.text)
-        return list(inputs.requests(name, ids, params, number, tenant.cache_salt("")))
+        requests = list(inputs.requests(name, ids, params, number, tenant.cache_salt("")))
+        for one in requests:
+            one.streamed = request.stream
+        return requests
 
 
 def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:

@@ -18,9 +18,9 @@ def test_both_ways_are_measured(
     plot = tmp_path / "serve.png"
     run(str(checkpoint("gqa")), Load(4, 8, 10, 3, 1), settings, as_json=True, plot=plot)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line.get("way") for line in lines] == ["driver", "grpc", None]
-    assert all(line["tok_s"] > 0 and line["ttft_s"] > 0 for line in lines[:2])
-    assert lines[2]["throughput_ratio"] > 0 and lines[2]["benchmark"] == "serve" and plot.stat().st_size > 1000
+    assert [line.get("way") for line in lines] == ["driver", "grpc", "grpc streams", None]
+    assert all(line["tok_s"] > 0 and line["ttft_s"] > 0 for line in lines[:3])
+    assert lines[3]["throughput_ratio"] > 0 and lines[3]["benchmark"] == "serve" and plot.stat().st_size > 1000
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def test_a_client_gets_the_tokens_of_the_driver(
                 assert len(top) == 3 and {i for i, _ in top} <= table.keys()
         assert completion.prompt_tokens == len(PROMPT) and completion.completion_tokens == 40
         assert 0 < completion.time_to_first_token_s <= completion.total_s
+        whole = list(client.stream(PROMPT, params, whole=True))
+        assert sorted(len(item.token_ids) for item in whole[:-1]) == [20, 20]  # type: ignore[union-attr]
+        assert whole[-1].samples == completion.samples  # type: ignore[union-attr]
         again = client.generate(PROMPT, params)
         assert [s.token_ids for s in again.samples] == [s.token_ids for s in completion.samples]
         assert again.cached_tokens == 32
