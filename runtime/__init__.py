@@ -7,10 +7,24 @@ if TYPE_CHECKING:
     from headwise.runtime.llm import LLM, OutputDelta
     from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
     from headwise.runtime.sampling_params import SamplingParams
+    from headwise.runtime.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "OutputDelta", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "OutputDelta",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
-_HOMES = {"LLM": "llm", "OutputDelta": "llm", "SamplingParams": "sampling_params"}
+_HOMES = {
+    "LLM": "llm",
+    "OutputDelta": "llm",
+    "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs",
+}
 
 
 def __getattr__(name: str) -> Any:

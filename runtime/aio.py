@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -62,6 +62,7 @@ class AsyncLLM:
         self._new: deque[list[Delta]] = deque()
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._loop = EngineLoop(self._started.engine, self._fail)
+        self._grammar_thread = ThreadPoolExecutor(1, "headwise-grammars")
         self.ended = asyncio.Event()
 
     @property
@@ -77,6 +78,15 @@ class AsyncLLM:
     def next_number(self) -> int:
         """Of a request, for its name and its seed."""
         return next(self._numbers)
+
+    async def off_loop(self, function: Callable[[], T], structured: bool) -> T:
+        """Runs on a thread what checks a request, which may take a while.
+
+        Args:
+            structured: it may have a grammar compiled; such wait for each other, so that no other request does.
+        """
+        executor = self._grammar_thread if structured else None
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta]]:
         """Runs the samples of one request; yields what is new of them, until each has had its last delta.
@@ -134,7 +144,8 @@ class AsyncLLM:
             try:
                 self._loop.close()
             finally:
-                self._started.group.close()
+                self._started.close()
+                self._grammar_thread.shutdown(wait=False, cancel_futures=True)
 
         await asyncio.to_thread(close)
 

@@ -40,6 +40,7 @@ from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValue
 
 if TYPE_CHECKING:
     from headwise.runtime.sampling_params import SamplingParams
+    from headwise.runtime.structured_outputs import StructuredOutputsParams
 
 app = typer.Typer(
     name="headwise",
@@ -56,6 +57,9 @@ Temperature = Annotated[float, typer.Option(help="0 always takes the most likely
 TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from so many of the most likely tokens; 0 is all.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
+JsonSchema = Annotated[Path | None, typer.Option(help="The output is JSON of the schema in this file.")]
+Regex = Annotated[str | None, typer.Option(help="The output matches this.")]
+Choice = Annotated[list[str] | None, typer.Option(help="The output is one of these; may be given several times.")]
 
 
 def main() -> None:
@@ -78,6 +82,9 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     seed: Seed = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -93,7 +100,13 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop,
+        seed=seed,
+        structured_outputs=_structured_outputs(json_schema, regex, choice),
     )
     if server is not None:
         _ask_server(server, token, tls_ca, [{"role": "user", "content": text}] if chat else text, params, as_json)
@@ -237,6 +250,20 @@ def warmup(as_json: AsJson = False) -> None:
         _print_json({"folder": folder, "compiled": compiled, "seconds": round(seconds, 3)})
     else:
         print(f"{folder}: {f'compiled in {seconds:.1f} s' if compiled else 'ready'}")
+
+
+def _structured_outputs(
+    json_schema: Path | None, regex: str | None, choice: list[str] | None
+) -> StructuredOutputsParams | None:
+    from headwise.runtime.structured_outputs import StructuredOutputsParams
+
+    if json_schema is None and regex is None and not choice:
+        return None
+    try:
+        schema = json_schema.read_text(encoding="utf-8") if json_schema is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValueError("--json-schema", str(json_schema), f"cannot be read: {error}") from None
+    return StructuredOutputsParams(json=schema, regex=regex, choice=choice or None)
 
 
 def _ask_server(

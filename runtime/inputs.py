@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from headwise.runtime.grammars import GrammarChecker
 from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.output import TextStream
 from headwise.runtime.request import Request
@@ -31,12 +32,18 @@ class InputProcessor:
         model: ModelConfig,
         max_model_len: int,
         seed: int,
+        grammars: GrammarChecker,
         identity: KvIdentity | None = None,
     ) -> None:
         """Args: ``identity``: of the KV blocks; None: requests take no part in a prefix cache."""
         self.tokenizer = tokenizer
         self.model, self.max_model_len = model, max_model_len
-        self._seed, self._identity = seed, identity
+        self._seed, self._grammars, self._identity = seed, grammars, identity
+
+    @property
+    def takes_grammars(self) -> bool:
+        """Whether requests may ask for structured outputs here."""
+        return self._grammars.problem is None
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens.
@@ -114,13 +121,15 @@ class InputProcessor:
             cache_salt: the prefix cache is shared with requests that have the same, and no others.
 
         Raises:
-            InvalidValueError: a parameter or the salt is wrong.
+            InvalidValueError: a parameter or the salt is wrong, or a grammar, which is compiled for it if it is new.
         """
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
         _check_salt(cache_salt)
         blocks = self._identity.token_blocks(token_ids, cache_salt) if self._identity is not None else None
+        structured = params.structured_outputs
+        grammar = self._grammars.grammar(structured) if structured is not None else ""
         room = self.max_model_len - len(token_ids)
         for index in range(params.n):
             yield Request(
@@ -128,12 +137,19 @@ class InputProcessor:
                 prompt_token_ids=token_ids,
                 params=params,
                 sampling=params.row_sampling(
-                    eos_token_ids=self.model.eos_token_ids, default_seed=self._seed + number, index=index
+                    eos_token_ids=self.model.eos_token_ids,
+                    default_seed=self._seed + number,
+                    index=index,
+                    grammar=grammar,
                 ),
                 max_tokens=min(params.max_tokens or room, room),
                 index=index,
                 token_blocks=blocks.copy() if blocks is not None else None,
             )
+
+    def close(self) -> None:
+        """Leaves nothing behind. Idempotent."""
+        self._grammars.close()
 
     def text_stream(self, params: SamplingParams) -> TextStream | None:
         """For one request's output; None where there is no tokenizer."""

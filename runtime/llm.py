@@ -431,7 +431,7 @@ def _close(loop: EngineLoop, started: Started) -> None:
     try:
         loop.close()
     finally:
-        started.group.close()
+        started.close()
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Never
 
+from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling
 
@@ -53,6 +54,8 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string or the stop token's text at the end of the output's text.
         skip_special_tokens: leave special tokens out of the text.
         seed: the same seed gives the same tokens, whatever else runs. None, or -1 as in vLLM, leaves it to the engine.
+        structured_outputs: what the output has to be, such as JSON of a schema; None is any text. It ends where that is
+            complete, so goes neither with min_tokens nor with ignore_eos.
 
     Raises:
         InvalidValueError: an unknown name, a wrong type or a value outside its limit; names the field and the limit.
@@ -76,6 +79,7 @@ class SamplingParams:
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     seed: int | None
+    structured_outputs: StructuredOutputsParams | None
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class SamplingParams:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         seed: int | None = None,
+        structured_outputs: StructuredOutputsParams | None = None,
         **unknown: Never,
     ) -> None:
         if unknown:
@@ -126,9 +131,16 @@ class SamplingParams:
             include_stop_str_in_output=_flag("include_stop_str_in_output", include_stop_str_in_output),
             skip_special_tokens=_flag("skip_special_tokens", skip_special_tokens),
             seed=_seed(seed),
+            structured_outputs=_structured(structured_outputs),
         )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidValueError("min_tokens", self.min_tokens, f"must not be over max_tokens={self.max_tokens}")
+        if self.structured_outputs is not None:
+            for name, value in (("min_tokens", self.min_tokens), ("ignore_eos", self.ignore_eos)):
+                if value:
+                    raise InvalidValueError(
+                        name, value, "an output with structured_outputs ends where that is complete"
+                    )
 
     def clone(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked as if it were new."""
@@ -151,13 +163,16 @@ class SamplingParams:
             if count is not None and count > max_model_len:
                 raise InvalidValueError(name, count, f"must be at most max_model_len={max_model_len}")
 
-    def row_sampling(self, *, eos_token_ids: Collection[int], default_seed: int, index: int = 0) -> RowSampling:
+    def row_sampling(
+        self, *, eos_token_ids: Collection[int], default_seed: int, index: int = 0, grammar: str = ""
+    ) -> RowSampling:
         """What the shards need to know to sample a row of this request.
 
         Args:
             eos_token_ids: the model's; among the stop tokens unless ``ignore_eos``.
             default_seed: for a request that brings no seed.
             index: which of the ``n`` samples the row is.
+            grammar: of structured_outputs, in the shards' form.
         """
         eos = () if self.ignore_eos else eos_token_ids
         return RowSampling(
@@ -173,6 +188,7 @@ class SamplingParams:
             min_tokens=self.min_tokens,
             stop_token_ids=tuple(sorted({*self.stop_token_ids, *eos})),
             seed=_sample_seed(default_seed if self.seed is None else self.seed, index),
+            grammar=grammar,
         )
 
     def _set(self, **values: object) -> None:
@@ -210,6 +226,13 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
 def _seed(value: object) -> int | None:
     seed = -1 if value is None else _integer("seed", value, -(1 << 63), (1 << 63) - 1)
     return None if seed == -1 else seed
+
+
+def _structured(value: object) -> StructuredOutputsParams | None:
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        limit = f"must be StructuredOutputsParams, not {type(value).__name__}"
+        raise InvalidValueError("structured_outputs", value, limit)
+    return value
 
 
 def _flag(name: str, value: object) -> bool:

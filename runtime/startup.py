@@ -15,6 +15,7 @@ from headwise.cluster.group import Progress, ShardGroup
 from headwise.cluster.local import LocalShardGroup
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine import Engine
+from headwise.runtime.grammars import GrammarChecker
 from headwise.runtime.inputs import InputProcessor
 from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
@@ -37,6 +38,11 @@ class Started:
     engine: Engine
     spec: ShardSpec
     num_blocks: int
+
+    def close(self) -> None:
+        """Ends the shards; call it once the engine's thread has ended. Idempotent."""
+        self.inputs.close()
+        self.group.close()
 
 
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
@@ -79,7 +85,8 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
     scheduler = Scheduler(caching.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
     engine = Engine(group, caching.tables, scheduler, config.pipeline_depth, caching.pins, caching.events)
-    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, identity)
+    grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
+    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
     return Started(path, inputs, group, engine, spec, num_blocks)
 
 

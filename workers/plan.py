@@ -31,6 +31,7 @@ class RowSampling:
         min_tokens: until so many tokens are generated, ``stop_token_ids`` cannot be chosen.
         stop_token_ids: the tokens that would end the request, end-of-sequence among them.
         seed: the generator's key; the random number of a token is a function of (seed, position) only.
+        grammar: what the output has to match, as :mod:`headwise.workers.grammar` says; empty is anything.
     """
 
     temperature: float = 0.0
@@ -45,6 +46,7 @@ class RowSampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

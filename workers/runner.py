@@ -140,20 +140,22 @@ class Runner:
         lengths_B = self._length_R[rows_B]
         rows: list[int] = rows_B.tolist()
         generated = (lengths_B - self._prompt_len_R[rows_B]).tolist()
+        why: dict[int, str] = {}
         if self._sampler.greedy_only(rows, generated):
             tokens_B, finite_B = self._greedy(logits_BV)
         else:
-            tokens_B, finite_B = self._draw(logits_BV, rows, lengths_B.tolist(), generated, output)
+            tokens_B, finite_B, why = self._draw(logits_BV, rows, lengths_B.tolist(), generated, output)
         self._tokens_RL[self._to_device(rows_B), self._to_device(lengths_B)] = tokens_B
         self._length_R[rows_B] += 1
         tokens: list[int] = tokens_B.tolist()
         self._sampler.observe(rows, tokens_B)
         for row, token, finite in zip(rows, tokens, finite_B.tolist(), strict=True):
             if finite:
+                self._sampler.accept(row, token)
                 output.tokens.append((row, token))
             else:
                 output.logprobs.pop(row, None)
-                output.failed.append((row, "the model's logits are not finite"))
+                output.failed.append((row, why.get(row, "the model's logits are not finite")))
 
     def _greedy(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """The best token of each row; ranks exchange their best (value, id) instead of their logits."""
@@ -169,18 +171,19 @@ class Runner:
 
     def _draw(
         self, logits_BV: Tensor, rows: list[int], positions: list[int], generated: list[int], output: StepOutput
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, dict[int, str]]:
         """Rank 0 samples from all logits; the others take its word, so that ranks can never disagree."""
         single = self._collectives.world_size == 1
         all_BV = logits_BV if single else self._collectives.all_gather(logits_BV, self._vocab_sizes)
         chosen_2B = torch.zeros((2, len(rows)), dtype=torch.int64, device=self._device)
+        failed: dict[int, str] = {}
         if self._collectives.rank == 0:
             result = self._sampler.sample(all_BV, rows, positions, generated)
-            chosen_2B[0], chosen_2B[1] = result.tokens_B, result.finite_B
+            chosen_2B[0], chosen_2B[1], failed = result.tokens_B, result.finite_B, result.failed
             output.logprobs.update(result.logprobs())
         if not single:
             self._collectives.broadcast_(chosen_2B, 0)
-        return chosen_2B[0], chosen_2B[1].bool()
+        return chosen_2B[0], chosen_2B[1].bool(), failed
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -1,7 +1,8 @@
 """Logits to tokens: penalties, truncation, and a random choice that depends on (seed, position) only.
 
 The order is the one vLLM's users know: log-probabilities are taken from the raw logits; then logit_bias, the
-min_tokens mask, repetition penalty, frequency and presence penalties, temperature, min_p, top_k, top_p.
+min_tokens mask, repetition penalty, frequency and presence penalties, the grammar's mask, temperature, min_p, top_k,
+top_p.
 
 The choice is the inverse of the cumulative distribution at one uniform number. Tokens are laid out in token-id order,
 not by probability: noise of 1e-6 in the logits (another number of shards, another batch) moves each boundary by about
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from headwise.workers.cpu.argmax import argmax
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.grammar import Constraint, GrammarError, Grammars
 from headwise.workers.plan import RowSampling, TokenLogprobs
 
 GREEDY_TEMPERATURE = 1e-5
@@ -69,11 +71,13 @@ class SampleResult:
     """One token for each row of a :meth:`Sampler.sample`; everything is still on the device.
 
     Attributes:
-        tokens_B: int64.  finite_B: bool; where it is False the logits were not finite and the token means nothing.
+        tokens_B: int64.  finite_B: bool; where it is False there is no token to choose, and the token means nothing.
+        failed: by row, why there is none, where that is not that its logits were not finite.
     """
 
     tokens_B: Tensor
     finite_B: Tensor
+    failed: dict[int, str] = field(default_factory=dict)
     _reported: _Reported | None = None
 
     def logprobs(self) -> dict[int, TokenLogprobs]:
@@ -88,10 +92,15 @@ class Sampler:
         vocab_size: the number of logits of a row.
         max_rows: rows are in [0, max_rows).
         device: where the logits will be.
+        grammars: None on a rank that never samples, which then ignores the rows' grammars.
     """
 
-    def __init__(self, vocab_size: int, max_rows: int, device: torch.device | str) -> None:
+    def __init__(
+        self, vocab_size: int, max_rows: int, device: torch.device | str, grammars: Grammars | None = None
+    ) -> None:
         self.vocab_size, self.max_rows, self.device = vocab_size, max_rows, torch.device(device)
+        self._grammars = grammars
+        self._constraints: dict[int, Constraint] = {}
         self._sampling: dict[int, RowSampling] = {}
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}
         self._stops: dict[int, Tensor] = {}
@@ -122,11 +131,13 @@ class Sampler:
             self._bias[row] = (_tensor(ids, torch.int64, self.device), _tensor(values, torch.float32, self.device))
         if sampling.min_tokens > 0 and sampling.stop_token_ids:
             self._stops[row] = _tensor(sampling.stop_token_ids, torch.int64, self.device)
+        if sampling.grammar and self._grammars is not None:
+            self._constraints[row] = self._grammars.constraint(sampling.grammar, generated)
         self._sampling[row] = sampling
 
     def drop(self, row: int) -> None:
         """Free a row; one that is not in use is no error."""
-        for state in (self._sampling, self._bias, self._stops):
+        for state in (self._sampling, self._bias, self._stops, self._constraints):
             state.pop(row, None)
         self._penalties.drop(row)
 
@@ -138,7 +149,7 @@ class Sampler:
         """
         for i, row in enumerate(rows):
             sampling = self._sampling[row]
-            if sampling.temperature >= GREEDY_TEMPERATURE or sampling.num_logprobs >= 0:
+            if sampling.temperature >= GREEDY_TEMPERATURE or sampling.num_logprobs >= 0 or sampling.grammar:
                 return False
             if row in self._bias or row in self._penalties:
                 return False
@@ -159,6 +170,7 @@ class Sampler:
         """
         sampling = [self._sampling[row] for row in rows]
         processed_BV = self._process(logits_BV, rows, num_generated)
+        failed = self._constrain(processed_BV, rows)
         finite_B = logits_BV.amax(-1).isfinite()
         tokens_B = torch.zeros(len(rows), dtype=torch.int64, device=logits_BV.device)
         plain = [i for i, s in enumerate(sampling) if s.temperature < GREEDY_TEMPERATURE]
@@ -172,14 +184,15 @@ class Sampler:
             uniforms = [uniform(sampling[i].seed, positions[i]) for i in part]
             tokens, finite = _choose(_take(processed_BV, index), [sampling[i] for i in part], uniforms)
             tokens_B[index], finite_B[index] = tokens, finite_B[index] & finite
+        if failed:
+            finite_B[_tensor([rows.index(row) for row in failed], torch.int64, self.device)] = False
         asked = [i for i, s in enumerate(sampling) if s.num_logprobs >= 0]
         if not asked:
-            return SampleResult(tokens_B, finite_B)
+            return SampleResult(tokens_B, finite_B, failed)
         index = _tensor(asked, torch.int64, self.device)
         counts = {rows[i]: sampling[i].num_logprobs for i in asked}
-        return SampleResult(
-            tokens_B, finite_B, _report(_take(logits_BV, index), tokens_B[index], finite_B[index], counts)
-        )
+        reported = _report(_take(logits_BV, index), tokens_B[index], finite_B[index], counts)
+        return SampleResult(tokens_B, finite_B, failed, reported)
 
     def observe(self, rows: Sequence[int], tokens_B: Tensor) -> None:
         """Count the chosen tokens for the penalties; every rank calls it, also one that did not sample.
@@ -189,13 +202,18 @@ class Sampler:
         """
         self._penalties.observe(rows, tokens_B)
 
+    def accept(self, row: int, token: int) -> None:
+        """Moves a row on in its grammar, if it has one."""
+        if row in self._constraints:
+            self._constraints[row].accept(token)
+
     def _process(self, logits_BV: Tensor, rows: Sequence[int], num_generated: Sequence[int]) -> Tensor:
-        """The logits after bias, min_tokens mask and penalties; the same tensor if no row has any."""
+        """The logits after bias, min_tokens mask and penalties; the same tensor if no row has any, nor a grammar."""
         biased = [i for i, row in enumerate(rows) if row in self._bias]
         masked = [i for i, row in enumerate(rows) if row in self._stops]
         masked = [i for i in masked if num_generated[i] < self._sampling[rows[i]].min_tokens]
         penalised = [i for i, row in enumerate(rows) if row in self._penalties]
-        if not (biased or masked or penalised):
+        if not (biased or masked or penalised or any(row in self._constraints for row in rows)):
             return logits_BV
         processed_BV = logits_BV.clone()
         for i in biased:
@@ -208,6 +226,20 @@ class Sampler:
             sampling = {rows[i]: self._sampling[rows[i]] for i in part}
             processed_BV[index] = self._penalties.apply(_take(processed_BV, index), sampling)
         return processed_BV
+
+    def _constrain(self, processed_BV: Tensor, rows: Sequence[int]) -> dict[int, str]:
+        """Leaves the rows with a grammar only what it allows; the rows that have failed, and why."""
+        failed = {}
+        for i, row in enumerate(rows):
+            if row not in self._constraints:
+                continue
+            try:
+                banned_V = torch.from_numpy(~self._constraints[row].allowed())
+            except GrammarError as error:
+                failed[row] = str(error)
+            else:
+                processed_BV[i].masked_fill_(banned_V.to(self.device), -math.inf)
+        return failed
 
     def _chunks(self, rows: list[int]) -> list[list[int]]:
         size = max(1, _CHUNK_LOGITS // self.vocab_size) if self.device.type == "cpu" else self.max_rows

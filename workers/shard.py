@@ -16,6 +16,7 @@ from headwise.workers.collectives import Collectives
 from headwise.workers.copier import Copier
 from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.grammar import Grammars
 from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.kv_store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.llama import Llama
@@ -57,6 +58,7 @@ class Shard:
         self._model: Model | None = None
         self._kv_cache: KVCache | None = None
         self._runner: Runner | None = None
+        self._grammars: Grammars | None = None
         self._host: HostStore | None = None
         self._disk: DiskStore | None = None
         self._copier: Copier | None = None
@@ -126,10 +128,12 @@ class Shard:
             scale=self._config.head_dim**-0.5,
             num_threads=self._num_threads,
         )
+        if self._collectives.rank == 0:
+            self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
         self._runner = Runner(
             self._model,
             attention,
-            Sampler(self._config.vocab_size, spec.max_num_seqs, self._device),
+            Sampler(self._config.vocab_size, spec.max_num_seqs, self._device, self._grammars),
             self._collectives,
             vocab_sizes=[stop - start for start, stop in (p.vocab for p in self._partitions)],
             block_size=spec.block_size,
@@ -185,7 +189,9 @@ class Shard:
         ended = self._copier.close() if self._copier is not None else True
         if self._disk is not None and ended:
             self._disk.close()  # a copier's thread that has not ended would use what was closed under it
-        self._copier = self._host = self._disk = None
+        if self._grammars is not None:
+            self._grammars.close()
+        self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
 

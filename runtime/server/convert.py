@@ -9,6 +9,7 @@ from headwise.runtime.engine import Delta
 from headwise.runtime.inputs import InputProcessor
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
@@ -39,6 +40,8 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         fields["stop"] = list(message.stop)
     if message.stop_token_ids:
         fields["stop_token_ids"] = list(message.stop_token_ids)
+    if message.HasField("structured_outputs"):
+        fields["structured_outputs"] = _structured_outputs(message.structured_outputs)
     return SamplingParams(**fields)
 
 
@@ -50,6 +53,10 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
     for name in _SCALARS:
         if (value := getattr(params, name)) is not None:
             setattr(message, name, value)
+    if params.structured_outputs is not None:
+        [(kind, value)] = params.structured_outputs.given.items()
+        given = {kind: pb.Choice(choices=value) if kind == "choice" else value}
+        message.structured_outputs.CopyFrom(pb.StructuredOutputs(**given))
     return message
 
 
@@ -123,6 +130,14 @@ def result(requests: Sequence[Request]) -> pb.GenerateResult:
         elif request.stop_reason is not None:
             sample.stop_token_id = request.stop_reason
     return message
+
+
+def _structured_outputs(message: pb.StructuredOutputs) -> StructuredOutputsParams:
+    if (kind := message.WhichOneof("kind")) is None:
+        return StructuredOutputsParams()  # which refuses
+    value = getattr(message, kind)
+    fields: dict[str, Any] = {kind: list(value.choices) if kind == "choice" else value}
+    return StructuredOutputsParams(**fields)
 
 
 def _logprobs(logprobs: TokenLogprobs) -> pb.TokenLogprobs:

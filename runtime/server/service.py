@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -21,6 +22,7 @@ from headwise.runtime.server import convert
 from headwise.runtime.server.auth import Tenant, Tokens
 from headwise.runtime.server.errors import PermissionDeniedError, StalledError, UnavailableError, abort, code_of
 from headwise.runtime.server.metrics import Metrics
+from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceServicer
 from headwise.workers.errors import InvalidValueError
@@ -158,7 +160,8 @@ class InferenceService(InferenceServiceServicer):
         admitted = False
         try:
             tenant = sessions.tenant(context)
-            requests = await asyncio.to_thread(self._requests, request, tenant)
+            structured = request.sampling_params.HasField("structured_outputs")
+            requests = await self._llm.off_loop(partial(self._requests, request, tenant), structured)
             with_text = self._llm.inputs.tokenizer is not None
             admitted = True
             async with aclosing(sessions.run(context, tenant, requests)) as stream:
@@ -234,6 +237,8 @@ class InferenceService(InferenceServiceServicer):
                 max_messages=MAX_MESSAGES,
                 max_prompt_bytes=MAX_PROMPT_BYTES,
                 max_queued_requests=llm.max_queued_requests,
+                max_grammar_bytes=MAX_GRAMMAR_BYTES if inputs.takes_grammars else 0,
+                max_choices=MAX_CHOICES if inputs.takes_grammars else 0,
             ),
         )
 

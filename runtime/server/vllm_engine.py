@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.auth import Tenant
 from headwise.runtime.server.errors import UnavailableError, abort
 from headwise.runtime.server.service import Context, Sessions
+from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 
 SERVICE = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
@@ -50,7 +52,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             tenant = sessions.tenant(context)
             self._last_request = time.time()
-            requests = await asyncio.to_thread(self._requests, request, tenant)
+            structured = request.sampling_params.WhichOneof("constraint") is not None
+            requests = await self._llm.off_loop(partial(self._requests, request, tenant), structured)
             admitted = True
             async with aclosing(sessions.run(context, tenant, requests)) as stream:
                 async for deltas in stream:
@@ -163,8 +166,6 @@ def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:
     Raises:
         InvalidValueError: a field is outside its limits, or asks for what this engine does not do.
     """
-    if (constraint := message.WhichOneof("constraint")) is not None:
-        raise InvalidValueError(constraint, "given", "structured output is not served yet")
     if message.HasField("prompt_logprobs"):
         raise InvalidValueError("prompt_logprobs", message.prompt_logprobs, "only output tokens have logprobs here")
     if message.HasField("truncate_prompt_tokens"):
@@ -188,8 +189,29 @@ def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:
         "logprobs": message.logprobs if message.HasField("logprobs") else None,
         "seed": message.seed if message.HasField("seed") else None,
         "logit_bias": dict(message.logit_bias),
+        "structured_outputs": _structured_outputs(message),
     }
     return SamplingParams(**fields)
+
+
+_KINDS = {
+    "json_schema": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+    "choice": "choice",
+    "json_object": "json_object",
+}
+
+
+def _structured_outputs(message: vllm_engine_pb2.SamplingParams) -> StructuredOutputsParams | None:
+    constraint = message.WhichOneof("constraint")
+    if constraint is None or (constraint == "json_object" and not message.json_object):
+        return None
+    if constraint not in _KINDS:
+        raise InvalidValueError(constraint, "given", f"this engine takes {', '.join(_KINDS)}")
+    value = getattr(message, constraint)
+    fields: dict[str, Any] = {_KINDS[constraint]: list(value.choices) if constraint == "choice" else value}
+    return StructuredOutputsParams(**fields)
 
 
 def _responses(deltas: Sequence[Delta], streaming: bool) -> list[vllm_engine_pb2.GenerateResponse]:

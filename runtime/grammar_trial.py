@@ -1,0 +1,143 @@
+"""``python -m headwise.runtime.grammar_trial``: compiles strangers' grammars where nothing can be broken.
+
+A grammar of a few hundred bytes can overflow the compiler's stack, which ends its process, or take minutes and
+gigabytes (``{"multipleOf": 9000001}``). Here each is compiled in a process of its own, forked from one that has the
+tokenizer, with little stack, memory and time. What passes has the same limits on the shards, and so compiles there too.
+
+Frames go in and out: a 4-byte little-endian length, then JSON. In goes one of the fields of StructuredOutputsParams;
+out comes ``{"grammar": …}``, for the shards, or ``{"error": …}``. The first one out is ``{}`` if there is a tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from headwise.workers.grammar import GrammarError, allowed, compile_grammar, load_tokenizer, shorten
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+CPU_SECONDS, WALL_SECONDS = 0.5, 5.0
+"""A schema of 1,000 properties takes 40 ms. The second is for what waits instead of computing, or gets no core."""
+MEMORY_BYTES = 64 << 20
+"""More than the process has already."""
+STACK_BYTES = 1 << 20
+"""Less than any thread of a shard has."""
+
+# A blank, or a line break with an indentation. Unbounded, small models fill the rest of an output with it.
+_WHITESPACE = r"(\x20|\n[\x20\x09]{0,40})"
+
+
+def read_frame(stream: IO[bytes]) -> str | None:
+    """None at the end."""
+    header = stream.read(4)
+    return stream.read(struct.unpack("<I", header)[0]).decode() if len(header) == 4 else None
+
+
+def write_frame(stream: IO[bytes], text: str) -> None:
+    data = text.encode()
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def convert(kind: str, value: Any) -> str:
+    """What a request asks for, in llguidance's form.
+
+    Args:
+        kind: a field of StructuredOutputsParams.  value: of that field.
+
+    Raises:
+        ValueError: it cannot be parsed.
+    """
+    from llguidance import LLMatcher, regex_to_lark
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    match kind:
+        case "json" | "json_object":
+            schema = value if kind == "json" else '{"type": "object"}'
+            return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
+        case "regex":
+            # As in JSON schemas: a model that is asked for \\d otherwise answers with the digits of any script.
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'dw')}/")
+        case "choice":
+            # A terminal, in capitals: the lexer takes any number of alternatives, the parser a few hundred.
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(value))
+    except GbnfToLarkError as error:
+        raise ValueError(str(error)) from error
+
+
+def try_out(tokenizer: LLTokenizer, vocab_size: int, question: str) -> str:
+    """The answer to a frame, found in a process that is ended should it take too much."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read_end)
+            _confine()
+            with os.fdopen(write_end, "w") as stream:
+                json.dump(_answer(tokenizer, vocab_size, question), stream)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as stream:
+        answer = stream.read().decode(errors="replace")
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        return answer or json.dumps({"error": "takes too much memory to compile"})
+    if os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM):
+        return json.dumps({"error": f"takes more than {CPU_SECONDS:g} s to compile"})
+    return json.dumps({"error": "is nested too deep, or takes too much memory to compile"})
+
+
+def _answer(tokenizer: LLTokenizer, vocab_size: int, question: str) -> dict[str, str]:
+    [(kind, value)] = json.loads(question).items()
+    try:
+        grammar = convert(kind, value)
+        matcher = compile_grammar(tokenizer, grammar)
+        mask_V = allowed(matcher, vocab_size)
+    except (GrammarError, ValueError) as error:
+        return {"error": shorten(str(error))}
+    except (MemoryError, RecursionError):
+        return {"error": "is nested too deep, or takes too much memory to compile"}
+    if problem := matcher.get_error():
+        return {"error": shorten(problem)}
+    return {"grammar": grammar} if mask_V.any() else {"error": "allows no token of the model's vocabulary"}
+
+
+def _confine() -> None:
+    """In the child: what it may use; more ends it by a signal."""
+    pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+    memory = pages * resource.getpagesize() + MEMORY_BYTES
+    limits = ((resource.RLIMIT_AS, memory), (resource.RLIMIT_STACK, STACK_BYTES), (resource.RLIMIT_CORE, 0))
+    for which, limit in limits:
+        hard = resource.getrlimit(which)[1]
+        resource.setrlimit(which, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+
+
+def main(model_dir: str, vocab_size: str, eos_token_ids: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent closes the pipe when it is time
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        tokenizer = load_tokenizer(Path(model_dir), int(vocab_size), [int(i) for i in eos_token_ids.split(",")])
+    except (OSError, ValueError) as error:
+        write_frame(stdout, json.dumps({"error": f"the model's tokenizer.json is of no use: {shorten(str(error))}"}))
+        return
+    write_frame(stdout, "{}")
+    while (question := read_frame(stdin)) is not None:
+        write_frame(stdout, try_out(tokenizer, int(vocab_size), question))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""What an output has to be: JSON of a schema, one of some strings, or a text that a regex or a grammar describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+from headwise.workers.errors import InvalidValueError
+
+JsonText: TypeAlias = str
+
+MAX_GRAMMAR_BYTES = 128 << 10
+"""Of a schema, regex or grammar, or of all choices: five times what OpenAI's API takes of a schema's names."""
+MAX_CHOICES = 1024
+
+
+@dataclass(frozen=True, init=False)
+class StructuredOutputsParams:
+    """What the output has to be; exactly one of these is given. Names as in vLLM. Immutable.
+
+    Attributes:
+        json: a JSON schema, as a dict or as text; kept as text. Between the parts of the output there may be a blank,
+            or a line break with up to 40 blanks. See
+            https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md for what a schema may use.
+        regex: of the whole output, in the syntax of https://docs.rs/regex; as in JSON schemas, \\d and \\w are ASCII.
+        choice: strings, one of which is the output. Kept as a tuple.
+        grammar: a context-free one, in llguidance's Lark syntax or llama.cpp's GBNF.
+        json_object: any JSON object.
+
+    Raises:
+        InvalidValueError: none or several are given, or one has a wrong type, or is too long. Whether a grammar is
+            well-formed shows when it is compiled, before the request is taken.
+    """
+
+    json: JsonText | None
+    regex: str | None
+    choice: tuple[str, ...] | None
+    grammar: str | None
+    json_object: bool
+
+    def __init__(
+        self,
+        *,
+        json: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+        json_object: bool = False,
+    ) -> None:
+        if not isinstance(json_object, bool):
+            raise InvalidValueError(_name("json_object"), json_object, "must be True or False")
+        given = {"json": json, "regex": regex, "choice": choice, "grammar": grammar, "json_object": json_object or None}
+        found = [name for name, value in given.items() if value is not None]
+        if len(found) != 1:
+            names = ", ".join(field.name for field in fields(self))
+            raise InvalidValueError("structured_outputs", " and ".join(found) or None, f"must be one of {names}")
+        self._set(
+            json=None if json is None else _schema(json),
+            regex=None if regex is None else _text("regex", regex),
+            choice=None if choice is None else _choice(choice),
+            grammar=None if grammar is None else _text("grammar", grammar),
+            json_object=json_object,
+        )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The one that is given, by its name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in (None, False)}
+
+    @property
+    def field(self) -> str:
+        """The name of the one that is given, for messages."""
+        return _name(next(iter(self.given)))
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def _name(field: str) -> str:
+    return f"structured_outputs.{field}"
+
+
+def _schema(schema: object) -> JsonText:
+    name = _name("json")
+    try:
+        if isinstance(schema, Mapping):
+            schema = json.dumps(schema, allow_nan=False)
+        text = _text("json", schema)
+        if not isinstance(json.loads(text), dict):
+            raise InvalidValueError(name, text, "must be a JSON schema that is an object")
+    except InvalidValueError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValueError(name, f"{type(schema).__name__}", f"must be a JSON schema: {error}") from None
+    return text
+
+
+def _choice(choice: object) -> tuple[str, ...]:
+    name = _name("choice")
+    if not isinstance(choice, Sequence) or isinstance(choice, (str, bytes)):
+        raise InvalidValueError(name, choice, f"must be a list of strings, not {type(choice).__name__}")
+    if not 1 <= len(choice) <= MAX_CHOICES:
+        raise InvalidValueError(name, f"{len(choice)} strings", f"must be 1 to {MAX_CHOICES}")
+    texts = tuple(_text("choice", text) for text in choice)
+    if (size := sum(len(text.encode()) for text in texts)) > MAX_GRAMMAR_BYTES:
+        raise InvalidValueError(name, f"{size} bytes", f"at most {MAX_GRAMMAR_BYTES} in all")
+    return texts
+
+
+def _text(field: str, text: object) -> str:
+    name = _name(field)
+    if not isinstance(text, str):
+        raise InvalidValueError(name, text, f"must be a string, not {type(text).__name__}")
+    if not text:
+        raise InvalidValueError(name, text, "must not be empty")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        limit = f"character {error.start} is half of a surrogate pair, which is no text"
+        raise InvalidValueError(name, text, limit) from None
+    if size > MAX_GRAMMAR_BYTES:
+        raise InvalidValueError(name, f"{size} bytes", f"at most {MAX_GRAMMAR_BYTES}")
+    return text
