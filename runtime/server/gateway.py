@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 from contextlib import suppress
@@ -41,15 +42,24 @@ def check_gateway() -> None:
 class Gateway:
     """Runs ``smg launch`` against one engine, and starts it again should it end by itself."""
 
-    def __init__(self, host: str, port: int, engine_port: int, model_path: Path) -> None:
-        """Args: ``port``: to serve OpenAI's HTTP on; ``engine_port``: of this process's gRPC, on loopback."""
+    def __init__(
+        self, host: str, port: int, engine_port: int, model_path: Path, tls: tuple[Path, Path] | None = None
+    ) -> None:
+        """
+        Args:
+            port: to serve OpenAI's HTTP on.
+            engine_port: of this process's gRPC, on loopback and without TLS.
+            tls: a certificate and its key, to serve HTTPS with.
+        """
         self._host, self.port = host, port or _free_port(host)
+        self._tls = _unverified() if tls is not None else None
         self._command = [
             *(sys.executable, "-m", "smg", "launch"),
             *("--host", host, "--port", str(self.port)),
             *("--worker-urls", f"grpc://127.0.0.1:{engine_port}"),
             *("--model-path", str(model_path)),
             *("--prometheus-port", str(_free_port("127.0.0.1")), "--prometheus-host", "127.0.0.1"),
+            *(("--tls-cert-path", str(tls[0]), "--tls-key-path", str(tls[1])) if tls is not None else ()),
         ]
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -103,16 +113,22 @@ class Gateway:
             await self._launch()
 
     async def _answers(self) -> bool:
-        """Whether it serves the engine's model."""
+        """Whether it serves the engine's model: it lists it before it has its tokenizer."""
         with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-            reader, writer = await asyncio.open_connection(self._host, self.port)
+            reader, writer = await asyncio.open_connection(self._host, self.port, ssl=self._tls)
             try:
-                writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                answer = await asyncio.wait_for(reader.read(), 5.0)
-                return answer.startswith(b"HTTP/1.1 200") and b'"id"' in answer
+                writer.write(b"GET /readiness HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return (await asyncio.wait_for(reader.read(), 5.0)).startswith(b"HTTP/1.1 200")
             finally:
                 writer.close()
         return False
+
+
+def _unverified() -> ssl.SSLContext:
+    """To ask a child on this host whether it is up, by whatever name its certificate has."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _die_with_parent() -> None:

@@ -139,6 +139,7 @@ class Server:
             health = HealthMonitor(sessions, [_SERVICE], self._options.step_timeout_s)
             server = self._make_server(sessions, health)
             port = self._bind(server)
+            internal = server.add_insecure_port("127.0.0.1:0") if self._options.openai_port is not None else 0
             metrics_port = None
             if self._options.metrics_port is not None:
                 metrics_port, stop = _serve_metrics(metrics, self._options.host, self._options.metrics_port)
@@ -149,7 +150,7 @@ class Server:
             stack.callback(monitor.cancel)
             gateway = None
             if self._options.openai_port is not None:
-                gateway = Gateway(self._options.host, self._options.openai_port, port, self._llm.model_path)
+                gateway = self._make_gateway(self._options.openai_port, internal)
                 stack.push_async_callback(gateway.stop)
                 await gateway.start()
             ready(self._about(port, metrics_port, gateway))
@@ -199,6 +200,18 @@ class Server:
         reflection.enable_server_reflection(names, server)
         return server
 
+    def _make_gateway(self, port: int, engine_port: int) -> Gateway:
+        """
+        Raises:
+            InvalidValueError: the model has no tokenizer, which the gateway needs.
+        """
+        if self._llm.inputs.tokenizer is None:
+            raise InvalidValueError("--openai-port", port, "the model's directory has no tokenizer")
+        options, tls = self._options, None
+        if options.tls_cert is not None and options.tls_key is not None:
+            tls = options.tls_cert, options.tls_key
+        return Gateway(options.host, port, engine_port, self._llm.model_path, tls)
+
     def _bind(self, server: grpc.aio.Server) -> int:
         """
         Raises:
@@ -229,7 +242,7 @@ class Server:
         if metrics_port is not None:
             about["metrics"] = f"{options.host}:{metrics_port}"
         if gateway is not None:
-            about["openai"] = f"http://{options.host}:{gateway.port}/v1"
+            about["openai"] = f"{'https' if about['tls'] else 'http'}://{options.host}:{gateway.port}/v1"
         return about
 
 
@@ -242,9 +255,11 @@ def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | No
     _check_exposure(options, tokens, credentials)
     if options.openai_port is not None:
         check_gateway()
-        if tokens or credentials is not None:
-            limit = "the gateway calls this server without a token and without TLS"
-            raise InvalidValueError("--openai-port", options.openai_port, limit, "run it on its own, or leave one out")
+        if tokens or options.tls_client_ca is not None:
+            flag = "--token-file" if tokens else "--tls-client-ca"
+            limit = f"the gateway would let in whom {flag} keeps out: it does not pass on who its clients are"
+            fix = f"leave {flag} out, or run a gateway of your own in front that knows its clients"
+            raise InvalidValueError("--openai-port", options.openai_port, limit, fix)
     return tokens, credentials
 
 

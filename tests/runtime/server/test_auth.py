@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -119,27 +118,6 @@ def test_only_an_admin_drains_and_sees_the_blocks_of_all(serve: Serve, token_fil
     assert running.end() == 0
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two authorities, and from each a certificate for 127.0.0.1: good.pem, good.key and other.pem, other.key."""
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30, cwd=folder)
-
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name in ("good", "other"):
-        subject = f"/CN={name}"
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"{subject}-ca",
-                "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem")  # fmt: skip
-        openssl(
-            "req", "-newkey", "rsa:2048", "-nodes", "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.csr"
-        )
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-CAkey", f"{name}-ca.key",
-                "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
-    return folder
-
-
 def test_tls_and_certificates_of_clients(serve: Serve, certificates: Path) -> None:
     tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
     good, other = certificates / "good-ca.pem", certificates / "other-ca.pem"
@@ -182,6 +160,9 @@ def test_hosts_that_are_not(options: dict[str, Any]) -> None:
     _checked(ServeOptions("tiny", **options))
 
 
-def test_the_gateway_has_no_token(token_file: Path) -> None:
-    with pytest.raises(InvalidValueError, match="--openai-port"):
-        _checked(ServeOptions("tiny", token_file=token_file, openai_port=0))
+def test_the_gateway_lets_in_nobody_who_is_kept_out(token_file: Path, certificates: Path) -> None:
+    good = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
+    for options in ({"token_file": token_file}, good | {"tls_client_ca": certificates / "good-ca.pem"}):
+        with pytest.raises(InvalidValueError, match="--openai-port"):
+            _checked(ServeOptions("tiny", openai_port=0, **options))
+    _checked(ServeOptions("tiny", openai_port=0, **good))

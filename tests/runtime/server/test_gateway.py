@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headwise.runtime import LLM, SamplingParams
+from headwise.runtime import LLM, SamplingParams, StructuredOutputsParams
 from headwise.runtime.client import Client
 
 pytest.importorskip("smg")
@@ -24,13 +26,14 @@ DEADLINE_S = 120.0
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 
 
-@pytest.fixture(scope="module")
-def server(smollm2: Path) -> Iterator[dict[str, Any]]:
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[dict[str, Any]]:
     """``headwise serve --openai-port`` as a process of its own, as users start it."""
     command = [
-        *(sys.executable, "-m", "headwise.runtime.cli", "serve", "--model", str(smollm2), "--name", "smollm2"),
+        *(sys.executable, "-m", "headwise.runtime.cli", "serve", "--model", str(model), "--name", "smollm2"),
         *("--executor", "local", "--port", "0", "--openai-port", "0", "--max-model-len", "2048", "--json"),
         *("--kv-memory", "512MiB"),
+        *options,
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
@@ -42,6 +45,12 @@ def server(smollm2: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def server(smollm2: Path) -> Iterator[dict[str, Any]]:
+    with serving(smollm2) as about:
+        yield about
+
+
+@pytest.fixture(scope="module")
 def client(server: dict[str, Any]) -> Iterator[Any]:
     with openai.OpenAI(base_url=server["openai"], api_key="none", timeout=DEADLINE_S, max_retries=0) as made:
         yield made
@@ -49,7 +58,7 @@ def client(server: dict[str, Any]) -> Iterator[Any]:
 
 def ask(client: Any, **options: Any) -> Any:
     return client.chat.completions.create(
-        model="smollm2", messages=QUESTION, **{"temperature": 0, "max_tokens": 16} | options
+        **{"model": "smollm2", "messages": QUESTION, "temperature": 0, "max_tokens": 16} | options
     )
 
 
@@ -81,6 +90,35 @@ def test_the_usual_options(client: Any) -> None:
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in likely)
 
 
+def test_json_of_a_schema(client: Any, smollm2: Path) -> None:
+    fields = {"name": {"type": "string", "maxLength": 20}, "legs": {"type": "integer", "minimum": 0, "maximum": 8}}
+    schema = {"type": "object", "properties": fields, "required": ["name", "legs"], "additionalProperties": False}
+    question = [{"role": "user", "content": "Describe a dog as JSON with name and legs."}]
+    shape = {"type": "json_schema", "json_schema": {"name": "animal", "schema": schema, "strict": True}}
+    answer = ask(client, messages=question, response_format=shape, max_tokens=64)
+    text, found = answer.choices[0].message.content, json.loads(answer.choices[0].message.content)
+    assert answer.choices[0].finish_reason == "stop"
+    assert found.keys() == {"name", "legs"} and len(found["name"]) <= 20 and 0 <= found["legs"] <= 8
+    streamed = ask(client, messages=question, response_format=shape, max_tokens=64, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == text
+    with LLM(smollm2, executor="local", max_model_len=2048, quiet=True, kv_memory="512MiB") as llm:
+        params = SamplingParams(
+            temperature=0, max_tokens=64, structured_outputs=StructuredOutputsParams(json=json.dumps(schema))
+        )
+        assert llm.chat(question, params, use_tqdm=False)[0].outputs[0].text == text
+
+
+def test_any_json_and_a_schema_that_is_none(client: Any) -> None:
+    answer = ask(client, response_format={"type": "json_object"}, max_tokens=200)
+    text = answer.choices[0].message.content
+    assert text.startswith("{") and (answer.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict))
+    wrong = {"type": "json_schema", "json_schema": {"name": "wrong", "schema": {"type": "strin"}, "strict": True}}
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(client, response_format=wrong)
+    assert 400 <= error.value.status_code < 500
+    assert ask(client).choices[0].message.content
+
+
 def test_an_aborted_stream_frees_its_blocks(client: Any, server: dict[str, Any]) -> None:
     stream = ask(client, stream=True, max_tokens=1500)
     next(iter(stream))
@@ -108,3 +146,20 @@ def test_what_is_not_served_is_the_clients_error(client: Any) -> None:
         ask(client, logprobs=True, top_logprobs=21)
     assert 400 <= error.value.status_code < 500
     assert ask(client).choices[0].message.content
+
+
+def test_https_with_the_certificate_of_the_server(smollm2: Path, certificates: Path) -> None:
+    tls = ("--tls-cert", str(certificates / "good.pem"), "--tls-key", str(certificates / "good.key"))
+    with serving(smollm2, *tls) as server:
+        assert server["openai"].startswith("https://")
+        trusted = ssl.create_default_context(cafile=str(certificates / "good-ca.pem"))
+        with openai.OpenAI(
+            base_url=server["openai"],
+            api_key="none",
+            timeout=DEADLINE_S,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(verify=trusted),
+        ) as client:
+            assert ask(client).choices[0].message.content
+        with Client(server["address"], timeout=DEADLINE_S, ca=certificates / "good-ca.pem") as direct:
+            assert direct.generate([5], SamplingParams(max_tokens=1)).completion_tokens == 1
