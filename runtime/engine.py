@@ -166,6 +166,10 @@ class Engine:
             self._collect_oldest()
         return self._group.call(method)
 
+    def cached_block(self, digest: bytes) -> CachedBlock | None:
+        """A block that the prefix cache has on the device."""
+        return self._cache.get(digest)
+
     def pin(self, blocks: TokenBlocks, num_tokens: int, ttl_s: float) -> int:
         """Keeps the cached blocks of a sequence's first tokens for a time; returns how many tokens they are.
 

@@ -45,6 +45,10 @@ class InputProcessor:
         """Whether requests may ask for structured outputs here."""
         return self._grammars.problem is None
 
+    def kv_namespace(self, cache_salt: str) -> bytes:
+        """Of the blocks that requests with this salt share; empty where there is no prefix cache."""
+        return self._identity.namespace(cache_salt) if self._identity is not None else b""
+
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens.
 

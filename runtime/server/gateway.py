@@ -56,7 +56,7 @@ class Gateway:
         self._command = [
             *(sys.executable, "-m", "smg", "launch"),
             *("--host", host, "--port", str(self.port)),
-            *("--worker-urls", f"grpc://127.0.0.1:{engine_port}"),
+            *("--worker-urls", f"grpc://127.0.0.1:{engine_port}", "--log-level", "warn"),
             *("--model-path", str(model_path)),
             *("--prometheus-port", str(_free_port("127.0.0.1")), "--prometheus-host", "127.0.0.1"),
             *(("--tls-cert-path", str(tls[0]), "--tls-key-path", str(tls[1])) if tls is not None else ()),

@@ -21,6 +21,7 @@ from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROB
 from headwise.runtime.server import convert
 from headwise.runtime.server.auth import Tenant, Tokens
 from headwise.runtime.server.errors import PermissionDeniedError, StalledError, UnavailableError, abort, code_of
+from headwise.runtime.server.kv_messages import CAPACITY, kv_messages
 from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES
 from headwise.v1 import inference_pb2 as pb
@@ -33,9 +34,6 @@ requests_log = logging.getLogger("headwise.requests")
 """One line a request: JSON, without prompt or output."""
 
 MAX_REQUEST_ID = 128
-KV_EVENTS_INTERVAL_S = 0.02
-"""How late a KV event may be; an engine's step takes about as long."""
-
 
 _STATS = (
     *("num_running", "num_waiting", "num_blocks", "num_free_blocks"),
@@ -251,24 +249,17 @@ class InferenceService(InferenceServiceServicer):
         return pb.GetStatsResponse(json=json.dumps(stats), **{name: stats[name] for name in _STATS})
 
     async def SubscribeKvEvents(self, request: pb.SubscribeKvEventsRequest, context: Context) -> None:
-        capacity = request.capacity or 1024
+        capacity = request.capacity or CAPACITY
         try:
             if not self._sessions.tenant(context).admin:
                 raise PermissionDeniedError("which blocks tenants have is told to admins, such as a router, alone")
             if capacity > 1 << 16:
                 raise InvalidValueError("capacity", capacity, f"must be at most {1 << 16}")
-            subscription = await self._llm.call(lambda engine: engine.events.subscribe(capacity))
-            with subscription:
-                snapshot = await self._llm.call(lambda engine: engine.events.snapshot())
+            async with aclosing(kv_messages(self._llm, capacity)) as messages:
+                snapshot = await anext(messages)
                 await self._sessions.write(context, pb.SubscribeKvEventsResponse(snapshot=snapshot))
-                while True:
-                    if (data := subscription.get(0)) is not None:
-                        await self._sessions.write(context, pb.SubscribeKvEventsResponse(events=data))
-                    elif self._llm.failure is not None:
-                        raise UnavailableError("the engine has ended")
-                    else:
-                        # Not on a thread: waiting subscribers would keep those from tokenizing prompts.
-                        await asyncio.sleep(KV_EVENTS_INTERVAL_S)
+                async for data in messages:
+                    await self._sessions.write(context, pb.SubscribeKvEventsResponse(events=data))
         except Exception as error:
             await abort(context, error)
 

@@ -26,8 +26,9 @@ from headwise.runtime.engine import Delta
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.auth import Tenant
-from headwise.runtime.server.errors import UnavailableError, abort
+from headwise.runtime.server.errors import PermissionDeniedError, UnavailableError, abort
 from headwise.runtime.server.service import Context, Sessions
+from headwise.runtime.server.vllm_kv_events import kv_batches
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 
@@ -137,10 +138,22 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             digest = hashlib.sha256(data).hexdigest() if last else ""
             await self._sessions.write(context, common_pb2.GetTokenizerChunk(data=chunk, sha256=digest))
 
+    async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
+        try:
+            tenant = self._sessions.tenant(context)
+            namespace = self._llm.inputs.kv_namespace(tenant.cache_salt(""))
+            async with aclosing(kv_batches(self._llm, namespace)) as batches:
+                async for batch in batches:
+                    await self._sessions.write(context, batch)
+        except Exception as error:
+            await abort(context, error)
+
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: Context
     ) -> common_pb2.FlushCacheResponse:
         try:
+            if not self._sessions.tenant(context).admin:
+                raise PermissionDeniedError("emptying the prefix cache takes an admin's token")
             await self._llm.call(lambda engine: engine.reset_prefix_cache())
         except Exception as error:
             await abort(context, error)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from headwise.runtime import LLM, SamplingParams, StructuredOutputsParams
@@ -21,6 +22,7 @@ from headwise.runtime.client import Client
 
 pytest.importorskip("smg")
 openai = pytest.importorskip("openai")
+from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc  # noqa: E402
 
 DEADLINE_S = 120.0
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
@@ -146,6 +148,46 @@ def test_what_is_not_served_is_the_clients_error(client: Any) -> None:
         ask(client, logprobs=True, top_logprobs=21)
     assert 400 <= error.value.status_code < 500
     assert ask(client).choices[0].message.content
+
+
+def test_the_gateways_view_of_the_cache(server: dict[str, Any]) -> None:
+    """What ``VllmEngine`` tells beside completions: a snapshot of the cache, what changes in it, and loads."""
+    prompt = list(range(100, 140))
+    with (
+        Client(server["address"], timeout=DEADLINE_S) as direct,
+        grpc.insecure_channel(server["address"]) as channel,
+    ):
+        engine = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        engine.FlushCache(common_pb2.FlushCacheRequest(), timeout=DEADLINE_S)
+        events = engine.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), timeout=DEADLINE_S)
+        first = next(events)
+        assert first.HasField("snapshot") and [event.WhichOneof("data") for event in first.events] == ["cleared"]
+        direct.generate(prompt, SamplingParams(max_tokens=1))
+        direct.generate(prompt[::-1], SamplingParams(max_tokens=1), cache_salt="somebody else's")
+        stored, sequence = [], first.sequence_number
+        while len(stored) < 2:
+            batch = next(events)
+            sequence += 1
+            assert batch.sequence_number == sequence
+            stored += [block for event in batch.events for block in event.stored.blocks]
+        assert [list(block.token_ids) for block in stored] == [prompt[:16], prompt[16:32]]
+        [again] = [
+            event
+            for event in next(
+                engine.SubscribeKvEvents(common_pb2.SubscribeKvEventsRequest(), timeout=DEADLINE_S)
+            ).events
+            if event.stored.parent_block_hash
+        ]
+        assert again.stored.parent_block_hash == stored[0].block_hash
+        assert list(again.stored.blocks) == [stored[1]]
+        engine.FlushCache(common_pb2.FlushCacheRequest(), timeout=DEADLINE_S)
+        batch = next(events)
+        while not batch.events:
+            batch = next(events)
+        assert [event.WhichOneof("data") for event in batch.events] == ["cleared"]
+        assert engine.GetLoads(vllm_engine_pb2.GetLoadsRequest(), timeout=DEADLINE_S).loads[0].num_running_reqs == 0
+        info = engine.GetServerInfo(vllm_engine_pb2.GetServerInfoRequest(), timeout=DEADLINE_S)
+        assert (info.server_type, info.block_size) == ("vllm-grpc", 16)
 
 
 def test_https_with_the_certificate_of_the_server(smollm2: Path, certificates: Path) -> None:

@@ -1,0 +1,89 @@
+"""KV events in the form of the gateway ``smg``, which routes a prompt to the engine that holds most of its blocks.
+
+It knows a block by its tokens, so unlike ours these events hold them; and so they tell of one namespace's blocks alone.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+
+from smg_grpc_proto.generated import common_pb2
+
+from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.engine import Engine
+from headwise.runtime.kv.events import Cleared, KvEvent, Removed, Stored, decode_events, decode_snapshot
+from headwise.runtime.kv.identity import ROOT, TOKEN_BYTES
+from headwise.runtime.server.kv_messages import kv_messages
+
+
+async def kv_batches(llm: AsyncLLM, namespace: bytes) -> AsyncGenerator[common_pb2.KvEventBatch]:
+    """The blocks that a namespace has on the device, as a snapshot of one chunk, and then what changes.
+
+    Sequence numbers are those of ``runtime/kv/events.py``, plus one because here they start at 1. A subscriber that
+    fell behind gets another snapshot.
+    """
+    async with aclosing(kv_messages(llm)) as messages:
+        known = decode_snapshot(await anext(messages))
+        yield await _snapshot(llm, namespace, known.sequence, known.blocks["device"])
+        async for data in messages:
+            message = decode_events(data)
+            if message.resnapshot:
+                known = decode_snapshot(await llm.call(lambda engine: engine.events.snapshot()))
+                yield await _snapshot(llm, namespace, known.sequence, known.blocks["device"])
+            elif (message.epoch, message.sequence) > (known.epoch, known.sequence):
+                yield await _batch(llm, namespace, message.sequence, message.events)
+
+
+async def _snapshot(
+    llm: AsyncLLM, namespace: bytes, sequence: int, blocks: Mapping[bytes, bytes]
+) -> common_pb2.KvEventBatch:
+    events: list[KvEvent] = [Cleared(None)]
+    events += [Stored("device", (digest,), parent) for digest, parent in blocks.items()]
+    batch = await _batch(llm, namespace, sequence, events)
+    stored = sum(len(event.stored.blocks) for event in batch.events)
+    batch.snapshot.CopyFrom(common_pb2.KvSnapshotChunk(index=0, count=1, blocks=stored))
+    return batch
+
+
+async def _batch(llm: AsyncLLM, namespace: bytes, sequence: int, events: Sequence[KvEvent]) -> common_pb2.KvEventBatch:
+    digests = [digest for event in events if isinstance(event, Stored) for digest in event.digests]
+    tokens = await llm.call(lambda engine: _tokens(engine, namespace, digests)) if digests else {}
+    batch = common_pb2.KvEventBatch(sequence_number=sequence + 1, timestamp=time.time())
+    batch.events.extend(converted for event in events for converted in _convert(event, tokens))
+    return batch
+
+
+def _tokens(engine: Engine, namespace: bytes, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+    """By digest; those that are gone meanwhile are left out, and are told of as removed soon."""
+    blocks = (engine.cached_block(digest) for digest in digests)
+    return {block.digest: block.tokens for block in blocks if block is not None and block.namespace == namespace}
+
+
+def _convert(event: KvEvent, tokens: Mapping[bytes, bytes]) -> Iterator[common_pb2.KvCacheEvent]:
+    match event:
+        case Cleared(None | "device"):
+            yield common_pb2.KvCacheEvent(cleared=common_pb2.KvCacheCleared())
+        case Removed("device", digests):
+            removed = common_pb2.KvBlocksRemoved(block_hashes=[_number(digest) for digest in digests])
+            yield common_pb2.KvCacheEvent(removed=removed)
+        case Stored("device", digests, parent):
+            known = [digest for digest in digests if digest in tokens]  # a block is never there without those before
+            stored = common_pb2.KvBlocksStored(
+                blocks=[_block(digest, tokens[digest]) for digest in known],
+                tier=common_pb2.KV_CACHE_TIER_DEVICE,
+                parent_block_hash=None if parent == ROOT else _number(parent),
+            )
+            if known:
+                yield common_pb2.KvCacheEvent(stored=stored)
+
+
+def _block(digest: bytes, tokens: bytes) -> common_pb2.KvBlock:
+    ids = struct.unpack(f"<{len(tokens) // TOKEN_BYTES}I", tokens)
+    return common_pb2.KvBlock(block_hash=_number(digest), token_ids=ids, block_size=len(ids))
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little", signed=True)
