@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from headwise.runtime import LLM, SamplingParams
+from headwise.runtime.client import Client, Completion
 from headwise.runtime.tokenizer import load_tokenizer
 from tests.checkpoints import reference_model, reference_tokens
 
@@ -95,6 +96,35 @@ def test_ctrl_c_leaves_nothing_behind(smollm2: Path, tmp_path: Path) -> None:
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     run.communicate(timeout=60)
     assert run.returncode == 130
+    wait_for_the_end_of_ray(before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, number: int) -> None:
+    before = ray_processes()
+    run = headwise(
+        *("serve", "--model", str(smollm2), "--tp", "2", "--max-model-len", "512", "--port", "0", "--json"),
+        cwd=tmp_path,
+    )
+    assert run.stdout is not None
+    address = json.loads(run.stdout.readline())["address"]
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    with Client(address, timeout=60) as client:
+        stream = client.stream([{"role": "user", "content": QUESTIONS[0]}], params)
+        text = next(stream).text
+        if number == signal.SIGTERM:  # as an init system does, and as a terminal does
+            run.send_signal(number)
+        else:
+            os.killpg(run.pid, number)
+        *increments, last = stream
+    assert isinstance(last, Completion) and last.completion_tokens == 100
+    assert (text + "".join(increment.text for increment in increments)).startswith("The capital of France is Paris.")
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, stderr
+    wait_for_the_end_of_ray(before)
+
+
+def wait_for_the_end_of_ray(before: set[int]) -> None:
     deadline = time.monotonic() + 20
     while ray_processes() - before and time.monotonic() < deadline:
         psutil.wait_procs([psutil.Process(pid) for pid in ray_processes() - before if psutil.pid_exists(pid)], 1)

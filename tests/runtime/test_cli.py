@@ -98,6 +98,56 @@ def test_generate_with_stop_and_chat(headwise: Run, model: Path) -> None:
     assert code == 0 and json.loads(out)["outputs"][0]["stop_reason"] == stop
 
 
+def test_generate_in_a_form(headwise: Run, model: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    about = {"properties": {"n": {"enum": [17]}}, "required": ["n"], "additionalProperties": False}
+    schema.write_text(json.dumps({"type": "object", **about}))
+    arguments = ["generate", "hello", "--model", str(model), "--max-tokens", "256", *LOCAL]
+    for flags, forms in [
+        (["--choice", "left", "--choice", "right"], ("left\n", "right\n")),
+        (["--regex", "a{3}b"], ("aaab\n",)),
+    ]:
+        code, out, _ = headwise(*arguments, *flags)
+        assert code == 0 and out in forms
+    code, out, _ = headwise(*arguments, "--json-schema", str(schema), "--json")
+    assert code == 0 and json.loads(json.loads(out)["outputs"][0]["text"])["n"] == 17
+    for flags, words in [
+        (["--regex", "("], "structured_outputs.regex"),
+        (["--regex", "a", "--choice", "a"], "structured_outputs"),
+        (["--json-schema", str(tmp_path / "nowhere")], "--json-schema"),
+    ]:
+        code, out, err = headwise(*arguments, *flags)
+        assert (code, out) == (2, "") and words in err and "Traceback" not in err
+
+
+def test_generate_asks_a_server(headwise: Run, model: Path) -> None:
+    arguments = ["serve", "--model", str(model), "--port", "0", "--json", *LOCAL]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "headwise.runtime.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        address = json.loads(server.stdout.readline())["address"]
+        question = ["generate", "hello", "--server", address, "--max-tokens", "6"]
+        code, out, err = headwise(*question)
+        assert (code, out, err) == (0, expected(model, "hello") + "\n", "")
+        code, out, _ = headwise(*question, "--chat", "--json")
+        answer = json.loads(out)
+        assert code == 0 and answer["samples"][0]["text"] == expected(model, "user:hello ")
+        code, out, err = headwise(*question, "--choice", "left", "--choice", "right")
+        assert code == 0 and out in ("left\n", "right\n")
+        code, out, err = headwise(*question, "--temperature", "-1")
+        assert (code, out) == (2, "") and "temperature=-1" in err
+    finally:
+        server.terminate()
+        assert server.wait(DEADLINE_S) == 0
+    code, out, err = headwise(*question)
+    assert (code, out) == (1, "") and "Traceback" not in err
+
+
 def test_chat_keeps_the_conversation(headwise: Run, model: Path) -> None:
     first = expected(model, "system:be good user:hello ")
     second = expected(model, f"system:be good user:hello assistant:{first} user:you ")
@@ -167,6 +217,9 @@ def test_exit_codes(
 
 def test_help_lists_the_commands(headwise: Run) -> None:
     code, out, _ = headwise("--help")
-    assert code == 0 and all(name in out for name in ("generate", "chat", "bench"))
+    assert code == 0 and all(name in out for name in ("generate", "chat", "serve", "warmup", "bench"))
+    code, out, _ = headwise("bench", "--help")
+    benches = ("throughput", "latency", "step", "limits", "kv-cache", "prefix", "serve")
+    assert code == 0 and all(name in out for name in benches)
     code, out, _ = headwise("generate", "--help")
     assert code == 0 and "--model" in out
