@@ -83,6 +83,11 @@ class ShardGroup(ABC):
             ShardGroupDied: as :meth:`collect`.
         """
 
+    @property
+    def death(self) -> ShardGroupDied | None:
+        """What ended the group, as far as that is noticed while nobody calls. May be read on any thread."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Ends every rank and removes what the group made."""

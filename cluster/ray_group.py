@@ -108,6 +108,10 @@ class RayShardGroup(ShardGroup):
                 return None
         return result
 
+    @property
+    def death(self) -> ShardGroupDied | None:
+        return self._death
+
     def close(self) -> None:
         self._closing.set()
         # Whatever fails or interrupts one of these, the others are done; the last pushed is the first.

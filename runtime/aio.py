@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine import Delta, Engine
@@ -19,6 +19,7 @@ from headwise.runtime.startup import start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
+Lane = Literal["text", "grammar"]
 
 MAX_BUFFERED = 64
 """Deltas that may wait in a stream before its request is paused; the steps in flight then add a few."""
@@ -62,7 +63,7 @@ class AsyncLLM:
         self._new: deque[list[Delta]] = deque()
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._loop = EngineLoop(self._started.engine, self._fail)
-        self._grammar_thread = ThreadPoolExecutor(1, "headwise-grammars")
+        self._lanes = {lane: ThreadPoolExecutor(1, f"headwise-{lane}") for lane in get_args(Lane)}
         self.ended = asyncio.Event()
 
     @property
@@ -79,13 +80,13 @@ class AsyncLLM:
         """Of a request, for its name and its seed."""
         return next(self._numbers)
 
-    async def off_loop(self, function: Callable[[], T], structured: bool) -> T:
+    async def off_loop(self, function: Callable[[], T], lane: Lane | None = None) -> T:
         """Runs on a thread what checks a request, which may take a while.
 
         Args:
-            structured: it may have a grammar compiled; such wait for each other, so that no other request does.
+            lane: of what may take long: such wait for each other, so that no other request waits for them.
         """
-        executor = self._grammar_thread if structured else None
+        executor = self._lanes[lane] if lane is not None else None
         return await asyncio.get_running_loop().run_in_executor(executor, function)
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta]]:
@@ -99,7 +100,6 @@ class AsyncLLM:
             QueueFullError: too many wait.
             EngineStoppedError, ShardGroupDied: the engine ended.
         """
-        self._event_loop = asyncio.get_running_loop()
         request_id = requests[0].request_id
         if request_id in self._streams:
             raise InvalidValueError("request_id", request_id, "a request with this id still runs")
@@ -127,11 +127,23 @@ class AsyncLLM:
         Raises:
             EngineStoppedError, ShardGroupDied: the engine ended.
         """
+        self._event_loop = asyncio.get_running_loop()
         return await asyncio.wrap_future(self.submit(function))
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
         """As :meth:`call`, from any thread."""
         return self._loop.submit(function)
+
+    def check_shards(self) -> None:
+        """Ends the engine if its shards have died while nothing ran, which no step has noticed."""
+        self._event_loop = asyncio.get_running_loop()
+        death = self._started.group.death
+        if death is not None and self.failure is None:
+
+            def fail(engine: Engine) -> None:
+                raise death
+
+            self._loop.post(fail)
 
     async def stats(self) -> dict[str, Any]:
         """What the engine holds and has done, without asking the shards."""
@@ -141,11 +153,12 @@ class AsyncLLM:
         """Ends everything that runs. Idempotent."""
 
         def close() -> None:
+            for executor in self._lanes.values():
+                executor.shutdown(cancel_futures=True)
             try:
                 self._loop.close()
             finally:
                 self._started.close()
-                self._grammar_thread.shutdown(wait=False, cancel_futures=True)
 
         await asyncio.to_thread(close)
 

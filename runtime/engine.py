@@ -280,7 +280,7 @@ class Engine:
 
     def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> None:
         request.generated.append(token)
-        if logprobs is not None:
+        if logprobs is not None and not request.streamed:
             request.logprobs.append(logprobs)
         self.num_generated_tokens += 1
         if len(request.generated) == 1:

@@ -17,8 +17,9 @@ Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 
 MAX_PROMPT_BYTES = 4 << 20
-"""Of a prompt's text, or of one message's: a million tokens or so, and seconds to tokenize."""
-MAX_MESSAGES = 4096
+"""Of a prompt's text, or of all messages': a million tokens or so, and seconds to tokenize."""
+MAX_MESSAGES, MAX_ROLE = 4096, 64
+"""Of a conversation; and characters of a message's role."""
 MAX_CACHE_SALT = 256
 """Characters of a cache salt: room for any tenant's name or key."""
 
@@ -58,8 +59,7 @@ class InputProcessor:
         """
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidValueError("prompt", prompt, "must be text or a list of whole token ids")
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_ids(ids)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidValueError("prompt", prompt, "must have at least one token")
         if len(ids) >= self.max_model_len:
@@ -69,7 +69,7 @@ class InputProcessor:
                 f"at most {self.max_model_len - 1} leave room for one more in max_model_len={self.max_model_len}",
                 "shorten the prompt or raise max_model_len (--max-model-len)",
             )
-        return ids
+        return self._checked_ids("prompt", ids)
 
     def encode(self, text: str) -> list[int]:
         """Text's tokens, however many.
@@ -81,19 +81,22 @@ class InputProcessor:
             raise InvalidValueError(
                 "prompt", text, "the model's directory has no tokenizer", "give a list of token ids instead"
             )
-        _check_text("prompt", text)
+        self._check_text("prompt", [text])
         return self.tokenizer.encode(text)
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The tokens' text.
 
         Raises:
-            InvalidValueError: one is not in the vocabulary, or there is no tokenizer.
+            InvalidValueError: there are more than max_model_len, one is not in the vocabulary, or there is no
+                tokenizer.
         """
         if self.tokenizer is None:
             raise InvalidValueError("token_ids", token_ids, "the model's directory has no tokenizer")
-        self._check_ids(token_ids)
-        return self.tokenizer.decode(token_ids, skip_special_tokens)
+        if len(token_ids) > self.max_model_len:
+            limit = f"at most max_model_len={self.max_model_len}"
+            raise InvalidValueError("token_ids", f"{len(token_ids)} tokens", limit)
+        return self.tokenizer.decode(self._checked_ids("token_ids", token_ids), skip_special_tokens)
 
     def chat_token_ids(self, messages: Messages) -> list[int]:
         """The tokens of a conversation, by the model's own template, up to where the assistant's answer starts.
@@ -112,7 +115,9 @@ class InputProcessor:
                 isinstance(message.get(k), str) for k in ("role", "content")
             ):
                 raise InvalidValueError("messages", message, "each must have a role and a content, both strings")
-            _check_text("messages", message["content"])
+            if len(message["role"]) > MAX_ROLE:
+                raise InvalidValueError("messages", message["role"], f"a role has at most {MAX_ROLE} characters")
+        self._check_text("messages", [message[key] for message in messages for key in ("role", "content")])
         return self.tokenizer.apply_chat_template([dict(message) for message in messages])
 
     def requests(
@@ -162,18 +167,26 @@ class InputProcessor:
         detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
         return TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _checked_ids(self, field: str, ids: Sequence[int]) -> list[int]:
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool):
-                raise InvalidValueError("prompt", token, "must be text or a list of whole token ids")
+                raise InvalidValueError(field, token, "must be text or a list of whole token ids")
             if not 0 <= token < self.model.vocab_size:
-                raise InvalidValueError("prompt", token, f"token ids are in [0, {self.model.vocab_size})")
+                raise InvalidValueError(field, token, f"token ids are in [0, {self.model.vocab_size})")
+        return list(ids)
 
-
-def _check_text(field: str, text: str) -> None:
-    if len(text) > MAX_PROMPT_BYTES or len(text.encode(errors="replace")) > MAX_PROMPT_BYTES:
-        raise InvalidValueError(field, f"{len(text)} characters", f"at most {MAX_PROMPT_BYTES} bytes of text")
-    _check_unicode(field, text)
+    def _check_text(self, field: str, texts: Sequence[str]) -> None:
+        """Refuses what is no text, and what is too long to be worth tokenizing: it cannot fit the model's context."""
+        assert self.tokenizer is not None
+        limit = min(MAX_PROMPT_BYTES, self.max_model_len * self.tokenizer.max_token_bytes)
+        size = sum(map(len, texts))
+        if size <= limit:
+            size = sum(len(text.encode(errors="replace")) for text in texts)
+        if size > limit:
+            allowed = f"at most {limit} bytes of text, with max_model_len={self.max_model_len}"
+            raise InvalidValueError(field, f"{size} bytes or more", allowed, "shorten it")
+        for text in texts:
+            _check_unicode(field, text)
 
 
 def _check_unicode(field: str, text: str) -> None:

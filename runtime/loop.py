@@ -47,7 +47,7 @@ class EngineLoop:
         return self.submit(function).result(timeout_s)
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
-        """As :meth:`call`, but the answer is the future's.
+        """As :meth:`call`, but the answer is the future's. One that is cancelled in time is not made.
 
         Raises:
             EngineStoppedError, ShardGroupDied: the loop has ended.
@@ -94,12 +94,16 @@ class EngineLoop:
             self._make(*item)
 
     def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # whoever called has left, as a client does whose deadline is over
         try:
-            future.set_result(function(self._engine))
+            result = function(self._engine)
         except Exception as error:
             future.set_exception(error)
             if isinstance(error, ShardGroupDied):  # not the call's mistake: every other caller must learn of it too
                 raise
+        else:
+            future.set_result(result)
 
     def _end(self, error: BaseException) -> None:
         self._on_failure(error)
@@ -107,5 +111,5 @@ class EngineLoop:
             self._ended = error
             while not self._calls.empty():
                 item = self._calls.get()
-                if item is not None:
+                if item is not None and item[1].set_running_or_notify_cancel():
                     item[1].set_exception(error)

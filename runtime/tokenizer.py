@@ -64,6 +64,11 @@ class Tokenizer:
         """The tokens that are not text, such as end of sequence."""
         return self._special
 
+    @functools.cached_property
+    def max_token_bytes(self) -> int:
+        """How much text one token may stand for, at most."""
+        return max(len(token.encode()) for token in self._backend.get_vocab())
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_SHOWN = 80
+
 
 class HeadwiseError(Exception):
     """The base of every error Headwise raises on purpose."""
@@ -19,8 +21,9 @@ class InvalidValueError(HeadwiseError, ValueError):
 
     def __init__(self, field: str, value: object, limit: str, fix: str = "") -> None:
         self.field, self.value, self.limit, self.fix = field, value, limit, fix
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        # Cut first: what is refused for its length may be long.
+        shown = repr(value[:_SHOWN] if isinstance(value, (str, bytes, list, tuple)) else value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
         super().__init__(f"{field}={shown}: {limit}" + (f"; {fix}" if fix else ""))
 
     def __reduce__(self) -> tuple[type[InvalidValueError], tuple[str, object, str, str]]:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from headwise.runtime.server.errors import UnauthenticatedError
+import grpc
+
+from headwise.runtime.server.errors import UnauthenticatedError, abort
 from headwise.workers.errors import InvalidValueError
+
+Details: TypeAlias = grpc.HandlerCallDetails
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 MIN_TOKEN_CHARACTERS = 16
 """Shorter ones can be guessed."""
@@ -61,6 +68,29 @@ class Tokens:
         if found is None:
             raise UnauthenticatedError("nobody has this token")
         return found
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Turns away calls without a valid token before their message is read; health may be asked by anybody."""
+
+    def __init__(self, tokens: Tokens, on_refusal: Callable[[BaseException], None]) -> None:
+        self._tokens, self._on_refusal = tokens, on_refusal
+
+    async def intercept_service(
+        self, continuation: Callable[[Details], Awaitable[Handler | None]], handler_call_details: Details
+    ) -> Handler | None:
+        if handler_call_details.method.startswith("/grpc.health.v1.Health/"):
+            return await continuation(handler_call_details)
+        try:
+            self._tokens.tenant(handler_call_details.invocation_metadata or ())
+        except UnauthenticatedError as error:
+            self._on_refusal(error)
+            return grpc.stream_stream_rpc_method_handler(partial(_turn_away, error))
+        return await continuation(handler_call_details)
+
+
+async def _turn_away(error: UnauthenticatedError, messages: object, context: Any) -> None:
+    await abort(context, error)
 
 
 def read_tokens(path: Path | None) -> Tokens:

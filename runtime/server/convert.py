@@ -1,15 +1,20 @@
-"""Between the messages of proto/headwise/v1 and the runtime's own types."""
+"""Between the messages of proto/headwise/v1 and the runtime's own types.
+
+Of a list that is too long only as much is taken over as the validator needs to see that: a message has room for
+millions of entries, which take a second to copy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from headwise.runtime.engine import Delta
-from headwise.runtime.inputs import InputProcessor
+from headwise.runtime.inputs import MAX_MESSAGES, InputProcessor
 from headwise.runtime.request import FinishReason, Request
-from headwise.runtime.sampling_params import SamplingParams
-from headwise.runtime.structured_outputs import StructuredOutputsParams
+from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP, MAX_STOP_TOKEN_IDS, SamplingParams
+from headwise.runtime.structured_outputs import MAX_CHOICES, StructuredOutputsParams
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
@@ -35,11 +40,11 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     """
     fields: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     if message.logit_bias:
-        fields["logit_bias"] = dict(message.logit_bias)
+        fields["logit_bias"] = dict(islice(message.logit_bias.items(), MAX_LOGIT_BIAS_ENTRIES + 1))
     if message.stop:
-        fields["stop"] = list(message.stop)
+        fields["stop"] = message.stop[: MAX_STOP + 1]
     if message.stop_token_ids:
-        fields["stop_token_ids"] = list(message.stop_token_ids)
+        fields["stop_token_ids"] = message.stop_token_ids[: MAX_STOP_TOKEN_IDS + 1]
     if message.HasField("structured_outputs"):
         fields["structured_outputs"] = _structured_outputs(message.structured_outputs)
     return SamplingParams(**fields)
@@ -61,7 +66,7 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
 
 
 def messages(message: pb.Messages) -> list[dict[str, str]]:
-    return [{"role": one.role, "content": one.content} for one in message.messages]
+    return [{"role": one.role, "content": one.content} for one in message.messages[: MAX_MESSAGES + 1]]
 
 
 def messages_message(conversation: Sequence[Mapping[str, str]]) -> pb.Messages:
@@ -78,7 +83,7 @@ def prompt_ids(inputs: InputProcessor, request: pb.GenerateRequest) -> list[int]
         case "text":
             return inputs.token_ids(request.text)
         case "token_ids":
-            return inputs.token_ids(list(request.token_ids.ids))
+            return inputs.token_ids(request.token_ids.ids)
         case "messages":
             return inputs.token_ids(inputs.chat_token_ids(messages(request.messages)))
     raise InvalidValueError("prompt", None, "must be one of text, token_ids and messages")
@@ -136,7 +141,7 @@ def _structured_outputs(message: pb.StructuredOutputs) -> StructuredOutputsParam
     if (kind := message.WhichOneof("kind")) is None:
         return StructuredOutputsParams()  # which refuses
     value = getattr(message, kind)
-    fields: dict[str, Any] = {kind: list(value.choices) if kind == "choice" else value}
+    fields: dict[str, Any] = {kind: value.choices[: MAX_CHOICES + 1] if kind == "choice" else value}
     return StructuredOutputsParams(**fields)
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.kv.events import Subscription
 from headwise.runtime.server.errors import UnavailableError
 
 CAPACITY = 1024
@@ -21,7 +22,7 @@ async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator
     Raises:
         UnavailableError: the engine has ended.
     """
-    with await llm.call(lambda engine: engine.events.subscribe(capacity)) as subscription:
+    with await _subscribe(llm, capacity) as subscription:
         yield await llm.call(lambda engine: engine.events.snapshot())
         while True:
             if (data := subscription.get(0)) is not None:
@@ -31,3 +32,13 @@ async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator
             else:
                 # Not on a thread: waiting subscribers would keep those from tokenizing prompts.
                 await asyncio.sleep(_INTERVAL_S)
+
+
+async def _subscribe(llm: AsyncLLM, capacity: int) -> Subscription:
+    """Closes it again if the caller is cancelled meanwhile."""
+    subscribed = llm.submit(lambda engine: engine.events.subscribe(capacity))
+    try:
+        return await asyncio.shield(asyncio.wrap_future(subscribed))
+    except asyncio.CancelledError:
+        subscribed.add_done_callback(lambda done: None if done.exception() else done.result().close())
+        raise

@@ -23,7 +23,7 @@ from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine import Engine
-from headwise.runtime.server.auth import Tokens, read_tokens
+from headwise.runtime.server.auth import AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
@@ -32,8 +32,8 @@ from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.workers.errors import InvalidValueError
 
-MAX_MESSAGE_BYTES = 16 << 20
-"""The largest request: four prompts of the longest text, or a million tokens thrice."""
+MAX_MESSAGE_BYTES = 5 << 20
+"""The largest request: the longest text, or a million tokens."""
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -59,11 +59,13 @@ class ServeOptions:
     Attributes:
         name: of the model, as clients see it.
         port, metrics_port, openai_port: 0 takes a free one; None serves no metrics, and no OpenAI API.
+        metrics_host: where metrics are served, to anybody who reaches it.
         tls_cert, tls_key: PEM files; with tls_client_ca clients must have a certificate that it signed.
         token_file: see :func:`~headwise.runtime.server.auth.read_tokens`.
         insecure: whether anybody who reaches a host that is not loopback may use the server.
         drain_timeout_s: how long running requests may take to end once the server is told to stop.
         stall_timeout_s: how long a client may leave a stream unread.
+        max_request_s: how long a request may take, queued or running.
         step_timeout_s: how long a step may take before the server counts as not serving.
         as_json: the line that says the server is ready is JSON.
     """
@@ -72,6 +74,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     openai_port: int | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -81,6 +84,7 @@ class ServeOptions:
     max_queued_requests: int = 1024
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
+    max_request_s: float = 3600.0
     step_timeout_s: float = 8.0
     as_json: bool = False
 
@@ -101,13 +105,16 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
     server = Server(llm, options)
 
     def ready(about: dict[str, Any]) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.stop)
         fields = " ".join(f"{name}={value}" for name, value in about.items())
         print(json.dumps({"ready": True, **about}) if options.as_json else f"ready {fields}", flush=True)
 
-    return asyncio.run(server.run(ready))
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        return await server.run(ready)
+
+    return asyncio.run(run())
 
 
 class Server:
@@ -135,14 +142,15 @@ class Server:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._llm.close)
             metrics = Metrics(lambda: self._llm.submit(Engine.stats).result(5.0))
-            sessions = Sessions(self._llm, metrics, self._tokens, self._options.stall_timeout_s)
-            health = HealthMonitor(sessions, [_SERVICE], self._options.step_timeout_s)
+            options = self._options
+            sessions = Sessions(self._llm, metrics, self._tokens, options.stall_timeout_s, options.max_request_s)
+            health = HealthMonitor(sessions, self._services(), options.step_timeout_s)
             server = self._make_server(sessions, health)
             port = self._bind(server)
             internal = server.add_insecure_port("127.0.0.1:0") if self._options.openai_port is not None else 0
             metrics_port = None
-            if self._options.metrics_port is not None:
-                metrics_port, stop = _serve_metrics(metrics, self._options.host, self._options.metrics_port)
+            if options.metrics_port is not None:
+                metrics_port, stop = _serve_metrics(metrics, options.metrics_host, options.metrics_port)
                 stack.callback(stop)
             await server.start()
             stack.push_async_callback(server.stop, None)
@@ -152,7 +160,8 @@ class Server:
             if self._options.openai_port is not None:
                 gateway = self._make_gateway(self._options.openai_port, internal)
                 stack.push_async_callback(gateway.stop)
-                await gateway.start()
+                if not await self._start(gateway):
+                    return 0
             ready(self._about(port, metrics_port, gateway))
             return await self._until_done(sessions, health)
 
@@ -186,19 +195,34 @@ class Server:
 
     def _make_server(self, sessions: Sessions, health: HealthMonitor) -> grpc.aio.Server:
         limit = self._options.max_queued_requests + self._llm.config.max_num_seqs + 256
-        server = grpc.aio.server(options=_CHANNEL_OPTIONS, maximum_concurrent_rpcs=limit)
+        guards = [AuthInterceptor(self._tokens, sessions.refuse)] if self._tokens else []
+        server = grpc.aio.server(interceptors=guards, options=_CHANNEL_OPTIONS, maximum_concurrent_rpcs=limit)
         add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-        services = [_SERVICE]
         if self._options.openai_port is not None:
             # Here and not above: the packages of an extra.
             from headwise.runtime.server import vllm_engine
 
-            vllm_engine.add_to(server, vllm_engine.VllmEngineService(sessions, self._options.name))
-            services.append(vllm_engine.SERVICE)
-        names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+            vllm_engine.add_to(server, vllm_engine.VllmEngineService(sessions, health, self._options.name))
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (*self._services(), health_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+    async def _start(self, gateway: Gateway) -> bool:
+        """False if the server was stopped meanwhile."""
+        starting, stopping = asyncio.create_task(gateway.start()), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+            return starting.done()
+        finally:
+            starting.cancel()
+            stopping.cancel()
+
+    def _services(self) -> list[str]:
+        return [_SERVICE, GATEWAY_SERVICE] if self._options.openai_port is not None else [_SERVICE]
 
     def _make_gateway(self, port: int, engine_port: int) -> Gateway:
         """
@@ -240,13 +264,14 @@ class Server:
             "tokens": bool(self._tokens),
         }
         if metrics_port is not None:
-            about["metrics"] = f"{options.host}:{metrics_port}"
+            about["metrics"] = f"{options.metrics_host}:{metrics_port}"
         if gateway is not None:
             about["openai"] = f"{'https' if about['tls'] else 'http'}://{options.host}:{gateway.port}/v1"
         return about
 
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
 def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | None]:

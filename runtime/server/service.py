@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,15 +13,23 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 
-from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.aio import AsyncLLM, Lane
 from headwise.runtime.engine import Delta
 from headwise.runtime.inputs import MAX_MESSAGES, MAX_PROMPT_BYTES
 from headwise.runtime.request import Request
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_N, MAX_STOP, MAX_STOP_CHARACTERS
 from headwise.runtime.server import convert
 from headwise.runtime.server.auth import Tenant, Tokens
-from headwise.runtime.server.errors import PermissionDeniedError, StalledError, UnavailableError, abort, code_of
+from headwise.runtime.server.errors import (
+    DeadlineError,
+    PermissionDeniedError,
+    StalledError,
+    UnavailableError,
+    abort,
+    code_of,
+)
 from headwise.runtime.server.kv_messages import CAPACITY, kv_messages
 from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES
@@ -34,6 +43,10 @@ requests_log = logging.getLogger("headwise.requests")
 """One line a request: JSON, without prompt or output."""
 
 MAX_REQUEST_ID = 128
+_SEPARATOR = "\x1f"
+"""Between a tenant's name and its request's id: in neither, so that no two tenants' ids can be the same."""
+_LARGE_BYTES = 32 << 10
+"""Requests of more are checked on a thread of their own: 10,000 tokens as text, some 10 ms."""
 
 _STATS = (
     *("num_running", "num_waiting", "num_blocks", "num_free_blocks"),
@@ -50,9 +63,16 @@ class Sessions:
         owners: of the requests that run, by the engine's name for them.
     """
 
-    def __init__(self, llm: AsyncLLM, metrics: Metrics, tokens: Tokens, stall_timeout_s: float) -> None:
-        """Args: ``stall_timeout_s``: how long a client may leave a stream unread before its request is ended."""
-        self.llm, self.metrics, self.tokens, self.stall_timeout_s = llm, metrics, tokens, stall_timeout_s
+    def __init__(
+        self, llm: AsyncLLM, metrics: Metrics, tokens: Tokens, stall_timeout_s: float, max_request_s: float
+    ) -> None:
+        """
+        Args:
+            stall_timeout_s: how long a client may leave a stream unread before its request is ended.
+            max_request_s: how long a request may take, queued or running.
+        """
+        self.llm, self.metrics, self.tokens = llm, metrics, tokens
+        self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
         self.draining = False
         self.drained = asyncio.Event()
         self.owners: dict[str, Tenant] = {}
@@ -75,7 +95,7 @@ class Sessions:
         await self._empty.wait()
 
     def engine_id(self, tenant: Tenant, request_id: str) -> str:
-        """What the engine calls a request: tenants do not see each other's ids.
+        """What the engine calls a request, whose id may be empty: tenants do not see each other's.
 
         Raises:
             InvalidValueError: the client's id is too long or not printable.
@@ -83,35 +103,46 @@ class Sessions:
         if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
             limit = f"must have at most {MAX_REQUEST_ID} printable characters"
             raise InvalidValueError("request_id", request_id, limit)
-        return f"{tenant.name}/{request_id}"
+        return f"{tenant.name}{_SEPARATOR}{request_id or f'request-{secrets.token_hex(8)}'}"
 
     async def run(self, context: Context, tenant: Tenant, requests: list[Request]) -> AsyncGenerator[list[Delta]]:
         """The deltas of a request's samples; counts it and logs it, however it ends.
 
         Raises:
             UnavailableError: the server drains.
+            InvalidValueError: a request with this id still runs, or the call's deadline is too far away.
+            DeadlineError: it has none, and took as long as one may be away.
         """
-        if self.draining:
-            raise UnavailableError("this server drains and takes no more requests; use another")
         request_id, code = requests[0].request_id, grpc.StatusCode.OK
-        if request_id in self.owners:
-            raise InvalidValueError("request_id", request_id, "a request with this id still runs")
-        self.owners[request_id] = tenant
-        self._empty.clear()
+        late = asyncio.Event()
+
+        def end() -> None:
+            late.set()
+            self.llm.abort(request_id)
+
         try:
-            async with aclosing(self.llm.stream(requests)) as stream:
-                async for deltas in stream:
-                    yield deltas
+            self._admit(context, tenant, request_id)
+            timer = asyncio.get_running_loop().call_later(self.max_request_s, end)
+            try:
+                async with aclosing(self.llm.stream(requests)) as stream:
+                    async for deltas in stream:
+                        if late.is_set():
+                            raise DeadlineError(f"the request took more than {self.max_request_s:g} s")
+                        yield deltas
+            finally:
+                timer.cancel()
+                del self.owners[request_id]
+                if not self.owners:
+                    self._empty.set()
         except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
+            left = context.time_remaining()
+            ended = left is not None and left <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if ended else grpc.StatusCode.CANCELLED
             raise
         except BaseException as error:
             code = code_of(error)
             raise
         finally:
-            del self.owners[request_id]
-            if not self.owners:
-                self._empty.set()
             self._account(tenant, requests, code)
 
     async def write(self, context: Context, message: object) -> None:
@@ -125,15 +156,30 @@ class Sessions:
             raise StalledError(f"the stream was not read for {self.stall_timeout_s:g} s") from None
 
     def refuse(self, error: BaseException) -> None:
-        """Counts a request that was refused before it ran."""
-        self.metrics.requests.labels(code_of(error).name).inc()
+        """Counts and logs a request that was refused before it was one of the engine's."""
+        code = code_of(error).name
+        self.metrics.requests.labels(code).inc()
+        requests_log.info(json.dumps({"code": code}))
+
+    def _admit(self, context: Context, tenant: Tenant, request_id: str) -> None:
+        if self.draining:
+            raise UnavailableError("this server drains and takes no more requests; use another")
+        left = context.time_remaining()
+        if left is not None and left > self.max_request_s:
+            limit = f"must be at most {self.max_request_s:g} s away (--max-request-time)"
+            raise InvalidValueError("deadline", f"{left:.0f} s", limit)
+        if request_id in self.owners:
+            raise InvalidValueError("request_id", client_id(request_id), "a request with this id still runs")
+        self.owners[request_id] = tenant
+        self._empty.clear()
 
     def _account(self, tenant: Tenant, requests: list[Request], code: grpc.StatusCode) -> None:
         self.metrics.requests.labels(code.name).inc()
-        self.metrics.observe(requests)
         first = requests[0].metrics
+        if first.first_scheduled:
+            self.metrics.observe(requests)
         line = {
-            "request": requests[0].request_id.removeprefix(f"{tenant.name}/"),
+            "request": client_id(requests[0].request_id),
             "tenant": tenant.name,
             "code": code.name,
             "prompt_tokens": len(requests[0].prompt_token_ids),
@@ -144,6 +190,18 @@ class Sessions:
             "total_s": round(time.monotonic() - first.arrival, 4),
         }
         requests_log.info(json.dumps(line))
+
+
+def client_id(engine_id: str) -> str:
+    """A request's id as its client knows it."""
+    return engine_id.partition(_SEPARATOR)[2]
+
+
+def lane_of(request: Message, structured: bool = False) -> Lane | None:
+    """Where :meth:`AsyncLLM.off_loop <headwise.runtime.aio.AsyncLLM.off_loop>` is to check a request."""
+    if structured:
+        return "grammar"
+    return "text" if request.ByteSize() > _LARGE_BYTES else None
 
 
 class InferenceService(InferenceServiceServicer):
@@ -158,8 +216,8 @@ class InferenceService(InferenceServiceServicer):
         admitted = False
         try:
             tenant = sessions.tenant(context)
-            structured = request.sampling_params.HasField("structured_outputs")
-            requests = await self._llm.off_loop(partial(self._requests, request, tenant), structured)
+            lane = lane_of(request, request.sampling_params.HasField("structured_outputs"))
+            requests = await self._llm.off_loop(partial(self._requests, request, tenant), lane)
             with_text = self._llm.inputs.tokenizer is not None
             admitted = True
             async with aclosing(sessions.run(context, tenant, requests)) as stream:
@@ -167,7 +225,7 @@ class InferenceService(InferenceServiceServicer):
                     for increment in convert.increments(deltas, with_text):
                         await sessions.write(context, pb.GenerateResponse(increment=increment))
             result = convert.result(requests)
-            result.request_id = result.request_id.removeprefix(f"{tenant.name}/")
+            result.request_id = client_id(result.request_id)
             await sessions.write(context, pb.GenerateResponse(result=result))
         except Exception as error:
             if not admitted:
@@ -185,7 +243,7 @@ class InferenceService(InferenceServiceServicer):
 
         try:
             self._sessions.tenant(context)
-            return pb.TokenizeResponse(token_ids=await asyncio.to_thread(tokenize))
+            return pb.TokenizeResponse(token_ids=await self._llm.off_loop(tokenize, lane_of(request)))
         except Exception as error:
             await abort(context, error)
 
@@ -193,8 +251,8 @@ class InferenceService(InferenceServiceServicer):
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         try:
             self._sessions.tenant(context)
-            text = await asyncio.to_thread(self._llm.inputs.decode, list(request.token_ids), skip)
-            return pb.DetokenizeResponse(text=text)
+            decode = partial(self._llm.inputs.decode, request.token_ids, skip)
+            return pb.DetokenizeResponse(text=await self._llm.off_loop(decode, lane_of(request)))
         except Exception as error:
             await abort(context, error)
 
@@ -202,8 +260,10 @@ class InferenceService(InferenceServiceServicer):
         try:
             tenant = self._sessions.tenant(context)
             for engine_id, owner in list(self._sessions.owners.items()):
-                mine = owner.name == tenant.name or tenant.admin
-                if mine and engine_id.removeprefix(f"{owner.name}/") in request.request_ids:
+                names = {client_id(engine_id)} if owner.name == tenant.name else set()
+                if tenant.admin:
+                    names.add(f"{owner.name}/{client_id(engine_id)}")
+                if names.intersection(request.request_ids):
                     self._llm.abort(engine_id)
             return pb.AbortResponse()
         except Exception as error:
@@ -235,6 +295,7 @@ class InferenceService(InferenceServiceServicer):
                 max_messages=MAX_MESSAGES,
                 max_prompt_bytes=MAX_PROMPT_BYTES,
                 max_queued_requests=llm.max_queued_requests,
+                max_request_seconds=self._sessions.max_request_s,
                 max_grammar_bytes=MAX_GRAMMAR_BYTES if inputs.takes_grammars else 0,
                 max_choices=MAX_CHOICES if inputs.takes_grammars else 0,
             ),
@@ -242,11 +303,13 @@ class InferenceService(InferenceServiceServicer):
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:
         try:
-            self._sessions.tenant(context)
+            tenant = self._sessions.tenant(context)
             stats = await self._llm.stats()
         except Exception as error:
             await abort(context, error)
-        return pb.GetStatsResponse(json=json.dumps(stats), **{name: stats[name] for name in _STATS})
+        # Hits of the prefix cache tell when others ask the same.
+        details = json.dumps(stats) if tenant.admin else ""
+        return pb.GetStatsResponse(json=details, **{name: stats[name] for name in _STATS})
 
     async def SubscribeKvEvents(self, request: pb.SubscribeKvEventsRequest, context: Context) -> None:
         capacity = request.capacity or CAPACITY
@@ -276,7 +339,7 @@ class InferenceService(InferenceServiceServicer):
 
     def _requests(self, request: pb.GenerateRequest, tenant: Tenant) -> list[Request]:
         inputs, number = self._llm.inputs, self._llm.next_number()
-        name = self._sessions.engine_id(tenant, request.request_id or f"request-{number}")
+        name = self._sessions.engine_id(tenant, request.request_id)
         params = convert.sampling_params(request.sampling_params)
         ids = convert.prompt_ids(inputs, request)
         requests = list(inputs.requests(name, ids, params, number, tenant.cache_salt(request.cache_salt)))

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb
 
 from headwise.runtime.engine import Delta
 from headwise.runtime.request import FinishReason, Request
-from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP, MAX_STOP_TOKEN_IDS, SamplingParams
 from headwise.runtime.server.auth import Tenant
 from headwise.runtime.server.errors import PermissionDeniedError, UnavailableError, abort
-from headwise.runtime.server.service import Context, Sessions
+from headwise.runtime.server.health import HealthMonitor
+from headwise.runtime.server.service import Context, Sessions, lane_of
 from headwise.runtime.server.vllm_kv_events import kv_batches
-from headwise.runtime.structured_outputs import StructuredOutputsParams
+from headwise.runtime.structured_outputs import MAX_CHOICES, StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 
 SERVICE = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 _CHUNK_BYTES = 1 << 20
+_NOT_SERVED = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 _TOKENIZER_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -43,9 +46,9 @@ _TOKENIZER_FILES = (
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
     """What is not here is UNIMPLEMENTED."""
 
-    def __init__(self, sessions: Sessions, name: str) -> None:
+    def __init__(self, sessions: Sessions, health: HealthMonitor, name: str) -> None:
         """Args: ``name``: of the model, as clients see it."""
-        self._sessions, self._llm, self._name = sessions, sessions.llm, name
+        self._sessions, self._llm, self._health, self._name = sessions, sessions.llm, health, name
         self._started, self._last_request = time.monotonic(), 0.0
 
     async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Context) -> None:
@@ -53,8 +56,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             tenant = sessions.tenant(context)
             self._last_request = time.time()
-            structured = request.sampling_params.WhichOneof("constraint") is not None
-            requests = await self._llm.off_loop(partial(self._requests, request, tenant), structured)
+            lane = lane_of(request, request.sampling_params.WhichOneof("constraint") is not None)
+            requests = await self._llm.off_loop(partial(self._requests, request, tenant), lane)
             admitted = True
             async with aclosing(sessions.run(context, tenant, requests)) as stream:
                 async for deltas in stream:
@@ -66,9 +69,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             await abort(context, error)
 
     async def HealthCheck(self, request: Any, context: Context) -> vllm_engine_pb2.HealthCheckResponse:
-        failure = self._llm.failure
-        message = str(failure) if failure is not None else "draining" if self._sessions.draining else "ok"
-        return vllm_engine_pb2.HealthCheckResponse(healthy=message == "ok", message=message)
+        problem = self._health.problem()
+        return vllm_engine_pb2.HealthCheckResponse(healthy=problem is None, message=problem or "ok")
 
     async def Abort(self, request: vllm_engine_pb2.AbortRequest, context: Context) -> vllm_engine_pb2.AbortResponse:
         try:
@@ -81,7 +83,10 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     async def GetModelInfo(self, request: Any, context: Context) -> vllm_engine_pb2.GetModelInfoResponse:
         inputs, path = self._llm.inputs, str(self._llm.model_path)
-        config = json.loads((self._llm.model_path / "config.json").read_bytes())
+        try:
+            config = json.loads(await asyncio.to_thread((self._llm.model_path / "config.json").read_bytes))
+        except OSError:  # gone since the model was loaded
+            config = {}
         return vllm_engine_pb2.GetModelInfoResponse(
             model_path=path,
             is_generation=True,
@@ -131,7 +136,10 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         return vllm_engine_pb2.GetLoadsResponse(loads=[load])
 
     async def GetTokenizer(self, request: Any, context: Context) -> None:
-        data = await asyncio.to_thread(_zip, self._llm.model_path)
+        try:
+            data = await asyncio.to_thread(_zip, self._llm.model_path)
+        except Exception as error:
+            await abort(context, error)
         chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
         for index, chunk in enumerate(chunks):
             last = index == len(chunks) - 1
@@ -160,14 +168,16 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
 
     def _requests(self, request: vllm_engine_pb2.GenerateRequest, tenant: Tenant) -> list[Request]:
-        for name in ("kv_transfer_params", "mm_inputs", "media_refs"):
+        for name in _NOT_SERVED:
             if request.HasField(name):
                 raise InvalidValueError(name, "given", "this engine serves text only, and no handoff through a gateway")
+        if request.data_parallel_rank:
+            raise InvalidValueError("data_parallel_rank", request.data_parallel_rank, "this engine is one rank, 0")
         inputs, number = self._llm.inputs, self._llm.next_number()
-        name = self._sessions.engine_id(tenant, request.request_id or f"request-{number}")
+        name = self._sessions.engine_id(tenant, request.request_id)
         params = sampling_params(request.sampling_params)
         tokenized = request.WhichOneof("input") == "tokenized"
-        ids = inputs.token_ids(list(request.tokenized.input_ids) if tokenized else request.text)
+        ids = inputs.token_ids(request.tokenized.input_ids if tokenized else request.text)
         requests = list(inputs.requests(name, ids, params, number, tenant.cache_salt("")))
         for one in requests:
             one.streamed = request.stream
@@ -194,14 +204,14 @@ def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:
         "repetition_penalty": message.repetition_penalty or 1.0,
         "max_tokens": message.max_tokens if message.HasField("max_tokens") else None,
         "min_tokens": message.min_tokens,
-        "stop": list(message.stop),
-        "stop_token_ids": list(message.stop_token_ids),
+        "stop": message.stop[: MAX_STOP + 1],
+        "stop_token_ids": message.stop_token_ids[: MAX_STOP_TOKEN_IDS + 1],
         "ignore_eos": message.ignore_eos,
         "skip_special_tokens": message.skip_special_tokens,
         "include_stop_str_in_output": message.include_stop_str_in_output,
         "logprobs": message.logprobs if message.HasField("logprobs") else None,
         "seed": message.seed if message.HasField("seed") else None,
-        "logit_bias": dict(message.logit_bias),
+        "logit_bias": dict(islice(message.logit_bias.items(), MAX_LOGIT_BIAS_ENTRIES + 1)),
         "structured_outputs": _structured_outputs(message),
     }
     return SamplingParams(**fields)
@@ -223,7 +233,7 @@ def _structured_outputs(message: vllm_engine_pb2.SamplingParams) -> StructuredOu
     if constraint not in _KINDS:
         raise InvalidValueError(constraint, "given", f"this engine takes {', '.join(_KINDS)}")
     value = getattr(message, constraint)
-    fields: dict[str, Any] = {_KINDS[constraint]: list(value.choices) if constraint == "choice" else value}
+    fields: dict[str, Any] = {_KINDS[constraint]: value.choices[: MAX_CHOICES + 1] if constraint == "choice" else value}
     return StructuredOutputsParams(**fields)
 
 
@@ -301,7 +311,7 @@ def _zip(folder: Path) -> bytes:
         names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
         for name in names:
             archive.write(folder / name, name)
-    if not names:
+    if not any(name.startswith("tokenizer.") for name in names):
         raise UnavailableError("the model has no tokenizer")
     return data.getvalue()
 

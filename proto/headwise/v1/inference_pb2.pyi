@@ -280,7 +280,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tensor_parallel_size: _Optional[int] = ..., dtype: _Optional[str] = ..., kv_tokens: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_model_len", "max_n", "max_logprobs", "max_logit_bias", "max_stop", "max_stop_characters", "max_messages", "max_prompt_bytes", "max_queued_requests", "max_grammar_bytes", "max_choices")
+    __slots__ = ("max_model_len", "max_n", "max_logprobs", "max_logit_bias", "max_stop", "max_stop_characters", "max_messages", "max_prompt_bytes", "max_queued_requests", "max_grammar_bytes", "max_choices", "max_request_seconds")
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_N_FIELD_NUMBER: _ClassVar[int]
     MAX_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +292,7 @@ class Limits(_message.Message):
     MAX_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAMMAR_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
     max_model_len: int
     max_n: int
     max_logprobs: int
@@ -303,7 +304,8 @@ class Limits(_message.Message):
     max_queued_requests: int
     max_grammar_bytes: int
     max_choices: int
-    def __init__(self, max_model_len: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop: _Optional[int] = ..., max_stop_characters: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_grammar_bytes: _Optional[int] = ..., max_choices: _Optional[int] = ...) -> None: ...
+    max_request_seconds: float
+    def __init__(self, max_model_len: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_logit_bias: _Optional[int] = ..., max_stop: _Optional[int] = ..., max_stop_characters: _Optional[int] = ..., max_messages: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_queued_requests: _Optional[int] = ..., max_grammar_bytes: _Optional[int] = ..., max_choices: _Optional[int] = ..., max_request_seconds: _Optional[float] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()

@@ -16,6 +16,7 @@ from headwise.runtime.client import AsyncClient, ServerError
 from headwise.runtime.server.auth import Tenant, Tokens, read_tokens
 from headwise.runtime.server.errors import UnauthenticatedError
 from headwise.runtime.server.serve import ServeOptions, _checked
+from headwise.runtime.server.service import Sessions, client_id
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from tests.runtime.server.conftest import Running
@@ -76,8 +77,28 @@ def test_tenants_share_nothing_and_see_nothing_of_each_other(serve: Serve, token
         stream = alice.stream(PROMPT, SamplingParams(max_tokens=300, ignore_eos=True), request_id="same")
         next(stream)
         bob.abort("same")
+        bob.abort("alice/same")
         assert bob.generate(PROMPT, SHORT, request_id="same").completion_tokens == 2
         assert list(stream)[-1].completion_tokens == 300  # type: ignore[union-attr]
+        assert not alice.stats().json
+
+
+def test_an_admin_ends_requests_of_others_by_their_full_names(serve: Serve, token_file: Path) -> None:
+    running = serve(options={"token_file": token_file})
+    with running.client(token=ALICE) as alice, running.client(token=ROOT) as root:
+        stream = alice.stream(PROMPT, SamplingParams(max_tokens=450, ignore_eos=True), request_id="1")
+        next(stream)
+        root.abort("1")
+        assert root.stats().num_running == 1 and root.stats().json
+        root.abort("alice/1")
+        last = list(stream)[-1]
+        assert last.samples[0].finish_reason == "abort"  # type: ignore[union-attr]
+
+
+def test_names_of_tenants_and_ids_do_not_run_together() -> None:
+    engine_id = Sessions.engine_id
+    names = {engine_id(None, Tenant("a"), "b/c"), engine_id(None, Tenant("a/b"), "c")}  # type: ignore[arg-type]
+    assert len(names) == 2 and {client_id(name) for name in names} == {"b/c", "c"}
 
 
 @pytest.mark.parametrize("token", [None, "wrong-0123456789abcdef"])

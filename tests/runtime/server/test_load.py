@@ -7,6 +7,7 @@ import gc
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,8 @@ import psutil
 from headwise.runtime import SamplingParams
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
 from tests.runtime.server.conftest import DEADLINE_S, Running
 from tests.runtime.server.test_service import PROMPT, no_blocks_are_held, wait_until
 
@@ -24,6 +27,18 @@ FUZZED = 10_000
 INTEGERS = (0, 1, 2, 3, 5, 16, 20, 21, 64, 65, 255, 256, 257, 511, 512, 2**31 - 1, 2**32 - 1)
 FLOATS = (0.0, -0.0, 0.5, 1.0, 1.5, 2.0, -1.0, -2.5, 1e-9, 1e30, -1e300, float("inf"), float("-inf"), float("nan"))
 TEXTS = ("", "a", "stop", "é🦊", "\0", "\n", "x" * 300, "</s>", "../..", "%s%n", "{}")
+
+GRAMMARS = (
+    *("", "a", "(", "[a-z]{2,5}", "(?=a)", "x" * 300, "(a|b)?" * 20_000, "\\d+", "é🦊", "[]", "{}", "null", "{" * 5000),
+    *(
+        '{"type": "object"}',
+        '{"type": "strin"}',
+        '{"multipleOf": 9000001, "type": "integer"}',
+        '{"$ref": "http://x/y"}',
+    ),
+    *('start: "a" | b\nb: "c" b', "root ::= [0-9]+", "start: " + "(" * 999, 'start: ""', 'start: a\na: a a | "x"'),
+    "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(3000)) + '\na3000: "x"',
+)
 
 
 def fuzzed(chance: random.Random) -> pb.GenerateRequest:
@@ -57,6 +72,8 @@ def fuzz_params(params: pb.SamplingParams, chance: random.Random, share: float) 
             params.stop.extend(chance.choice(TEXTS) for _ in range(chance.choice((1, 2, 17))))
         elif field.name == "stop_token_ids":
             params.stop_token_ids.extend(chance.choice(INTEGERS) for _ in range(chance.choice((1, 2, 200))))
+        elif field.name == "structured_outputs":
+            fuzz_structured(params.structured_outputs, chance)
         elif field.type == field.TYPE_BOOL:
             setattr(params, field.name, chance.random() < 0.5)
         elif field.type == field.TYPE_DOUBLE:
@@ -69,8 +86,19 @@ def fuzz_params(params: pb.SamplingParams, chance: random.Random, share: float) 
         params.max_tokens = chance.choice((0, 1, 2, 2, 3))  # or the test would take as long as its longest answers
 
 
-def test_fuzzed_requests_get_an_answer_or_a_reason(serve: Serve) -> None:
-    running = serve(max_num_seqs=32)
+def fuzz_structured(message: pb.StructuredOutputs, chance: random.Random) -> None:
+    kind = chance.choice(("json", "regex", "choice", "grammar", "json_object", None))
+    if kind == "choice":
+        message.choice.choices.extend(chance.choice(TEXTS) for _ in range(chance.choice((0, 1, 3, 1100))))
+    elif kind == "json_object":
+        message.json_object = chance.random() < 0.5
+    elif kind is not None:
+        setattr(message, kind, chance.choice(GRAMMARS))
+
+
+def test_fuzzed_requests_get_an_answer_or_a_reason(serve: Serve, tmp_path: Path) -> None:
+    write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
+    running = serve(tmp_path, max_num_seqs=32)
     codes: Counter[grpc.StatusCode] = Counter()
     fields: Counter[str] = Counter()
 
