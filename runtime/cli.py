@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -74,7 +76,10 @@ def generate(
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
     server: Annotated[str | None, typer.Option(help="host:port of a running server to ask instead.")] = None,
     token: Annotated[str | None, typer.Option(envvar="HEADWISE_TOKEN", help="The server's token for you.")] = None,
-    tls_ca: Annotated[Path | None, typer.Option(help="Use TLS, with servers that this certificate signed.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Use TLS, with servers this certificate signed.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that the server gets to answer.")] = None,
     tp: Tp = 1,
     chat: Annotated[bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")] = False,
     max_tokens: MaxTokens = 128,
@@ -109,10 +114,13 @@ def generate(
         structured_outputs=_structured_outputs(json_schema, regex, choice),
     )
     if server is not None:
-        _ask_server(server, token, tls_ca, [{"role": "user", "content": text}] if chat else text, params, as_json)
+        asked = [{"role": "user", "content": text}] if chat else text
+        _ask_server(server, token, tls_ca, timeout, asked, params, as_json)
         return
     if model is None:
         raise InvalidValueError("--model", None, "is needed where no --server is given")
+    if timeout is not None:
+        raise InvalidValueError("--timeout", timeout, "is only for --server")
     from headwise.runtime import LLM
 
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
@@ -175,6 +183,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 50051,
     metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="The address for it.")] = "127.0.0.1",
     openai_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's API there.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: --model.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
@@ -188,6 +197,9 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 128,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that requests get to end on SIGTERM.")] = 30.0,
     stall_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a client may leave a stream unread.")] = 30.0,
+    max_request_time: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a request may take, queued or not.")
+    ] = 3600.0,
     step_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a step may take in good health.")] = 8.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -222,6 +234,7 @@ def serve(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
         openai_port=openai_port,
         tls_cert=tls_cert,
         tls_key=tls_key,
@@ -231,6 +244,7 @@ def serve(
         max_queued_requests=max_queued_requests,
         drain_timeout_s=drain_timeout,
         stall_timeout_s=stall_timeout,
+        max_request_s=max_request_time,
         step_timeout_s=step_timeout,
         as_json=as_json,
     )
@@ -267,18 +281,43 @@ def _structured_outputs(
 
 
 def _ask_server(
-    server: str, token: str | None, ca: Path | None, question: Any, params: SamplingParams, as_json: bool
+    server: str,
+    token: str | None,
+    ca: Path | None,
+    timeout: float | None,
+    question: Any,
+    params: SamplingParams,
+    as_json: bool,
 ) -> None:
-    from headwise.runtime.client import Client, Completion
+    from grpc import StatusCode
 
-    with Client(server, token=token, ca=ca) as client:
-        if as_json:
-            _print_json(asdict(client.generate(question, params)))
-            return
-        for item in client.stream(question, params):
-            if not isinstance(item, Completion):
-                _write(item.text or "")
-        _write("\n")
+    from headwise.runtime.client import Client, Completion, ServerError
+
+    if token and ca is None and not _is_loopback(server):
+        limit = f"would go in clear text to {server}, which is not loopback"
+        raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")
+    try:
+        with Client(server, token=token, ca=ca, timeout=timeout) as client:
+            for item in client.stream(question, params, whole=as_json):
+                if as_json and isinstance(item, Completion):
+                    _print_json(asdict(item))
+                elif not as_json:
+                    _write("\n" if isinstance(item, Completion) else item.text or "")
+                if isinstance(item, Completion) and item.samples[0].finish_reason == "error":
+                    raise HeadwiseError(item.samples[0].error or "the request failed")
+    except ServerError as error:
+        if error.code is not StatusCode.INVALID_ARGUMENT:
+            raise
+        print(f"headwise: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        host = urlsplit(f"//{address}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _ask() -> str:

@@ -8,6 +8,8 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -161,16 +163,18 @@ class AsyncClient:
         attempt = 0
         while True:
             call = self._stub.Generate(request, timeout=_left(deadline), metadata=self._metadata)
-            started = False
+            item: Increment | Completion | None = None
             try:
                 async for response in call:
-                    started = True
-                    yield _take(completion, response)
+                    item = _take(completion, response)
+                    yield item
+                if item is not completion:
+                    raise ServerError(grpc.StatusCode.INTERNAL, "the server ended the stream without a result")
                 return
             except grpc.aio.AioRpcError as error:
                 # Nothing came, so nothing can come twice; and a server that still has the request refuses its id.
                 attempt += 1
-                if started or error.code() is not grpc.StatusCode.UNAVAILABLE or attempt > self._retries:
+                if item is not None or error.code() is not grpc.StatusCode.UNAVAILABLE or attempt > self._retries:
                     raise _error(error) from None
                 await asyncio.sleep(_backoff(attempt, deadline))
             finally:
@@ -180,13 +184,8 @@ class AsyncClient:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> Completion:
         """As :meth:`stream`, all at once."""
-        completion: Completion | None = None
-        async for item in self.stream(prompt, sampling_params, whole=True, **options):
-            if isinstance(item, Completion):
-                completion = item
-        if completion is None:
-            raise ServerError(grpc.StatusCode.INTERNAL, "the server ended the stream without a result")
-        return completion
+        items = [item async for item in self.stream(prompt, sampling_params, whole=True, **options)]
+        return cast("Completion", items[-1])
 
     async def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The model's tokens of text, or of a conversation."""
@@ -253,9 +252,14 @@ class AsyncClient:
 
 
 class Client:
-    """As :class:`AsyncClient`, for programs without asyncio; thread-safe. Takes the same arguments."""
+    """As :class:`AsyncClient`, for programs without asyncio; thread-safe. Takes the same arguments.
+
+    Closing it ends the calls of other threads, and any call on a closed one fails: UNAVAILABLE.
+    """
 
     def __init__(self, address: str, **options: Any) -> None:
+        # Reentrant: the garbage collector may end a stream while this thread holds it.
+        self._lock, self._closed = threading.RLock(), False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="headwise-client", daemon=True)
         self._thread.start()
@@ -263,7 +267,11 @@ class Client:
         async def connect() -> AsyncClient:
             return AsyncClient(address, **options)
 
-        self._client = self._run(connect())
+        try:
+            self._client = self._run(connect())
+        except BaseException:
+            self._stop()
+            raise
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
@@ -274,7 +282,9 @@ class Client:
             while (item := self._run(_next(stream))) is not None:
                 yield item
         finally:
-            self._run(stream.aclose())
+            # Nobody waits for it: where the garbage collector does this, it may be on the client's own thread.
+            with suppress(ServerError):
+                self._submit(stream.aclose())
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any) -> Completion:
         """As :meth:`AsyncClient.generate`."""
@@ -300,12 +310,14 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection. Idempotent."""
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5.0)
-        self._loop.close()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        finally:
+            self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -314,12 +326,34 @@ class Client:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._submit(work)
         try:
             return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+        except CancelledError:
+            raise _closed() from None
+        finally:
+            future.cancel()  # where the wait was interrupted
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise _closed()
+
+    async def _end(self) -> None:
+        """Ends what runs on the loop; whoever waits for it gets an error."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._client.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 def _request(prompt: Prompt, params: SamplingParams, request_id: str, cache_salt: str) -> pb.GenerateRequest:
@@ -373,6 +407,10 @@ def _error(error: grpc.aio.AioRpcError) -> ServerError:
         elif detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     return ServerError(error.code(), error.details() or "", field, retry_after_s)
+
+
+def _closed() -> ServerError:
+    return ServerError(grpc.StatusCode.UNAVAILABLE, "the client is closed")
 
 
 def _deadline(timeout: float | None) -> float | None:

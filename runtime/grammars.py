@@ -53,7 +53,8 @@ class GrammarChecker:
         return None
 
     def grammar(self, params: StructuredOutputsParams) -> str:
-        """In the form that :mod:`headwise.workers.grammar` takes. May take half a second, and more the first time.
+        """In the form that :mod:`headwise.workers.grammar` takes. A new one takes a tenth of a second
+        at most, but for the first, which starts the process.
 
         Raises:
             InvalidValueError: it cannot be used, or this installation or model knows no grammars.

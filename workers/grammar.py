@@ -8,7 +8,7 @@ the extra ``grammar``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -28,9 +28,9 @@ MAX_COMPILED = 32
 
 _MAX_MESSAGE = 300
 
-# What one token's mask may take: some 10 ms at worst, far above what schemas need. The lexer's fuel is about 14,000 a
+# What one token's mask may take: some 5 ms at worst, far above what schemas need. The lexer's fuel is about 14,000 a
 # millisecond, items about 20,000; a lexer's state about 1 KiB (llguidance's figures).
-_INITIAL_LEXER_FUEL, _STEP_LEXER_FUEL = 1_000_000, 100_000
+_INITIAL_LEXER_FUEL, _STEP_LEXER_FUEL = 1_000_000, 50_000
 _STEP_MAX_ITEMS, _MAX_ITEMS_IN_ROW = 20_000, 500
 _MAX_LEXER_STATES, _MAX_GRAMMAR_SIZE = 50_000, 50_000
 
@@ -57,13 +57,12 @@ class Grammars:
     def constraint(self, grammar: str, generated: Sequence[int] = ()) -> Constraint:
         """A row's place in a grammar, after the tokens that were generated already."""
         if grammar not in self._compiled:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "headwise-grammars")
-            self._compiled[grammar] = self._thread.submit(self._compile, grammar)
+            self._compiled[grammar] = self._submit(grammar)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return Constraint(self._compiled[grammar], self._vocab_size, generated)
+        compiled = self._compiled[grammar]
+        return Constraint(compiled, lambda: self._renew(grammar, compiled), self._vocab_size, generated)
 
     def close(self) -> None:
         """Idempotent; waits for what is being compiled."""
@@ -71,6 +70,17 @@ class Grammars:
             self._thread.shutdown(cancel_futures=True)
         self._thread, self._tokenizer = None, None
         self._compiled.clear()
+
+    def _renew(self, grammar: str, used_up: Future[LLMatcher]) -> Future[LLMatcher]:
+        """For one row alone. Those that come later get one of their own to share."""
+        if self._compiled.get(grammar) is used_up:
+            del self._compiled[grammar]
+        return self._submit(grammar)
+
+    def _submit(self, grammar: str) -> Future[LLMatcher]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "headwise-grammars")
+        return self._thread.submit(self._compile, grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
         if self._tokenizer is None:
@@ -81,8 +91,16 @@ class Grammars:
 class Constraint:
     """One row's place in its grammar."""
 
-    def __init__(self, compiled: Future[LLMatcher], vocab_size: int, generated: Sequence[int]) -> None:
+    def __init__(
+        self,
+        compiled: Future[LLMatcher],
+        renew: Callable[[], Future[LLMatcher]],
+        vocab_size: int,
+        generated: Sequence[int],
+    ) -> None:
+        """Args: ``renew``: compiles the grammar for this row alone."""
         self._compiled, self._vocab_size = compiled, vocab_size
+        self._renew: Callable[[], Future[LLMatcher]] | None = renew
         self._generated = list(generated)
         self._matcher: LLMatcher | None = None
 
@@ -92,8 +110,13 @@ class Constraint:
         Raises:
             GrammarError: there is none, or the grammar is too much at this place.
         """
-        matcher = self._get()
+        matcher = self._matcher or self._follow(self._compiled)
         mask_V = allowed(matcher, self._vocab_size)
+        if "lexer error" in matcher.get_error() and self._renew is not None:
+            # Copies share their lexer, whose states add up over all rows, and one that has too many is of no more use.
+            matcher = self._follow(self._renew())
+            mask_V = allowed(matcher, self._vocab_size)
+            self._renew = None
         if error := matcher.get_error():
             raise GrammarError(f"the grammar cannot be followed further: {shorten(error)}")
         if not mask_V.any():
@@ -102,17 +125,19 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Takes note of the token that was chosen. One that was not allowed shows in the next :meth:`allowed`."""
+        self._generated.append(token)
         if self._matcher is not None:
             self._matcher.consume_token(token)
 
-    def _get(self) -> LLMatcher:
-        if self._matcher is None:
-            try:
-                self._matcher = self._compiled.result().deep_copy()
-            except (OSError, ValueError, ImportError) as error:
-                raise GrammarError(f"the grammar cannot be compiled on this host: {shorten(str(error))}") from error
-            self._matcher.consume_tokens(self._generated)
-        return self._matcher
+    def _follow(self, compiled: Future[LLMatcher]) -> LLMatcher:
+        """A copy of its own, moved on to where the row is."""
+        try:
+            matcher = compiled.result().deep_copy()
+        except (OSError, ValueError, ImportError) as error:
+            raise GrammarError(f"the grammar cannot be compiled on this host: {shorten(str(error))}") from error
+        matcher.consume_tokens(self._generated)
+        self._matcher = matcher
+        return matcher
 
 
 def load_tokenizer(model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
