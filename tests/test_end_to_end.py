@@ -124,6 +124,21 @@ def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, num
     wait_for_the_end_of_ray(before)
 
 
+def test_serve_ends_when_a_shard_dies_while_nothing_runs(smollm2: Path, tmp_path: Path) -> None:
+    before = ray_processes()
+    run = headwise(
+        *("serve", "--model", str(smollm2), "--tp", "2", "--max-model-len", "512", "--port", "0", "--json"),
+        cwd=tmp_path,
+    )
+    assert run.stdout is not None and run.stdout.readline()
+    shards = [p for pid in ray_processes() - before if "ShardActor" in (p := psutil.Process(pid)).name()]
+    assert len(shards) == 2
+    shards[1].kill()
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 3, stderr
+    wait_for_the_end_of_ray(before)
+
+
 def wait_for_the_end_of_ray(before: set[int]) -> None:
     deadline = time.monotonic() + 20
     while ray_processes() - before and time.monotonic() < deadline:

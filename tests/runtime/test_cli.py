@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,15 +122,22 @@ def test_generate_in_a_form(headwise: Run, model: Path, tmp_path: Path) -> None:
         assert (code, out) == (2, "") and words in err and "Traceback" not in err
 
 
+@contextmanager
+def ended(server: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        server.terminate()
+        assert server.wait(DEADLINE_S) == 0
+
+
 def test_generate_asks_a_server(headwise: Run, model: Path) -> None:
     arguments = ["serve", "--model", str(model), "--port", "0", "--json", *LOCAL]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "headwise.runtime.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
+    command = [sys.executable, "-m", "headwise.runtime.cli", *arguments]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server,
+        ended(server),
+    ):
         assert server.stdout is not None
         address = json.loads(server.stdout.readline())["address"]
         question = ["generate", "hello", "--server", address, "--max-tokens", "6"]
@@ -141,9 +150,6 @@ def test_generate_asks_a_server(headwise: Run, model: Path) -> None:
         assert code == 0 and out in ("left\n", "right\n")
         code, out, err = headwise(*question, "--temperature", "-1")
         assert (code, out) == (2, "") and "temperature=-1" in err
-    finally:
-        server.terminate()
-        assert server.wait(DEADLINE_S) == 0
     code, out, err = headwise(*question)
     assert (code, out) == (1, "") and "Traceback" not in err
 
