@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_nothing_behind(smollm2: Path, tmp_path: Path) -> None:
     wait_for_the_end_of_ray(before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, number: int) -> None:
     before = ray_processes()
     run = headwise(

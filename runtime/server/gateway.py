@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import importlib.util
 import logging
+import secrets
 import signal
 import socket
 import ssl
@@ -59,6 +60,8 @@ class Gateway:
             *("--worker-urls", f"grpc://127.0.0.1:{engine_port}", "--log-level", "warn"),
             *("--model-path", str(model_path)),
             *("--prometheus-port", str(_free_port("127.0.0.1")), "--prometheus-host", "127.0.0.1"),
+            # Nobody knows the key: or whoever reaches the port could have it send prompts to engines of his own.
+            *("--control-plane-api-keys", f"headwise:headwise:admin:{secrets.token_urlsafe(32)}"),
             *(("--tls-cert-path", str(tls[0]), "--tls-key-path", str(tls[1])) if tls is not None else ()),
         ]
         self._process: asyncio.subprocess.Process | None = None

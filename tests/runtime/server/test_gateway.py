@@ -8,6 +8,8 @@ import signal
 import ssl
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -151,6 +153,16 @@ def test_what_is_not_served_is_the_clients_error(client: Any) -> None:
     assert ask(client).choices[0].message.content
 
 
+def test_nobody_else_sets_up_the_gateway(server: dict[str, Any]) -> None:
+    root = server["openai"].removesuffix("/v1")
+    for path, body in (("/workers", b'{"url": "grpc://127.0.0.1:1"}'), ("/flush_cache", b"")):
+        request = urllib.request.Request(root + path, body, {"Content-Type": "application/json"}, method="POST")
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=DEADLINE_S)
+        with error.value:
+            assert error.value.code in (401, 403)
+
+
 def test_the_gateways_view_of_the_cache(server: dict[str, Any]) -> None:
     """What ``VllmEngine`` tells beside completions: a snapshot of the cache, what changes in it, and loads."""
     prompt = list(range(100, 140))
@@ -191,6 +203,7 @@ def test_the_gateways_view_of_the_cache(server: dict[str, Any]) -> None:
         assert (info.server_type, info.block_size) == ("vllm-grpc", 16)
 
 
+@pytest.mark.slow
 def test_https_with_the_certificate_of_the_server(smollm2: Path, certificates: Path) -> None:
     tls = ("--tls-cert", str(certificates / "good.pem"), "--tls-key", str(certificates / "good.key"))
     with serving(smollm2, *tls) as server:
