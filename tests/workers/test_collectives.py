@@ -473,8 +473,10 @@ def test_a_closed_group_gives_back_memory_and_descriptors() -> None:
         in_threads(2, lambda group: group.barrier(), kind)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
+    rounds = 10
+    for _ in range(rounds):
         in_threads(2, lambda group: group.barrier())
     gc.collect()
     assert mappings() == 0
-    assert len(os.listdir("/proc/self/fd")) <= before
+    # A group that kept one would add at least `rounds`; a single one more is some other library's, which opens its own when it likes.
+    assert len(os.listdir("/proc/self/fd")) < before + rounds
