@@ -478,5 +478,5 @@ def test_a_closed_group_gives_back_memory_and_descriptors() -> None:
         in_threads(2, lambda group: group.barrier())
     gc.collect()
     assert mappings() == 0
-    # A group that kept one would add at least `rounds`; a single one more is some other library's, which opens its own when it likes.
+    # A group that kept one would add one each round; one alone is another library's, which opens it when it likes.
     assert len(os.listdir("/proc/self/fd")) < before + rounds
