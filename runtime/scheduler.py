@@ -15,7 +15,7 @@ from typing import NamedTuple
 from headwise.runtime.block_tables import BlockTables, Entry
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.request import FinishReason, Request, RequestState
-from headwise.workers.plan import RowAdmit, StepPlan
+from headwise.workers.plan import MAX_ADMIT_BYTES, RowAdmit, StepPlan, admit_bytes
 
 
 class Scheduled(NamedTuple):
@@ -49,9 +49,11 @@ class Schedule:
 
 @dataclass(slots=True)
 class _Draft:
-    """A step being put together: how many more tokens it may compute, and what it does so far."""
+    """A step being put together: how many more tokens it may compute, how many more bytes the requests that it admits
+    may take in its plan, and what it does so far."""
 
     budget: int
+    admit_bytes: int
     counts: dict[Request, int] = field(default_factory=dict)
     appends: dict[Request, list[int]] = field(default_factory=dict)
     admitted: list[Request] = field(default_factory=list)
@@ -94,7 +96,7 @@ class Scheduler:
         Decodes come first, then prefill chunks, then requests that wait, the oldest first each time; what the shards
         must know of earlier changes travels along.
         """
-        draft = _Draft(self._budget)
+        draft = _Draft(self._budget, MAX_ADMIT_BYTES)
         decodes: list[Request] = []
         prefills: list[Request] = []
         for request in self.running:
@@ -188,6 +190,9 @@ class Scheduler:
             # A preempted request waits for its tokens in flight: the shards get them with its admission.
             if request.num_in_flight:
                 break
+            size = admit_bytes(request.num_tokens, request.sampling)
+            if draft.admitted and size > draft.admit_bytes:
+                break
             entry = self._tables.enter(request) if self._free_rows else Entry.NO_ROOM
             if entry is Entry.NO_ROOM:
                 if (victim := self._newest_paused()) is None:
@@ -206,6 +211,7 @@ class Scheduler:
             request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
             draft.counts[request] = min(request.num_uncomputed, draft.budget)
             draft.budget -= draft.counts[request]
+            draft.admit_bytes -= size
             draft.admitted.append(request)
         self.waiting.extendleft(reversed(later))
 

@@ -16,6 +16,9 @@ import msgpack
 MAX_MESSAGE_BYTES = 64 << 20
 """The largest message either side accepts; a plan that admits 32 prompts of 100,000 tokens is 16 MiB."""
 
+MAX_ADMIT_BYTES = 32 << 20
+"""What the rows a plan admits may take by :func:`admit_bytes`, unless it admits just one; the rest waits a step."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
@@ -123,12 +126,24 @@ class StepOutput:
     seconds: float = 0.0
 
 
+def admit_bytes(num_tokens: int, sampling: RowSampling) -> int:
+    """No less than what a row's admission takes in a plan, whatever its block table."""
+    numbers = 2 * num_tokens + len(sampling.stop_token_ids) + 3 * len(sampling.logit_bias)
+    return 5 * numbers + 4 * len(sampling.grammar) + 256
+
+
 def encode_plan(plan: StepPlan) -> bytes:
-    """The plan as msgpack; pairs are flattened, and a run of one-token computes is a list of rows."""
-    admits = [(a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, astuple(a.sampling)) for a in plan.admits]
+    """The plan as msgpack; pairs are flattened, a run of one-token computes is a list of rows, and a grammar that
+    many rows have is there once."""
+    grammars: dict[str, int] = {}
+    admits = []
+    for a in plan.admits:
+        *fields, grammar = astuple(a.sampling)
+        fields.append(grammars.setdefault(grammar, len(grammars)))
+        admits.append((a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, fields))
     decodes = [row for row, count in plan.computes if count == 1]
     chunks = _flatten([c for c in plan.computes if c[1] != 1])
-    return pack((plan.step, plan.drops, admits, _flatten(plan.appends), decodes, chunks))
+    return pack((plan.step, plan.drops, list(grammars), admits, _flatten(plan.appends), decodes, chunks))
 
 
 def decode_plan(data: bytes) -> StepPlan:
@@ -138,9 +153,9 @@ def decode_plan(data: bytes) -> StepPlan:
         ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        step, drops, admits, appends, decodes, chunks = unpack(data)
+        step, drops, grammars, admits, appends, decodes, chunks = unpack(data)
         rows = [
-            RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields))
+            RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields, grammars))
             for row, tokens, prompt_len, computed, blocks, fields in admits
         ]
         return StepPlan(step, drops, rows, _pairs(appends), [(row, 1) for row in decodes] + _pairs(chunks))
@@ -170,12 +185,13 @@ def foreign_is_value_error() -> Iterator[None]:
     """Parsing a message of another form than expected raises ValueError, whatever it stumbles over."""
     try:
         yield
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError) as error:
         raise ValueError(f"a message is not of the expected form: {error}") from error
 
 
-def _sampling(fields: list[Any]) -> RowSampling:
-    sampling = RowSampling(*fields)
+def _sampling(fields: list[Any], grammars: list[str]) -> RowSampling:
+    *others, grammar = fields
+    sampling = RowSampling(*[*others, grammars[grammar]])
     object.__setattr__(sampling, "logit_bias", tuple((t, b) for t, b in sampling.logit_bias))
     object.__setattr__(sampling, "stop_token_ids", tuple(sampling.stop_token_ids))
     return sampling

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwise.runtime import scheduler as module
 from headwise.runtime.block_tables import BlockTables
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.request import FinishReason, Request, RequestState
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Schedule, Scheduled, Scheduler
-from headwise.workers.plan import RowSampling
+from headwise.workers.plan import RowSampling, admit_bytes
 
 BLOCK = 4
 
@@ -84,6 +85,23 @@ def test_the_newest_is_preempted_and_comes_back_with_its_tokens() -> None:
     [admit] = [a for a in step.plan.admits if a.row == second.row]
     assert admit.token_ids == known and admit.prompt_len == 8 and admit.num_computed == 0
     pool.check_integrity()
+
+
+def test_what_a_step_admits_fits_in_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = RowSampling(grammar="x" * 1000)
+    size = admit_bytes(3, grammar)
+    monkeypatch.setattr(module, "MAX_ADMIT_BYTES", 2 * size + 1)
+    sched, _ = scheduler(budget=64)
+    for index in range(5):
+        sched.add(Request(str(index), [1, 2, 3], SamplingParams(), grammar, 9))
+    sched.add(Request("large", [1, 2, 3], SamplingParams(), RowSampling(grammar="x" * 9000), 9))
+    admitted = []
+    for _ in range(4):
+        step = sched.schedule()
+        assert step is not None
+        admitted.append(len(step.plan.admits))
+        finish_step(sched, step)
+    assert admitted == [2, 2, 1, 1], "one that is too large for any goes alone"
 
 
 def test_a_row_is_dropped_before_it_is_taken_again() -> None:

@@ -16,6 +16,7 @@ from headwise.workers.plan import (
     StepOutput,
     StepPlan,
     TokenLogprobs,
+    admit_bytes,
     decode_output,
     decode_plan,
     encode_output,
@@ -41,6 +42,7 @@ samplings = st.builds(
     min_tokens=counts,
     stop_token_ids=st.lists(tokens, max_size=4).map(tuple),
     seed=st.integers(0, 2**64 - 1),
+    grammar=st.sampled_from(["", "é", "x" * 200]),
 )
 admits = st.builds(
     RowAdmit, rows, st.lists(tokens, max_size=20), counts, counts, st.lists(counts, max_size=5), samplings
@@ -84,6 +86,24 @@ def test_an_output_comes_out_as_it_went_in(output: StepOutput) -> None:
     assert decoded == output
     for reported in decoded.logprobs.values():
         hash(reported)
+
+
+@settings(deadline=None)
+@given(st.lists(admits, max_size=4))
+def test_an_admission_takes_no_more_than_was_reckoned(admits: list[RowAdmit]) -> None:
+    for admit in admits:
+        admit.token_ids.extend(admit.block_ids)  # never more blocks than tokens
+    reckoned = sum(admit_bytes(len(admit.token_ids), admit.sampling) for admit in admits)
+    assert len(encode_plan(StepPlan(0, admits=admits))) <= reckoned + 64
+
+
+def test_a_grammar_of_many_rows_is_sent_once() -> None:
+    def size(num_rows: int, grammar: str) -> int:
+        admits = [RowAdmit(row, [1], 1, 0, [row], RowSampling(grammar=grammar)) for row in range(num_rows)]
+        return len(encode_plan(StepPlan(0, admits=admits)))
+
+    grammar = "x" * 100_000
+    assert size(64, grammar) - size(64, "") < 1.01 * len(grammar)
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 32, 256])
@@ -133,7 +153,7 @@ def test_junk_bytes_raise_nothing_but_value_error(data: bytes) -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (5, 6))))
+@given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (5, 7))))
 def test_foreign_messages_raise_nothing_but_value_error(message: Any) -> None:
     assert_value_error_or_nothing(msgpack.packb(message))
 
