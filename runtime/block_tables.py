@@ -40,7 +40,7 @@ class BlockTables:
     def enter(self, request: Request) -> Entry:
         """Gives a request blocks for all its tokens and the next one, the first of them from the cache if they are
         there, and sets ``num_computed``. At least one token is left to compute."""
-        if request.restoring or (request.awaits is not None and request.awaits in self._computing):
+        if request.restoring or (request.awaits is not None and self._is_coming(request.awaits)):
             return Entry.LATER
         limit = self._match(request)
         chain = request.chain
@@ -156,7 +156,12 @@ class BlockTables:
         if blocks is None or length >= limit or request.only_verified:
             return False
         request.awaits = blocks.digests[length]
-        return request.awaits in self._computing
+        return self._is_coming(request.awaits)
+
+    def _is_coming(self, digest: bytes) -> bool:
+        """Whether a request computes or restores a block. One that is paused may never come to compute it."""
+        owner = self._computing.get(digest)
+        return owner is not None and (owner.restoring or not owner.paused)
 
     def _restore(self, request: Request, limit: int, missing: int) -> Entry | None:
         """Starts to restore what the tiers have of a request whose chain is held; None if it is to enter now."""
@@ -200,7 +205,8 @@ class BlockTables:
         if request.token_blocks is None:
             return
         for digest in request.token_blocks.digests[len(chain) : self._num_known_blocks(request)]:
-            self._computing.setdefault(digest, request)
+            if not self._is_coming(digest):
+                self._computing[digest] = request
         if not request.metrics.num_preemptions:
             metrics = request.metrics
             metrics.num_cached_tokens = request.num_computed

@@ -48,6 +48,23 @@ def test_a_later_request_waits_for_what_an_earlier_one_computes_and_for_no_more(
     assert its.enter(second) is Entry.ENTERED and second.num_computed == 4
 
 
+def test_nobody_waits_for_one_that_is_paused() -> None:
+    its = tables(16)
+    first, second, third = (make_request(name, [1, 2, 3, 4, 5]) for name in "abc")
+    assert its.enter(first) is Entry.ENTERED
+    assert its.enter(second) is Entry.LATER
+    first.paused = True
+    assert its.enter(second) is Entry.ENTERED and second.num_computed == 0
+    assert its.enter(third) is Entry.LATER, "the second computes it now"
+    compute(its, second)
+    assert its.enter(third) is Entry.ENTERED and third.num_computed == 2 * SIZE
+    first.paused = False
+    compute(its, first)
+    for request in (first, second, third):
+        its.leave(request)
+    its.cache.check_integrity([])
+
+
 def test_nobody_waits_for_one_that_left() -> None:
     its = tables(16)
     first, second = make_request("a", [1, 2, 3, 4, 5]), make_request("b", [1, 2, 3, 4, 5])
