@@ -5,20 +5,25 @@ gigabytes (``{"multipleOf": 9000001}``). Here each is compiled in a process of i
 tokenizer, with little stack, memory and time. What passes has the same limits on the shards, and so compiles there too.
 
 Frames go in and out: a 4-byte little-endian length, then JSON. In goes one of the fields of StructuredOutputsParams;
-out comes ``{"grammar": …}``, for the shards, or ``{"error": …}``. The first one out is ``{}`` if there is a tokenizer.
+out comes ``{"grammar": …}``, for the shards, ``{"error": …}``, or ``{"starved": …}`` where the host and not the grammar
+is to blame. The first one out is ``{}`` if there is a tokenizer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import struct
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
+from headwise.runtime.grammar_forms import convert
 from headwise.workers.grammar import GrammarError, allowed, compile_grammar, load_tokenizer, shorten
 
 if TYPE_CHECKING:
@@ -31,8 +36,10 @@ MEMORY_BYTES = 64 << 20
 STACK_BYTES = 1 << 20
 """Less than any thread of a shard has."""
 
-# A blank, or a line break with an indentation. Unbounded, small models fill the rest of an output with it.
-_WHITESPACE = r"(\x20|\n[\x20\x09]{0,40})"
+_TOO_MUCH = "is nested too deep, or takes too much memory to compile"
+
+# Comments, strings, regexes and special tokens of Lark.
+_LARK_PART = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])+/|(<[^<>\s]+>)', re.DOTALL)
 
 
 def read_frame(stream: IO[bytes]) -> str | None:
@@ -47,36 +54,7 @@ def write_frame(stream: IO[bytes], text: str) -> None:
     stream.flush()
 
 
-def convert(kind: str, value: Any) -> str:
-    """What a request asks for, in llguidance's form.
-
-    Args:
-        kind: a field of StructuredOutputsParams.  value: of that field.
-
-    Raises:
-        ValueError: it cannot be parsed.
-    """
-    from llguidance import LLMatcher, regex_to_lark
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
-
-    match kind:
-        case "json" | "json_object":
-            schema = value if kind == "json" else '{"type": "object"}'
-            return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE})
-        case "regex":
-            # As in JSON schemas: a model that is asked for \\d otherwise answers with the digits of any script.
-            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'dw')}/")
-        case "choice":
-            # A terminal, in capitals: the lexer takes any number of alternatives, the parser a few hundred.
-            choices = " | ".join(json.dumps(choice) for choice in value)
-            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
-    try:
-        return LLMatcher.grammar_from_lark(any_to_lark(value))
-    except GbnfToLarkError as error:
-        raise ValueError(str(error)) from error
-
-
-def try_out(tokenizer: LLTokenizer, vocab_size: int, question: str) -> str:
+def try_out(tokenizer: LLTokenizer, vocab_size: int, eos_token_ids: Sequence[int], question: str) -> str:
     """The answer to a frame, found in a process that is ended should it take too much."""
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -85,7 +63,7 @@ def try_out(tokenizer: LLTokenizer, vocab_size: int, question: str) -> str:
             os.close(read_end)
             _confine()
             with os.fdopen(write_end, "w") as stream:
-                json.dump(_answer(tokenizer, vocab_size, question), stream)
+                json.dump(_answer(tokenizer, vocab_size, eos_token_ids, question), stream)
         finally:
             os._exit(0)
     os.close(write_end)
@@ -94,24 +72,38 @@ def try_out(tokenizer: LLTokenizer, vocab_size: int, question: str) -> str:
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
         return answer or json.dumps({"error": "takes too much memory to compile"})
-    if os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM):
+    if os.WTERMSIG(status) == signal.SIGALRM:
+        return json.dumps({"starved": f"it got less than {CPU_SECONDS:g} s of a core within {WALL_SECONDS:g} s"})
+    if os.WTERMSIG(status) == signal.SIGPROF:
         return json.dumps({"error": f"takes more than {CPU_SECONDS:g} s to compile"})
-    return json.dumps({"error": "is nested too deep, or takes too much memory to compile"})
+    return json.dumps({"error": _TOO_MUCH})
 
 
-def _answer(tokenizer: LLTokenizer, vocab_size: int, question: str) -> dict[str, str]:
+def _answer(tokenizer: LLTokenizer, vocab_size: int, eos_token_ids: Sequence[int], question: str) -> dict[str, str]:
     [(kind, value)] = json.loads(question).items()
     try:
         grammar = convert(kind, value)
         matcher = compile_grammar(tokenizer, grammar)
-        mask_V = allowed(matcher, vocab_size)
-    except (GrammarError, ValueError) as error:
-        return {"error": shorten(str(error))}
+        mask_V = allowed(matcher, vocab_size, eos_token_ids)
+        ending = kind == "grammar" and _names_an_end(tokenizer, vocab_size, eos_token_ids, value)
     except (MemoryError, RecursionError):
-        return {"error": "is nested too deep, or takes too much memory to compile"}
+        return {"error": _TOO_MUCH}
+    except BaseException as error:  # a panic of llguidance is no Exception
+        return {"error": shorten(str(error)) or f"fails with {type(error).__name__}"}
+    if ending:
+        return {"error": f"names {ending}, an end of sequence, which ends the output wherever it stands"}
     if problem := matcher.get_error():
         return {"error": shorten(problem)}
     return {"grammar": grammar} if mask_V.any() else {"error": "allows no token of the model's vocabulary"}
+
+
+def _names_an_end(tokenizer: LLTokenizer, vocab_size: int, eos_token_ids: Sequence[int], text: str) -> str:
+    """The first special token in a Lark grammar, as <name> or by id, that is an end of sequence."""
+    for name in dict.fromkeys(filter(None, _LARK_PART.findall(text))):
+        with suppress(GrammarError):  # in GBNF, which has none
+            if allowed(compile_grammar(tokenizer, f"start: {name}"), vocab_size)[list(eos_token_ids)].any():
+                return shorten(name)
+    return ""
 
 
 def _confine() -> None:
@@ -132,14 +124,15 @@ def main(model_dir: str, vocab_size: str, eos_token_ids: str) -> None:
         signal.signal(ending, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {ending})
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    ends = [int(i) for i in eos_token_ids.split(",")]
     try:
-        tokenizer = load_tokenizer(Path(model_dir), int(vocab_size), [int(i) for i in eos_token_ids.split(",")])
+        tokenizer = load_tokenizer(Path(model_dir), int(vocab_size), ends)
     except (OSError, ValueError) as error:
         write_frame(stdout, json.dumps({"error": f"the model's tokenizer.json is of no use: {shorten(str(error))}"}))
         return
     write_frame(stdout, "{}")
     while (question := read_frame(stdin)) is not None:
-        write_frame(stdout, try_out(tokenizer, int(vocab_size), question))
+        write_frame(stdout, try_out(tokenizer, int(vocab_size), ends, question))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ class GrammarChecker:
     def __init__(self, model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._model_dir, self._vocab_size, self._eos_token_ids = model_dir, vocab_size, eos_token_ids
         self._lock = threading.Lock()
+        """Held for a look at the verdicts; the other one during a trial."""
+        self._trial = threading.Lock()
         self._verdicts: OrderedDict[bytes, dict[str, str]] = OrderedDict()
+        self._useless: str | None = None
+        """What the process found wrong with the model's tokenizer.json."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @cached_property
@@ -60,38 +64,62 @@ class GrammarChecker:
             InvalidValueError: it cannot be used, or this installation or model knows no grammars.
             GrammarTrialError: it could not be tried.
         """
-        if self.problem is not None:
-            raise InvalidValueError("structured_outputs", params.field, self.problem)
+        if (problem := self.problem or self._useless) is not None:
+            raise InvalidValueError("structured_outputs", params.field, problem)
         verdict = self._verdict(json.dumps(params.given))
         if "grammar" not in verdict:
             raise InvalidValueError(params.field, _size(params), f"cannot be used: {verdict['error']}")
         return verdict["grammar"]
 
+    def known(self, params: StructuredOutputsParams) -> bool:
+        """Whether :meth:`grammar` would answer at once. Itself never waits for a trial."""
+        return (self.problem or self._useless) is not None or self._remembered(json.dumps(params.given)) is not None
+
     def close(self) -> None:
         """Ends the process. Idempotent; another :meth:`grammar` would start it again."""
-        with self._lock:
+        with self._trial:
             self._end()
 
     def _verdict(self, question: str) -> dict[str, str]:
-        key = hashlib.sha256(question.encode()).digest()
-        with self._lock:
-            if key not in self._verdicts:
-                self._verdicts[key] = self._ask(question)
+        if (verdict := self._remembered(question)) is not None:
+            return verdict
+        with self._trial:
+            if (verdict := self._remembered(question)) is not None:  # another's trial, while this one waited
+                return verdict
+            verdict = self._ask(question)
+            with self._lock:
+                self._verdicts[_key(question)] = verdict
                 if len(self._verdicts) > MAX_VERDICTS:
                     self._verdicts.popitem(last=False)
-            self._verdicts.move_to_end(key)
-            return self._verdicts[key]
+            return verdict
+
+    def _remembered(self, question: str) -> dict[str, str] | None:
+        key = _key(question)
+        with self._lock:
+            if key in self._verdicts:
+                self._verdicts.move_to_end(key)
+            return self._verdicts.get(key)
 
     def _ask(self, question: str) -> dict[str, str]:
+        """
+        Raises:
+            InvalidValueError: the model's tokenizer.json is of no use.
+            GrammarTrialError: there is no verdict.
+        """
+        if self._useless is not None:
+            raise InvalidValueError("structured_outputs", "given", self._useless)
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
         try:
             write_frame(self._process.stdin, question)
-            return self._answer(2 * WALL_SECONDS)
+            answer = self._answer(2 * WALL_SECONDS)
         except (OSError, ValueError, GrammarTrialError) as error:
             self._end()
             raise GrammarTrialError(f"the grammar could not be tried: {error}") from error
+        if "starved" in answer:
+            raise GrammarTrialError(f"the grammar could not be tried: {answer['starved']}")
+        return answer
 
     def _start(self) -> None:
         eos = ",".join(map(str, self._eos_token_ids))
@@ -110,6 +138,7 @@ class GrammarChecker:
             raise
         if problem:
             self._end()
+            self._useless = problem
             raise InvalidValueError("structured_outputs", "given", problem)
 
     def _answer(self, timeout_s: float) -> dict[str, str]:
@@ -138,6 +167,10 @@ class GrammarChecker:
         with suppress(OSError):  # what was not sent cannot be
             process.stdin.close()
         process.wait()
+
+
+def _key(question: str) -> bytes:
+    return hashlib.sha256(question.encode()).digest()
 
 
 def _size(params: StructuredOutputsParams) -> str:

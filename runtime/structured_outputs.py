@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -20,13 +20,23 @@ MAX_CHOICES = 1024
 class StructuredOutputsParams:
     """What the output has to be; exactly one of these is given. Names as in vLLM. Immutable.
 
+    Compiling one may take 0.1 s: a string of 43,000 characters or an object of 1,000 properties passes, one of 60,000
+    or 1,500 does not.
+
     Attributes:
         json: a JSON schema, as a dict or as text; kept as text. Between the parts of the output there may be a blank,
             or a line break with up to 40 blanks. See
             https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md for what a schema may use.
-        regex: of the whole output, in the syntax of https://docs.rs/regex; as in JSON schemas, \\d and \\w are ASCII.
+            Keywords that JSON Schema does not know, such as OpenAPI's ``nullable``, are ignored. Objects should have
+            ``"additionalProperties": false``: else further keys may come twice, or be one of ``properties`` in
+            another spelling (``"\\u0061"`` for ``"a"``) with any value. An object of more than 150 properties that
+            may be left out may end its output with an error.
+        regex: of the whole output, in the syntax of https://docs.rs/regex. As in JSON schemas, \\d and \\w are ASCII;
+            \\s is Unicode, and the dot does not match a line break. Refused are look-arounds, \\b, ^ and $ but at the
+            beginning and end, and the flag x.
         choice: strings, one of which is the output. Kept as a tuple.
-        grammar: a context-free one, in llguidance's Lark syntax or llama.cpp's GBNF.
+        grammar: a context-free one, in llguidance's Lark syntax or llama.cpp's GBNF. It must not name an end of
+            sequence (``</s>``, ``<[2]>``), which would end the output wherever it stands.
         json_object: any JSON object.
 
     Raises:
@@ -43,7 +53,7 @@ class StructuredOutputsParams:
     def __init__(
         self,
         *,
-        json: str | Mapping[str, Any] | None = None,
+        json: str | dict[str, Any] | None = None,
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
@@ -86,7 +96,7 @@ def _name(field: str) -> str:
 def _schema(schema: object) -> JsonText:
     name = _name("json")
     try:
-        if isinstance(schema, Mapping):
+        if isinstance(schema, dict):
             schema = json.dumps(schema, allow_nan=False)
         text = _text("json", schema)
         if not isinstance(json.loads(text), dict):

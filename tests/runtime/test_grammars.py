@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,18 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
+from tokenizers import Tokenizer
 
 from headwise.runtime import grammars as module
-from headwise.runtime.grammar_trial import WALL_SECONDS
+from headwise.runtime.grammar_trial import WALL_SECONDS, read_frame, write_frame
 from headwise.runtime.grammars import GrammarChecker, GrammarTrialError
 from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES, StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.grammar import GrammarError, allowed, compile_grammar, load_tokenizer
+from headwise.workers.grammar import GrammarError, Grammars, allowed, compile_grammar, load_tokenizer
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 
 TOKENS = token_bytes()
@@ -104,6 +108,16 @@ def accepts(checker: GrammarChecker, tokenizer: LLTokenizer, text: str, **given_
         ({"grammar": 'start: "a" rest\nrest: "b" rest | "c"'}, ["ac", "abbc"], ["a", "ab"]),
         ({"grammar": 'root ::= "a" rest\nrest ::= "b" rest | [c-d]'}, ["ac", "abbd"], ["a", "abe"]),
         ({"grammar": 'start: "x" %json {"type": "boolean"}'}, ["xtrue"], ["x", "xnull"]),
+        ({"regex": r"a\\"}, ["a\\"], ["a"]),
+        ({"regex": r"[(?x)]\(?x\)(?-x: )"}, ["?(x) ", "(x) "], [""]),
+        ({"grammar": r'root ::= "\u00e9ab\x41"'}, ["éabA"], ["\ue9abA", "é"]),
+        ({"grammar": r'root ::= "\U0001F600\u65E5" # "\u00zz'}, ["😀日"], [""]),
+        ({"grammar": r'root ::= "\x22\x5c\u000a\[\\u0041\""'}, ['"\\\n[\\u0041"'], []),
+        ({"grammar": r"root ::= [\u00e9\u65e5-\u672c\x41-\x43]"}, ["é", "曜", "B"], ["-", "e", "x", "D"]),
+        ({"grammar": r"root ::= [a\x2dc] [^\x5e\x5d] [\x01\]]"}, ["-b\x01", "ab]"], ["b-]", "a^]", "a]]"]),
+        ({"grammar": "root ::= [ab&&bc]"}, ["a", "&", "c"], ["&&", "x"]),
+        ({"grammar": 'start: "</ s>" | /<\\/s?>+/ // </s>'}, ["</ s>", "</s>>"], ["", "<"]),
+        ({"grammar": 'start: %json {"const": "<[2]>"}'}, ['"<[2]>"'], ["<[2]>"]),
     ],
 )
 def test_an_output_is_what_was_asked_for(
@@ -149,6 +163,12 @@ def test_as_many_choices_as_there_may_be_are_fine(checker: GrammarChecker, token
         assert not accepts(checker, tokenizer, choices[700] + "a", choice=choices)
 
 
+def test_choices_take_no_more_than_they_are_long(checker: GrammarChecker) -> None:
+    choices = ["é" * 20_000, "日" * 10_000]
+    grammar = checker.grammar(StructuredOutputsParams(choice=choices))
+    assert len(grammar.encode()) < sum(len(text.encode()) for text in choices) + 100
+
+
 @pytest.mark.parametrize("asked", [{"json_object": True}, {"json": {"type": "object"}}])
 def test_white_space_is_bounded(checker: GrammarChecker, tokenizer: LLTokenizer, asked: dict[str, Any]) -> None:
     for space in (" ", "\n" + 40 * " ", "\n\t\t", ""):
@@ -182,7 +202,25 @@ def test_white_space_is_bounded(checker: GrammarChecker, tokenizer: LLTokenizer,
         ({"grammar": "start: start"}, ""),
         ({"grammar": 'root ::= "a'}, ""),
         ({"grammar": "root ::= ((("}, r"Expected '\)'"),
-        ({"grammar": 'nobody ::= "a"'}, ""),
+        ({"grammar": 'nobody ::= "a"'}, "No 'root' rule found"),
+        ({"grammar": "root ::= i"}, "Rule 'i' not found"),
+        ({"grammar": 'root ::= "\\'}, "ends within an escape"),
+        ({"grammar": 'root ::= "\\xZZ"'}, "Invalid .x escape"),
+        ({"grammar": 'root ::= "a\\u0001"'}, r"control character .u0001 in a string; write it as a class, \[.x01\]"),
+        ({"grammar": 'root ::= "\\uD83D"'}, "D83D is the code of no character"),
+        ({"grammar": 'root ::= "\\U00110000"'}, "00110000 is the code of no character"),
+        ({"grammar": 'start: "a" </s> "b"'}, "names </s>, an end of sequence"),
+        ({"grammar": 'start: "a" <[2]>'}, r"names <\[2\]>"),
+        ({"grammar": 'start: b | "a"\nb: "/" <pad> <[0,1-+03]>'}, r"names <\[0,1-\+03\]>"),
+        ({"grammar": 'start: "a" <[*]>'}, "names <"),
+        ({"grammar": 'start: "a" <[^5]>'}, "names <"),
+        ({"regex": "a\\"}, "ends in a backslash"),
+        ({"regex": r"[a\\]\\" + "\\"}, "ends in a backslash"),
+        ({"regex": "(?x) a # b\n c"}, "flag x"),
+        ({"regex": r"\((?i-sx:a)(?six:a)"}, "flag x"),
+        ({"choice": ["</s>"]}, "allows no token"),
+        ({"choice": ["\x01" * 60_000]}, "takes 360024 bytes in llguidance's form, of which there may be 262144"),
+        ({"regex": r"\w" * 40_000}, "bytes in llguidance's form"),
         ({"grammar": "\x00"}, ""),
         ({"grammar": "start: %import /etc/passwd"}, "%import"),
         ({"grammar": "start: <[300-400]>"}, "too large"),
@@ -258,6 +296,79 @@ def test_no_text_is_too_much_for_the_checker(
         grammar = shared.grammar(StructuredOutputsParams(**{field: text}))  # type: ignore[arg-type]
         assert allowed(compile_grammar(tokenizer, grammar), VOCAB).any()
     assert process is None or shared._process is process
+
+
+# What takes a long time to follow, on the vocabulary of a real model
+
+WORDS = "The quick brown fox jumps over the lazy dog and then it goes home to sleep a while"
+NAMES = [f"field{i}" for i in range(150)]
+TREE = {
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "v": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+                "kids": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["v"],
+        }
+    },
+}
+ARITHMETIC = """start: stmt+
+stmt: NAME "=" sum ";"
+?sum: product | sum "+" product | sum "-" product
+?product: atom | product "*" atom | product "/" atom
+?atom: NUMBER | "-" atom | NAME | "(" sum ")" | NAME "(" [sum ("," sum)*] ")"
+NAME: /[a-z_][a-z0-9_]*/
+NUMBER: /[0-9]+(\\.[0-9]+)?/"""
+
+
+def a_tree(depth: int) -> dict[str, Any]:
+    return {"v": depth, "kids": [a_tree(depth - 1) for _ in range(2)]} if depth else {"v": "a leaf"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"json": {"type": "string", "pattern": "cat|dog|bird", "maxLength": 100}}, f'"{WORDS} with a cat"'),
+        ({"json": {"type": "object", "properties": {"s": {"pattern": r"^(\w+ ?){1,60}$"}}}}, f'{{"s": "{WORDS}"}}'),
+        ({"json": {"type": "string", "pattern": "^.*(cat|dog).*$", "maxLength": 1000}}, f'"{WORDS}"'),
+        ({"json": {"type": "string", "pattern": r"^(\w+[ ,.]*){1,40}$"}}, f'"{WORDS}"'),
+        ({"json": {"enum": [f"{i} {WORDS[i % 40 :]} {i * i}" for i in range(800)]}}, f'"777 {WORDS[17:]} {777 * 777}"'),
+        ({"json": {"type": "object", "properties": {n: {} for n in NAMES}}}, json.dumps(dict.fromkeys(NAMES[::9], 1))),
+        (
+            {"json": {"type": "object", "properties": {"s": {"type": "string", "maxLength": 2000}}}},
+            f'{{"s":"{WORDS}"}}',
+        ),
+        ({"json": TREE}, json.dumps(a_tree(4))),
+        ({"json_object": True}, json.dumps(a_tree(3), indent=2)),
+        ({"regex": r"(\p{L}+ ?){1,50}"}, WORDS),
+        ({"regex": r"(\w+ ?){1,60}"}, WORDS),
+        ({"grammar": ARITHMETIC}, "foo=a*(b+c)/3.5-bar(x,y*z,-2);q=((((1+2)*3)));"),
+    ],
+)
+def test_what_is_ordinary_can_be_followed_to_the_end(
+    demo: tuple[GrammarChecker, Grammars, Tokenizer], asked: dict[str, Any], text: str
+) -> None:
+    checker, grammars, words = demo
+    constraint = grammars.constraint(checker.grammar(StructuredOutputsParams(**asked)))
+    for token in words.encode(text, add_special_tokens=False).ids:
+        assert constraint.allowed()[token]
+        constraint.accept(token)
+    assert constraint.allowed()[DEMO_EOS]
+
+
+DEMO_VOCAB, DEMO_EOS = 49152, 2
+
+
+@pytest.fixture(scope="module")
+def demo(smollm2: Path) -> Iterator[tuple[GrammarChecker, Grammars, Tokenizer]]:
+    about = smollm2, DEMO_VOCAB, [DEMO_EOS]
+    checker, grammars = GrammarChecker(*about), Grammars(*about)
+    yield checker, grammars, Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    checker.close()
+    grammars.close()
 
 
 # The checker's process
@@ -385,6 +496,56 @@ def test_it_can_be_asked_from_many_threads(own: GrammarChecker, monkeypatch: pyt
     assert answers == answers[:2] * 4 and answers[0] != answers[1]
 
 
+def test_what_is_known_does_not_wait_for_a_trial(own: GrammarChecker) -> None:
+    known, unknown = StructuredOutputsParams(regex="a"), StructuredOutputsParams(regex="b")
+    bad = {"regex": "("}
+    grammar = own.grammar(known)
+    cannot(own, **bad)
+    process = pid(own)
+    os.kill(process, signal.SIGSTOP)
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            waiting = pool.submit(own.grammar, unknown)
+            deadline = time.monotonic() + DEADLINE_S
+            while not own._trial.locked():
+                assert time.monotonic() < deadline
+            assert pool.submit(own.grammar, known).result(timeout=DEADLINE_S) == grammar
+            assert pool.submit(own.known, known).result(timeout=DEADLINE_S)
+            assert own.known(StructuredOutputsParams(**bad)) and not own.known(unknown)
+            assert not waiting.done()
+        finally:
+            os.kill(process, signal.SIGCONT)
+        assert waiting.result(timeout=DEADLINE_S)
+    assert own.known(unknown) and not own.known(StructuredOutputsParams(choice=["b"]))
+
+
+def test_a_host_without_a_core_to_spare_gives_no_verdict(own: GrammarChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = StructuredOutputsParams(regex="a")
+    answers = [json.dumps({"starved": "no core"}).encode()]
+    real = module.read_frame
+    own.grammar(StructuredOutputsParams(regex="b"))
+    monkeypatch.setattr(module, "read_frame", lambda stream: real(stream) and (answers.pop() if answers else "{}"))
+    with pytest.raises(GrammarTrialError, match="could not be tried: no core"):
+        own.grammar(params)
+    monkeypatch.undo()
+    assert not own.known(params) and own.grammar(params)
+
+
+def test_the_clock_on_the_wall_says_nothing_about_a_grammar(own: GrammarChecker) -> None:
+    """It ends a trial that waits, but the next one may not have to."""
+    source = (
+        "import sys; from headwise.runtime import grammar_trial as trial; "
+        "trial.CPU_SECONDS, trial.WALL_SECONDS = 60.0, 0.001; trial.main(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-P", "-c", source, str(own._model_dir), str(VOCAB), str(EOS)]
+    question = json.dumps(StructuredOutputsParams(json={"multipleOf": 9000001}).given)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        write_frame(process.stdin, question)
+        process.stdin.close()
+        assert [json.loads(read_frame(process.stdout) or "") for _ in range(2)] == [{}, {"starved": ANY}]
+
+
 def test_timers_work_where_their_signals_are_ignored(own: GrammarChecker) -> None:
     """Processes inherit what their parents ignore and block."""
     kinds = (signal.SIGPROF, signal.SIGALRM)
@@ -404,7 +565,12 @@ def test_timers_work_where_their_signals_are_ignored(own: GrammarChecker) -> Non
             assert not int(status[name], 16) >> (kind - 1) & 1, f"{name} {kind!r}"
 
 
-def test_where_grammars_cannot_be_used_the_reason_is_told(model_dir: Path, tmp_path: Path) -> None:
+def test_where_grammars_cannot_be_used_the_reason_is_told(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[object] = []
+    start = GrammarChecker._start
+    monkeypatch.setattr(GrammarChecker, "_start", lambda checker: (starts.append(checker), start(checker)))
     params = StructuredOutputsParams(regex="a")
 
     def problem(checker: GrammarChecker) -> str:
@@ -418,7 +584,12 @@ def test_where_grammars_cannot_be_used_the_reason_is_told(model_dir: Path, tmp_p
     assert "end of sequence" in problem(GrammarChecker(model_dir, VOCAB, []))
     for content in (b"", b"{", b'{"model": 3}', b"\xff", b"[]"):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        assert "tokenizer.json is of no use" in problem(GrammarChecker(tmp_path, VOCAB, [EOS]))
+        made, started = GrammarChecker(tmp_path, VOCAB, [EOS]), len(starts)
+        assert not made.known(params)
+        for _ in range(3):
+            assert "tokenizer.json is of no use" in problem(made)
+            assert made.known(params)
+        assert len(starts) == started + 1
     assert descriptors() == before
 
 

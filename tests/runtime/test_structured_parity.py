@@ -34,8 +34,8 @@ CHOICE = ["red", "green", "grün 😀", 'a "quoted" \\ one\nof two lines']
 # So many ways to go on after "ababb" that the parser gives up.
 TOO_AMBIGUOUS = (
     'start: "abab" body\nbody: '
-    + " | ".join(f"r{i}" for i in range(100))
-    + "".join(f'\nr{i}: "b" r{i} "c{i}" | "b"' for i in range(100))
+    + " | ".join(f"r{i}" for i in range(200))
+    + "".join(f'\nr{i}: "b" r{i} "c{i}" | "b"' for i in range(200))
 )
 
 

@@ -215,6 +215,23 @@ def test_steps_after_the_end_are_harmless(grammars: Grammars) -> None:
     assert [token for token, _ in tokens] == [IDS[b"a"], *[EOS] * 5]
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        choice_grammar(["a</s>b"]),
+        LLMatcher.grammar_from_lark('start: "a" </s> "b"'),
+        LLMatcher.grammar_from_regex("a</s>"),
+    ],
+)
+def test_no_text_is_taken_for_the_end_of_the_sequence(grammars: Grammars, grammar: str) -> None:
+    """Though the tokenizer would: what is incomplete must not end as if it were complete."""
+    constraint = grammars.constraint(grammar)
+    assert mask(constraint) == {IDS[b"a"]}
+    accept(constraint, b"a")
+    with pytest.raises(GrammarError, match="no token of the model's vocabulary continues"):
+        constraint.allowed()
+
+
 def test_ids_that_stand_for_nothing_are_never_allowed(grammars: Grammars) -> None:
     assert mask(grammars.constraint(LLMatcher.grammar_from_regex(r"(?s).*"))) == {
         EOS,
@@ -236,8 +253,8 @@ def right_utf8(data: bytes) -> bool:
 # So many ways to go on after "ab" that the parser gives up.
 TOO_AMBIGUOUS = LLMatcher.grammar_from_lark(
     'start: "a" body\nbody: '
-    + " | ".join(f"r{i}" for i in range(100))
-    + "".join(f'\nr{i}: "b" r{i} "c{i}" | "b"' for i in range(100))
+    + " | ".join(f"r{i}" for i in range(200))
+    + "".join(f'\nr{i}: "b" r{i} "c{i}" | "b"' for i in range(200))
 )
 
 
@@ -324,6 +341,95 @@ def test_what_one_row_makes_of_a_grammar_does_not_use_it_up_for_others(
     made.close()
 
 
+# Its letters are too much for little fuel, and its last part is not.
+HEAVY_AND_LIGHT = LLMatcher.grammar_from_lark(
+    'start: "x" HEAVY | "y" LIGHT\nHEAVY: /(\\p{L}+ ?){1,50}/\nLIGHT: /[ab]{9}/'
+)
+
+
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The grammars that are compiled, from now on."""
+    found: list[str] = []
+    compile_grammar = module.compile_grammar
+    monkeypatch.setattr(
+        module, "compile_grammar", lambda tokenizer, g: found.append(g) or compile_grammar(tokenizer, g)
+    )
+    return found
+
+
+def test_rows_that_come_to_too_many_states_together_compile_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_LEXER_STATES", 300)
+    found = compiled(monkeypatch)
+    made = Grammars(model_dir, VOCAB, [EOS])
+    grammar = LLMatcher.grammar_from_regex(".*a.{2000}b")
+    rows = [made.constraint(grammar) for _ in range(16)]
+    chance = random.Random(2)
+    for _ in range(200):
+        first, *others = [mask(row) for row in rows]
+        assert all(other == first for other in others)
+        if len(found) > 1:
+            break
+        token = chance.choice(sorted(first - {EOS}))
+        for row in rows:
+            row.accept(token)
+    assert found == [grammar] * 2
+    made.close()
+
+
+def test_a_row_that_is_too_much_by_itself_fails_alone_and_makes_nobody_compile_again(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STEP_LEXER_FUEL", 1000)
+    found = compiled(monkeypatch)
+    made = Grammars(model_dir, VOCAB, [EOS])
+    heavy, light = ([made.constraint(HEAVY_AND_LIGHT) for _ in range(8)] for _ in range(2))
+    expected = {IDS[b"a"], IDS[b"b"], IDS[b"ab"]}
+    for row in light:
+        accept(row, b"y")
+        assert mask(row) == expected
+    for row in heavy:
+        accept(row, b"xthe")
+        for _ in range(2):
+            with pytest.raises(GrammarError, match="cannot be followed further: lexer error: too many expressions"):
+                row.allowed()
+    assert len(found) == 1
+    for row in light:  # whose lexer it was
+        assert mask(row) == expected
+        accept(row, b"a")
+        assert mask(row) == expected
+    assert mask(made.constraint(HEAVY_AND_LIGHT)) == {IDS[b"x"], IDS[b"y"]}
+    assert len(found) == 2
+    made.close()
+
+
+def test_rows_that_are_too_much_at_several_places_compile_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STEP_LEXER_FUEL", 1000)
+    found = compiled(monkeypatch)
+    made = Grammars(model_dir, VOCAB, [EOS])
+    rows = [made.constraint(HEAVY_AND_LIGHT) for _ in range(8)]
+    for row, letter in zip(rows, "abcdefgh", strict=True):
+        accept(row, f"xth{letter}".encode())
+        with pytest.raises(GrammarError, match="too many expressions"):
+            row.allowed()
+    assert len(found) == 2
+    made.close()
+
+
+def test_one_that_could_not_be_compiled_is_tried_again_by_the_next_row(model_dir: Path, tmp_path: Path) -> None:
+    made = Grammars(tmp_path, VOCAB, [EOS])
+    grammar = choice_grammar(["a"])
+    early = made.constraint(grammar)
+    with pytest.raises(GrammarError, match="cannot be compiled on this host"):
+        early.allowed()
+    shutil.copy(model_dir / "tokenizer.json", tmp_path)
+    assert mask(made.constraint(grammar)) == {IDS[b"a"]}
+    made.close()
+
+
 # Keeping them
 
 
@@ -340,18 +446,15 @@ def test_no_more_than_so_many_are_kept_compiled(grammars: Grammars) -> None:
 
 
 def test_rows_of_a_grammar_share_what_is_compiled(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-    compile_grammar = module.compile_grammar
-    monkeypatch.setattr(
-        module, "compile_grammar", lambda tokenizer, g: compiled.append(g) or compile_grammar(tokenizer, g)
-    )
+    found = compiled(monkeypatch)
     made = Grammars(model_dir, VOCAB, [EOS])
     rows = [made.constraint(choice_grammar(["ab", "b"])) for _ in range(3)]
-    accept(rows[0], b"")
-    assert mask(rows[0]) == mask(rows[1]) == {IDS[b"a"], IDS[b"ab"], IDS[b"b"]}
+    start = {IDS[b"a"], IDS[b"ab"], IDS[b"b"]}
+    assert [mask(row) for row in rows] == [start] * 3
     rows[0].accept(IDS[b"b"])
-    assert (mask(rows[0]), mask(rows[1]), mask(rows[2])) == ({EOS}, mask(rows[1]), mask(rows[1]))
-    assert compiled == [choice_grammar(["ab", "b"])]
+    rows[1].accept(IDS[b"a"])
+    assert [mask(row) for row in rows] == [{EOS}, {IDS[b"b"]}, start]
+    assert found == [choice_grammar(["ab", "b"])]
     made.close()
 
 
