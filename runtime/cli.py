@@ -9,7 +9,7 @@ import ipaddress
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ import typer
 
 from headwise.runtime.bench.cli import bench
 from headwise.runtime.options import (
+    ENGINE_PARAMETERS,
     MODEL_HELP,
     Address,
     AsJson,
@@ -30,6 +31,7 @@ from headwise.runtime.options import (
     DiskKvPath,
     Dtype,
     Executor,
+    FlagError,
     HostKvMemory,
     KvMemory,
     MaxModelLen,
@@ -37,10 +39,12 @@ from headwise.runtime.options import (
     PrefixCaching,
     Tp,
     engine_settings,
+    refuse_flags,
 )
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from headwise.runtime.llm import OutputDelta
     from headwise.runtime.sampling_params import SamplingParams
     from headwise.runtime.structured_outputs import StructuredOutputsParams
 
@@ -72,6 +76,7 @@ def main() -> None:
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
     server: Annotated[str | None, typer.Option(help="host:port of a running server to ask instead.")] = None,
@@ -103,7 +108,13 @@ def generate(
     """Complete a prompt: the text streams to stdout, everything else goes to stderr."""
     from headwise.runtime import SamplingParams
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if server is not None:
+        refuse_flags(ctx, ENGINE_PARAMETERS, "is for a model loaded here", "leave it out with --server")
+    else:
+        refuse_flags(ctx, ("token", "tls_ca", "timeout"), "is for a server", "leave it out, or give --server")
+    form = _form(json_schema, regex, choice)
+    with _told_in_flags(form):
+        structured = _structured_outputs(form)
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -111,29 +122,19 @@ def generate(
         top_k=top_k,
         stop=stop,
         seed=seed,
-        structured_outputs=_structured_outputs(json_schema, regex, choice),
+        structured_outputs=structured,
     )
+    if server is None and model is None:
+        raise FlagError("--model", "is missing", "give a model, or --server")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    question: Any = [{"role": "user", "content": text}] if chat else text
     if server is not None:
-        asked = [{"role": "user", "content": text}] if chat else text
-        _ask_server(server, token, tls_ca, timeout, asked, params, as_json)
+        _ask_server(server, token, tls_ca, timeout, question, params, as_json)
         return
-    if model is None:
-        raise InvalidValueError("--model", None, "is needed where no --server is given")
-    if timeout is not None:
-        raise InvalidValueError("--timeout", timeout, "is only for --server")
-    from headwise.runtime import LLM
-
+    assert model is not None
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
-    with LLM(model, **settings) as llm:
-        question: Any = [{"role": "user", "content": text}] if chat else text
-        if as_json:
-            run = llm.chat if chat else llm.generate
-            [output] = run(question, params, use_tqdm=False)
-            _print_json(asdict(output))
-            return
-        for delta in llm.stream(question, params):
-            _write(delta.text or "")
-        _write("\n")
+    with _told_in_flags(form):
+        _generate_here(model, settings, question, params, as_json)
 
 
 @app.command()
@@ -164,16 +165,11 @@ def chat(
     with LLM(model, **settings) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})
-            answer = ""
-            for delta in llm.stream(messages, params):
-                answer += delta.text or ""
-                if not as_json:
-                    _write(delta.text or "")
+            answer, last = _take(llm.stream(messages, params), show=not as_json)
             messages.append({"role": "assistant", "content": answer})
             if as_json:
                 _print_json(messages[-1])
-            else:
-                _write("\n")
+            _check(last.finish_reason, last.error)
 
 
 @app.command()
@@ -191,7 +187,7 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="Let in only clients that this certificate signed.")
     ] = None,
-    token_file: Annotated[Path | None, typer.Option(help='Lines of "TENANT TOKEN [admin]".')] = None,
+    token_file: Annotated[Path | None, typer.Option(help='Lines of "TENANT TOKEN \\[admin]".')] = None,
     insecure: Annotated[bool, typer.Option(help="Serve anybody who reaches a host that is not loopback.")] = False,
     max_queued_requests: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 1024,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 128,
@@ -266,18 +262,92 @@ def warmup(as_json: AsJson = False) -> None:
         print(f"{folder}: {f'compiled in {seconds:.1f} s' if compiled else 'ready'}")
 
 
-def _structured_outputs(
-    json_schema: Path | None, regex: str | None, choice: list[str] | None
-) -> StructuredOutputsParams | None:
-    from headwise.runtime.structured_outputs import StructuredOutputsParams
+Form = tuple[str, Path | str | list[str]]
+"""What the output has to be: the flag, and what was given with it."""
 
-    if json_schema is None and regex is None and not choice:
-        return None
+
+def _form(json_schema: Path | None, regex: str | None, choice: list[str] | None) -> Form | None:
+    """
+    Raises:
+        FlagError: several are given.
+    """
+    forms = {"--json-schema": json_schema, "--regex": regex, "--choice": choice or None}
+    given: list[Form] = [(flag, value) for flag, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise FlagError(
+            " and ".join(flag for flag, _ in given), "do not go together", f"give one of {', '.join(forms)}"
+        )
+    return given[0] if given else None
+
+
+def _structured_outputs(form: Form | None) -> StructuredOutputsParams | None:
+    from headwise.runtime.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputsParams
+
+    match form:
+        case ("--json-schema", Path() as path):
+            try:
+                schema = path.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InvalidValueError("--json-schema", str(path), f"cannot be read: {error}") from None
+            if (size := len(schema.encode())) > MAX_GRAMMAR_BYTES:
+                raise InvalidValueError("--json-schema", str(path), f"has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
+            return StructuredOutputsParams(json=schema)
+        case ("--regex", str() as regex):
+            return StructuredOutputsParams(regex=regex)
+        case (_, list() as choice):
+            return StructuredOutputsParams(choice=choice)
+    return None
+
+
+@contextmanager
+def _told_in_flags(form: Form | None) -> Iterator[None]:
+    """Has errors name the flag and the file of the output's form, where they name the API's fields."""
     try:
-        schema = json_schema.read_text(encoding="utf-8") if json_schema is not None else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidValueError("--json-schema", str(json_schema), f"cannot be read: {error}") from None
-    return StructuredOutputsParams(json=schema, regex=regex, choice=choice or None)
+        yield
+    except InvalidValueError as error:
+        if form is None or error.field.partition(".")[0] != "structured_outputs":
+            raise
+        flag, given = form
+        # Of choices, it is one, or how many they are, that is wrong.
+        value = error.value if error.field == "structured_outputs.choice" else given
+        raise InvalidValueError(
+            flag, str(value) if isinstance(value, Path) else value, error.limit, error.fix
+        ) from None
+
+
+def _generate_here(model: str, settings: dict[str, Any], question: Any, params: SamplingParams, as_json: bool) -> None:
+    from headwise.runtime import LLM
+
+    with LLM(model, **settings) as llm:
+        if as_json:
+            run = llm.generate if isinstance(question, str) else llm.chat
+            [output] = run(question, params, use_tqdm=False)
+            _print_json(asdict(output))
+            _check(output.outputs[0].finish_reason, output.error)
+        else:
+            _, last = _take(llm.stream(question, params), show=True)
+            _check(last.finish_reason, last.error)
+
+
+def _take(deltas: Iterable[OutputDelta], show: bool) -> tuple[str, OutputDelta]:
+    """The text of a stream of one sample, shown as it comes, and its last increment."""
+    text = ""
+    for delta in deltas:
+        text += delta.text or ""
+        if show:
+            _write(delta.text or "")
+    if show:
+        _write("\n")
+    return text, delta
+
+
+def _check(finish_reason: str | None, error: str | None) -> None:
+    """
+    Raises:
+        HeadwiseError: the request failed.
+    """
+    if finish_reason == "error":
+        raise HeadwiseError(error or "the request failed")
 
 
 def _ask_server(
@@ -303,8 +373,8 @@ def _ask_server(
                     _print_json(asdict(item))
                 elif not as_json:
                     _write("\n" if isinstance(item, Completion) else item.text or "")
-                if isinstance(item, Completion) and item.samples[0].finish_reason == "error":
-                    raise HeadwiseError(item.samples[0].error or "the request failed")
+                if isinstance(item, Completion):
+                    _check(item.samples[0].finish_reason, item.samples[0].error)
     except ServerError as error:
         if error.code is not StatusCode.INVALID_ARGUMENT:
             raise
@@ -340,7 +410,7 @@ def _exit_codes() -> Iterator[None]:
     from headwise.cluster.group import ShardGroupDied
 
     codes: list[tuple[type[BaseException] | tuple[type[BaseException], ...], int]] = [
-        ((InvalidValueError, UnsupportedModelError, CheckpointError), 2),
+        ((FlagError, InvalidValueError, UnsupportedModelError, CheckpointError), 2),
         (ShardGroupDied, 3),
         (HeadwiseError, 1),
     ]

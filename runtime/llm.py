@@ -36,6 +36,7 @@ class OutputDelta:
     Attributes:
         text: never splits a character; None where the model has no tokenizer.
         finish_reason: None but in the sample's last increment.
+        error: why, where the finish_reason is ``error``.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class OutputDelta:
     token_ids: list[int]
     logprobs: dict[int, Logprob] | None
     finish_reason: FinishReason | None
+    error: str | None = None
 
 
 class LLM:
@@ -191,7 +193,7 @@ class LLM:
             request_id: for :meth:`abort`; no other that runs may have it.
             cache_salt: as of :meth:`generate`.
 
-        Leaving the iterator early aborts the request.
+        Leaving the iterator early aborts the request. A sample that fails alone ends with the finish_reason ``error``.
 
         Raises:
             InvalidValueError: the prompt, a parameter or the request_id is wrong; the last at the first increment.
@@ -332,6 +334,7 @@ class LLM:
                 delta.token_ids,
                 self._logprobs(delta.logprobs, delta.token_ids[0]) if delta.logprobs else None,
                 request.finish_reason if delta.finished else None,
+                request.error if delta.finished else None,
             )
 
     def _deltas(self, requests: list[Request], sift: Callable[[list[Delta]], list[Delta]]) -> Iterator[Delta]:

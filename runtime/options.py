@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import typer
+
+from headwise.workers.errors import HeadwiseError
 
 MODEL_HELP = "A Hugging Face directory, a .gguf file, or smollm2."
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -52,3 +56,30 @@ def engine_settings(
         "max_num_batched_tokens": max_num_batched_tokens,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+ENGINE_PARAMETERS = ("model", *inspect.signature(engine_settings).parameters)
+"""Of commands: what is for an engine in this process."""
+
+
+class FlagError(HeadwiseError):
+    """A flag is missing, or does not go with the others. Says nothing of its value, which may be secret."""
+
+    def __init__(self, flag: str, limit: str, fix: str) -> None:
+        super().__init__(f"{flag}: {limit}; {fix}")
+
+
+def refuse_flags(ctx: typer.Context, parameters: Collection[str], limit: str, fix: str) -> None:
+    """
+    Args:
+        parameters: names of the command's, which the command line must not give. Defaults do not count, nor does what
+            the environment holds for other runs.
+
+    Raises:
+        FlagError: of the first that is given.
+    """
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if name in parameters and source is not None and source.name == "COMMANDLINE":
+            raise FlagError(parameter.opts[0], limit, fix)

@@ -29,7 +29,7 @@ from headwise.workers.errors import InvalidValueError
 bench = typer.Typer(help="Measure this machine's throughput and latency.", no_args_is_help=True)
 
 Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
-Plot = Annotated[Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf; needs 'headwise[plot]'.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf; needs 'headwise\\[plot]'.")]
 Bound = Annotated[bool, typer.Option(help="First measure what the machine allows, to say how much of it is reached.")]
 
 

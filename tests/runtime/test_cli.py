@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from headwise.cluster.group import GroupStartError, ShardGroupDied
 from headwise.runtime import LLM, SamplingParams, cli
+from headwise.runtime.grammars import GrammarChecker
+from headwise.runtime.structured_outputs import MAX_GRAMMAR_BYTES
 from headwise.workers.errors import HeadwiseError
 from tests.checkpoints import write_checkpoint
-from tests.runtime.test_tokenizer import byte_level
+from tests.runtime.test_tokenizer import TOKENIZERS, byte_level
 
 DEADLINE_S = 120
 LOCAL = ["--executor", "local", "--kv-memory", "8MiB", "--cpus-per-rank", "1"]
@@ -25,11 +30,26 @@ LOCAL = ["--executor", "local", "--kv-memory", "8MiB", "--cpus-per-rank", "1"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_checkpoint(tmp_path_factory.mktemp("model"), 8, 4, vocab_size=280)
+    return speaking(write_checkpoint(tmp_path_factory.mktemp("model"), 8, 4, vocab_size=280))
+
+
+def speaking(directory: Path) -> Path:
+    """With a byte-level tokenizer."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}"
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that fails after an exclamation mark."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("failing"), 8, 4, vocab_size=280, tie_word_embeddings=False)
+    weights = load_file(directory / "model.safetensors")
+    [mark] = TOKENIZERS["byte_level"].encode("!")
+    weights["model.embed_tokens.weight"][mark] = float("nan")
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return speaking(directory)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +133,25 @@ def test_generate_in_a_form(headwise: Run, model: Path, tmp_path: Path) -> None:
         assert code == 0 and out in forms
     code, out, _ = headwise(*arguments, "--json-schema", str(schema), "--json")
     assert code == 0 and json.loads(json.loads(out)["outputs"][0]["text"])["n"] == 17
-    for flags, words in [
-        (["--regex", "("], "structured_outputs.regex"),
-        (["--regex", "a", "--choice", "a"], "structured_outputs"),
-        (["--json-schema", str(tmp_path / "nowhere")], "--json-schema"),
-    ]:
-        code, out, err = headwise(*arguments, *flags)
-        assert (code, out) == (2, "") and words in err and "Traceback" not in err
+    schema.write_text('{"type": "string", "minLength": 3, "maxLength": 3}', encoding="utf-8-sig")
+    code, out, _ = headwise(*arguments, "--json-schema", str(schema))
+    assert code == 0 and len(json.loads(out)) == 3
+
+
+def test_a_form_that_only_the_model_can_refuse_is_told_in_flags(
+    headwise: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("schema.json").write_text('{"type": "nothing"}')
+    arguments = ["generate", "hello", "--model", str(model), *LOCAL]
+    code, out, err = headwise(*arguments, "--regex", "(")
+    assert (code, out) == (2, "") and "headwise: --regex='(': cannot be used: " in err
+    code, out, err = headwise(*arguments, "--json", "--json-schema", "schema.json")
+    assert (code, out) == (2, "") and "headwise: --json-schema='schema.json': cannot be used: " in err
+    assert "structured_outputs" not in err
+    monkeypatch.setattr(GrammarChecker, "problem", "knows no grammars")
+    code, out, err = headwise(*arguments, "--choice", "left", "--choice", "right")
+    assert (code, out) == (2, "") and err.endswith("headwise: --choice=['left', 'right']: knows no grammars\n")
 
 
 @contextmanager
@@ -167,6 +199,78 @@ def test_chat_keeps_the_conversation(headwise: Run, model: Path) -> None:
 
 
 # Errors
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(LLM, "__init__", load)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_form_that_is_wrong_is_refused_before_the_model_loads(
+    headwise: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('{"type": "object",}')
+    Path("empty.json").write_text("")
+    Path("list.json").write_text("[]")
+    Path("latin.json").write_bytes(b'{"const": "\xe9"}')
+    Path("long.json").write_text(json.dumps({"const": "é" * MAX_GRAMMAR_BYTES}, ensure_ascii=False))
+    position = "line 1 column 19 (char 18)"
+    for flags, words in [
+        (["--json-schema", "bad.json"], ["--json-schema='bad.json': must be a JSON schema: ", position]),
+        (["--json-schema", "empty.json"], ["--json-schema='empty.json': must not be empty"]),
+        (["--json-schema", "list.json"], ["--json-schema='list.json': must be a JSON schema that is an object"]),
+        (["--json-schema", "latin.json"], ["--json-schema='latin.json': cannot be read: 'utf-8' codec"]),
+        (["--json-schema", "long.json"], ["--json-schema='long.json': has ", f"more than {MAX_GRAMMAR_BYTES}"]),
+        (["--json-schema", "nowhere"], ["--json-schema='nowhere': cannot be read: "]),
+        (["--json-schema", "."], ["--json-schema='.': cannot be read: "]),
+        (["--regex", ""], ["--regex='': must not be empty"]),
+        (["--choice", "left", "--choice", ""], ["--choice='': must not be empty"]),
+        (
+            ["--regex", "a", "--choice", "b"],
+            ["--regex and --choice: do not go together; give one of --json-schema, --regex, --choice"],
+        ),
+        (["--json-schema", "nowhere", "--regex", "a"], ["--json-schema and --regex: do not go together"]),
+    ]:
+        code, out, err = headwise("generate", "hello", "--model", "smollm2", *LOCAL, *flags)
+        assert (code, out) == (2, "") and all(word in err for word in words), err
+        assert err.startswith("headwise: --") and err.count("\n") == 1 and "structured_outputs" not in err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_generate_needs_a_model_or_a_server(headwise: Run) -> None:
+    wanted = "headwise: --model: is missing; give a model, or --server\n"
+    assert headwise("generate", "hi") == (2, "", wanted)
+    assert headwise("generate", "-", "--chat", "--json") == (2, "", wanted)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_generate_fails_where_its_request_failed(headwise: Run, failing: Path, as_json: bool) -> None:
+    arguments = ["generate", "hello", "--chat", "--model", str(failing), *LOCAL, *(["--json"] if as_json else [])]
+    code, out, err = headwise(*arguments, "--regex", "ab!c")
+    assert code == 1 and err.endswith("\nheadwise: the model's logits are not finite\n")
+    if as_json:
+        output = json.loads(out)
+        assert output["error"] == "the model's logits are not finite"
+        assert (output["outputs"][0]["text"], output["outputs"][0]["finish_reason"]) == ("ab!", "error")
+    else:
+        assert out == "ab!\n"
+    code, _, err = headwise(*arguments, "--regex", "abc")
+    assert code == 0 and "not finite" not in err
+
+
+def test_chat_ends_where_an_answer_failed(headwise: Run, failing: Path) -> None:
+    system = ["--system", "!"]
+    arguments = ["chat", "--model", str(failing), "--max-tokens", "6", *LOCAL]
+    code, out, err = headwise(*arguments, *system, stdin="hello\nyou\n")
+    assert (code, out) == (1, "\n") and err.endswith("\nheadwise: the model's logits are not finite\n")
+    code, out, err = headwise(*arguments, *system, "--json", stdin="hello\nyou\n")
+    assert code == 1 and err.endswith("\nheadwise: the model's logits are not finite\n")
+    assert json.loads(out) == {"role": "assistant", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -229,3 +333,23 @@ def test_help_lists_the_commands(headwise: Run) -> None:
     assert code == 0 and all(name in out for name in benches)
     code, out, _ = headwise("generate", "--help")
     assert code == 0 and "--model" in out
+
+
+def test_help_shows_what_is_in_brackets(headwise: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = headwise("serve", "--help")
+    assert code == 0 and 'Lines of "TENANT TOKEN [admin]".' in out
+    code, out, _ = headwise("bench", "step", "--help")
+    assert code == 0 and "needs 'headwise[plot]'" in out
+
+
+def test_no_help_is_taken_for_markup() -> None:
+    commands = [typer.main.get_command(cli.app)]
+    texts = []
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        texts += [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+    assert len(texts) > 100
+    for text in filter(None, texts):
+        assert Text.from_markup(text).plain == text.replace("\\[", "[")

@@ -311,5 +311,37 @@ def certificate(tmp_path: Path) -> Path:
 def test_flags_for_servers_that_are_wrong_exit_with_2(generate: Command, tmp_path: Path) -> None:
     code, _, err = generate("--server", "127.0.0.1:1", "--tls-ca", str(tmp_path / "nowhere"))
     assert code == 2 and "--tls-ca" in err and "Traceback" not in err
-    code, _, err = generate("--model", str(tmp_path), "--timeout", "1")
-    assert code == 2 and "--timeout" in err and "Traceback" not in err
+
+
+def test_flags_of_the_other_way_to_generate_are_refused(
+    service: Service,
+    address: str,
+    generate: Command,
+    certificate: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for flag, value in [
+        ("--model", "smollm2"),
+        ("-m", "smollm2"),
+        ("--tp", "1"),  # the default, but given
+        ("--dtype", "auto"),
+        ("--device", "cpu"),
+        ("--executor", "nonsense"),
+        ("--max-model-len", "100"),
+        ("--kv-memory", "banana"),
+        ("--cpus-per-rank", "1"),
+        ("--address", "auto"),
+    ]:
+        wanted = (
+            f"headwise: {'--model' if flag == '-m' else flag}: is for a model loaded here; leave it out with --server\n"
+        )
+        assert generate("--server", address, flag, value) == (2, "", wanted)
+    assert not service.asked.is_set()
+    for flag, value in [("--token", "a-secret-of-mine"), ("--tls-ca", str(certificate)), ("--timeout", "1")]:
+        code, out, err = generate("--model", "nowhere", flag, value)
+        assert (code, out) == (2, "")
+        assert err == f"headwise: {flag}: is for a server; leave it out, or give --server\n"
+    # Not given for this run.
+    monkeypatch.setenv("HEADWISE_TOKEN", "a-secret-of-mine")
+    code, _, err = generate("--model", "nowhere", "--executor", "local")
+    assert code == 2 and "model='nowhere'" in err

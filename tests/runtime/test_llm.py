@@ -465,6 +465,9 @@ def test_logits_that_are_not_finite_fail_one_request_alone(
     assert tokens(outputs) == [expected[0], [], expected[1], [], expected[2]]
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length", "error", "length"]
     assert outputs[1].error == "the model's logits are not finite" and outputs[0].error is None
+    *_, last = llm.stream([bad] * 100, params)
+    assert (last.finish_reason, last.error) == ("error", "the model's logits are not finite")
+    assert [delta.error for delta in llm.stream(good[0], params)] == [None] * 20
     # Blocks that held what is no number hold other requests now, and must not spoil them.
     assert tokens(llm.generate(good * 4, params)) == expected * 4
     assert llm.stats()["num_free_blocks"] == 32
