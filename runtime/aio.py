@@ -22,7 +22,7 @@ T = TypeVar("T")
 Lane = Literal["text", "grammar"]
 
 MAX_BUFFERED = 64
-"""Deltas that may wait in a stream before its request is paused; the steps in flight then add a few."""
+"""Deltas of each sample that may wait in a stream before its request is paused; the steps in flight add a few."""
 
 
 class QueueFullError(HeadwiseError):
@@ -48,7 +48,7 @@ class AsyncLLM:
         """Loads a model, which takes a while: call it before anything is served.
 
         Args:
-            max_queued_requests: requests that may wait for their first step; each of ``n`` samples is one.
+            max_queued_requests: requests that may wait, for the first time or again; each of ``n`` samples is one.
 
         Raises: as :class:`~headwise.runtime.llm.LLM`.
         """
@@ -93,16 +93,19 @@ class AsyncLLM:
         """Runs the samples of one request; yields what is new of them, until each has had its last delta.
 
         Leaving early, by a cancellation too, aborts what still runs. While nobody takes what it yields, the request is
-        paused after MAX_BUFFERED deltas.
+        paused after MAX_BUFFERED deltas a sample.
 
         Raises:
-            InvalidValueError: a request with this id still runs.
+            InvalidValueError: a request with this id still runs, or it has more samples than may ever wait.
             QueueFullError: too many wait.
             EngineStoppedError, ShardGroupDied: the engine ended.
         """
         request_id = requests[0].request_id
         if request_id in self._streams:
             raise InvalidValueError("request_id", request_id, "a request with this id still runs")
+        if len(requests) > self.max_queued_requests:
+            limit = f"max_queued_requests={self.max_queued_requests} (--max-queued-requests) may wait, each sample one"
+            raise InvalidValueError("n", len(requests), limit)
         stream = self._streams[request_id] = _Stream(requests)
         try:
             await self.call(lambda engine: self._add(engine, requests))
@@ -151,16 +154,20 @@ class AsyncLLM:
 
     async def close(self) -> None:
         """Ends everything that runs. Idempotent."""
+        await asyncio.to_thread(self.shutdown)
 
-        def close() -> None:
-            for executor in self._lanes.values():
-                executor.shutdown(cancel_futures=True)
-            try:
-                self._loop.close()
-            finally:
-                self._started.close()
+    def shutdown(self) -> None:
+        """As :meth:`close`, where no event loop runs."""
+        for executor in self._lanes.values():
+            executor.shutdown(cancel_futures=True)
+        try:
+            self._loop.close()
+        finally:
+            self._started.close()
 
-        await asyncio.to_thread(close)
+    def hurry(self) -> None:
+        """Has :meth:`close`, now or later, wait only a moment for the step in progress."""
+        self._loop.hurry()
 
     def _add(self, engine: Engine, requests: Sequence[Request]) -> None:
         waiting = engine.num_waiting
@@ -183,7 +190,8 @@ class AsyncLLM:
                 if stream is None or delta.request not in stream.requests:
                     continue  # left, and maybe another has its id now
                 stream.put(delta)
-                if stream.num_buffered >= MAX_BUFFERED and not stream.paused and stream.running:
+                limit = MAX_BUFFERED * len(stream.requests)
+                if stream.num_buffered >= limit and not stream.paused and stream.running:
                     stream.paused = True
                     self._loop.post(partial(Engine.pause, request_id=delta.request.request_id, paused=True))
 

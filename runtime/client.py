@@ -22,7 +22,7 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
-from headwise.workers.errors import HeadwiseError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -154,6 +154,7 @@ class AsyncClient:
 
         Raises:
             ServerError: the call failed.
+            InvalidValueError: the prompt is neither text, tokens nor messages.
         """
         name = request_id or secrets.token_hex(12)
         request = _request(prompt, sampling_params or SamplingParams(), name, cache_salt)
@@ -187,13 +188,22 @@ class AsyncClient:
         items = [item async for item in self.stream(prompt, sampling_params, whole=True, **options)]
         return cast("Completion", items[-1])
 
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answers a conversation: :meth:`generate` by another name."""
+        return await self.generate(messages, sampling_params, **options)
+
     async def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The model's tokens of text, or of a conversation."""
         request = pb.TokenizeRequest()
         if isinstance(text, str):
             request.text = text
         else:
-            request.messages.CopyFrom(messages_message(text))
+            request.messages.CopyFrom(_messages(text))
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -290,6 +300,15 @@ class Client:
         """As :meth:`AsyncClient.generate`."""
         return self._run(self._client.generate(prompt, sampling_params, **options))
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Completion:
+        """As :meth:`AsyncClient.chat`."""
+        return self.generate(messages, sampling_params, **options)
+
     def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
         return self._run(self._client.tokenize(text))
 
@@ -358,13 +377,25 @@ class Client:
 
 def _request(prompt: Prompt, params: SamplingParams, request_id: str, cache_salt: str) -> pb.GenerateRequest:
     request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt, sampling_params=sampling_message(params))
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif len(prompt) > 0 and isinstance(prompt[0], Mapping):
-        request.messages.CopyFrom(messages_message(cast("Sequence[Mapping[str, str]]", prompt)))
-    else:
-        request.token_ids.ids.extend(prompt)
+    if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        request.messages.CopyFrom(_messages(cast("Sequence[Mapping[str, str]]", prompt)))
+        return request
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt if not isinstance(prompt, bytes) else [prompt])
+    except (TypeError, ValueError):
+        raise InvalidValueError("prompt", prompt, "must be text, a list of whole token ids or messages") from None
     return request
+
+
+def _messages(conversation: Sequence[Mapping[str, str]]) -> pb.Messages:
+    try:
+        return messages_message(conversation)
+    except (KeyError, TypeError, ValueError):
+        limit = "each must have a role and a content, both strings"
+        raise InvalidValueError("messages", conversation, limit) from None
 
 
 async def _next(stream: AsyncGenerator[Increment | Completion]) -> Increment | Completion | None:

@@ -47,7 +47,7 @@ class Engine:
 
     Attributes:
         events: of its prefix cache.
-        waiting_since: on the monotonic clock, while it waits for a step's output; read by other threads.
+        busy_since: on the monotonic clock, while it is in a step or makes a call; read by other threads.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Engine:
         self._group, self._scheduler, self._depth = group, scheduler, pipeline_depth
         self._tables, self._cache, self._tiers, self._pins = tables, tables.cache, tables.tiers, pins
         self.events = events
-        self.waiting_since: float | None = None
+        self.busy_since: float | None = None
         self._in_flight: deque[Schedule] = deque()
         self._live: dict[str, tuple[Request, TextStream | None, Sink]] = {}
         self._new: dict[Sink, list[Delta]] = {}
@@ -242,9 +242,7 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
-        self.waiting_since = time.monotonic()
         output = self._group.collect()
-        self.waiting_since = None
         collected = time.perf_counter()
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started

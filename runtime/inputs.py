@@ -9,6 +9,7 @@ from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.output import TextStream
 from headwise.runtime.request import Request
 from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model_config import ModelConfig
@@ -45,6 +46,10 @@ class InputProcessor:
     def takes_grammars(self) -> bool:
         """Whether requests may ask for structured outputs here."""
         return self._grammars.problem is None
+
+    def knows_grammar(self, structured: StructuredOutputsParams) -> bool:
+        """Whether it is known already if an output of this kind can be had; to find out takes a while."""
+        return self._grammars.known(structured)
 
     def kv_namespace(self, cache_salt: str) -> bytes:
         """Of the blocks that requests with this salt share; empty where there is no prefix cache."""
@@ -135,7 +140,7 @@ class InputProcessor:
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
-        _check_salt(cache_salt)
+        check_salt(cache_salt)
         blocks = self._identity.token_blocks(token_ids, cache_salt) if self._identity is not None else None
         structured = params.structured_outputs
         grammar = self._grammars.grammar(structured) if structured is not None else ""
@@ -189,16 +194,11 @@ class InputProcessor:
             _check_unicode(field, text)
 
 
-def _check_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValueError(
-            field, text, f"character {error.start} is half of a surrogate pair, which is no text"
-        ) from None
-
-
-def _check_salt(cache_salt: str) -> None:
+def check_salt(cache_salt: str) -> None:
+    """
+    Raises:
+        InvalidValueError: it is too long, or no text.
+    """
     if not isinstance(cache_salt, str):
         raise InvalidValueError("cache_salt", cache_salt, f"must be a string, not {type(cache_salt).__name__}")
     if len(cache_salt) > MAX_CACHE_SALT:
@@ -206,3 +206,12 @@ def _check_salt(cache_salt: str) -> None:
             "cache_salt", f"{len(cache_salt)} characters", f"at most {MAX_CACHE_SALT}", "give a digest of it instead"
         )
     _check_unicode("cache_salt", cache_salt)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(
+            field, text, f"character {error.start} is half of a surrogate pair, which is no text"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -16,7 +17,10 @@ T = TypeVar("T")
 
 
 class EngineStoppedError(HeadwiseError):
-    """The engine was closed; no request can run on it any more."""
+    """The engine was closed, or failed; no request can run on it any more."""
+
+
+_HURRY_S = 1.0
 
 
 class EngineLoop:
@@ -28,6 +32,7 @@ class EngineLoop:
         self._calls: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended: BaseException | None = None
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
         self._thread.start()
 
@@ -40,7 +45,7 @@ class EngineLoop:
         """Runs ``function`` on the engine's thread between two steps and returns what it returns.
 
         Raises:
-            EngineStoppedError: the loop was closed.
+            EngineStoppedError: the loop was closed, or the engine failed.
             ShardGroupDied: a shard died; the loop has ended.
             TimeoutError: no answer in time; the call may still be made.
         """
@@ -71,16 +76,30 @@ class EngineLoop:
         self._calls.put(None)
         # A forgotten LLM may be collected on the engine's thread, which cannot wait for itself.
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+            self._over.wait(timeout_s)
+            self._thread.join(_HURRY_S)
+
+    def hurry(self) -> None:
+        """Has :meth:`close`, now or later, wait only a moment for the step in progress, which may never end."""
+        self._over.set()
 
     def _run(self) -> None:
         try:
             while self._take_calls():
                 if self._engine.has_work:
+                    self._engine.busy_since = time.monotonic()
                     self._engine.step()
+                self._engine.busy_since = None
             self._end(EngineStoppedError("the engine is closed"))
-        except BaseException as error:
+        except (ShardGroupDied, EngineStoppedError) as error:
             self._end(error)
+        except BaseException as error:
+            detail = f": {error}" if isinstance(error, HeadwiseError) else ""
+            ended = EngineStoppedError(f"the engine has failed: {type(error).__name__}{detail}")
+            ended.__cause__ = error
+            self._end(ended)
+        finally:
+            self._over.set()
 
     def _take_calls(self) -> bool:
         """Makes the calls that wait, or waits for one if the engine has nothing to do; False once closed."""
@@ -96,6 +115,7 @@ class EngineLoop:
     def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
             return  # whoever called has left, as a client does whose deadline is over
+        self._engine.busy_since = time.monotonic()
         try:
             result = function(self._engine)
         except Exception as error:
@@ -104,6 +124,8 @@ class EngineLoop:
                 raise
         else:
             future.set_result(result)
+        finally:
+            self._engine.busy_since = None
 
     def _end(self, error: BaseException) -> None:
         self._on_failure(error)

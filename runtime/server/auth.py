@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from headwise.runtime.inputs import check_salt
 from headwise.runtime.server.errors import UnauthenticatedError, abort
 from headwise.workers.errors import InvalidValueError
 
@@ -35,8 +36,13 @@ class Tenant:
     admin: bool = False
 
     def cache_salt(self, salt: str) -> str:
-        """What requests of this tenant share the prefix cache by: no other tenant can have the same."""
-        return f"{self.name}\x1f{salt}" if self.name else salt
+        """What requests of this tenant share the prefix cache by: no other tenant can have the same.
+
+        Raises:
+            InvalidValueError: the client's salt is too long, or no text.
+        """
+        check_salt(salt)
+        return _digest(f"{self.name}\x1f{salt}").hex() if self.name else salt
 
 
 class Tokens:

@@ -39,15 +39,30 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         InvalidValueError: a field is outside its limits.
     """
     fields: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    fields |= {"max_tokens": None} if fields.get("max_tokens") == 0 else {}
     if message.logit_bias:
         fields["logit_bias"] = dict(islice(message.logit_bias.items(), MAX_LOGIT_BIAS_ENTRIES + 1))
     if message.stop:
         fields["stop"] = message.stop[: MAX_STOP + 1]
     if message.stop_token_ids:
         fields["stop_token_ids"] = message.stop_token_ids[: MAX_STOP_TOKEN_IDS + 1]
-    if message.HasField("structured_outputs"):
-        fields["structured_outputs"] = _structured_outputs(message.structured_outputs)
+    fields["structured_outputs"] = structured_outputs(message)
     return SamplingParams(**fields)
+
+
+def structured_outputs(message: pb.SamplingParams) -> StructuredOutputsParams | None:
+    """What a request's output has to be, if anything.
+
+    Raises:
+        InvalidValueError: it is malformed, or too long.
+    """
+    if not message.HasField("structured_outputs"):
+        return None
+    if (kind := message.structured_outputs.WhichOneof("kind")) is None:
+        return StructuredOutputsParams()  # which refuses
+    value = getattr(message.structured_outputs, kind)
+    fields: dict[str, Any] = {kind: value.choices[: MAX_CHOICES + 1] if kind == "choice" else value}
+    return StructuredOutputsParams(**fields)
 
 
 def sampling_message(params: SamplingParams) -> pb.SamplingParams:
@@ -58,6 +73,7 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
     for name in _SCALARS:
         if (value := getattr(params, name)) is not None:
             setattr(message, name, value)
+    message.max_tokens = params.max_tokens or 0
     if params.structured_outputs is not None:
         [(kind, value)] = params.structured_outputs.given.items()
         given = {kind: pb.Choice(choices=value) if kind == "choice" else value}
@@ -135,14 +151,6 @@ def result(requests: Sequence[Request]) -> pb.GenerateResult:
         elif request.stop_reason is not None:
             sample.stop_token_id = request.stop_reason
     return message
-
-
-def _structured_outputs(message: pb.StructuredOutputs) -> StructuredOutputsParams:
-    if (kind := message.WhichOneof("kind")) is None:
-        return StructuredOutputsParams()  # which refuses
-    value = getattr(message, kind)
-    fields: dict[str, Any] = {kind: value.choices[: MAX_CHOICES + 1] if kind == "choice" else value}
-    return StructuredOutputsParams(**fields)
 
 
 def _logprobs(logprobs: TokenLogprobs) -> pb.TokenLogprobs:

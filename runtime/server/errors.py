@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from typing import NoReturn
 
 import grpc
@@ -9,11 +11,16 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import QueueFullError
+from headwise.runtime.grammars import GrammarTrialError
 from headwise.runtime.loop import EngineStoppedError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
+MAX_MESSAGE = 1000
+"""Characters of a status. It is sent twice, and clients take headers of 8 KiB."""
 RETRY_AFTER_S = 1.0
 """What a client is told to wait when the queue is full."""
+
+_logger = logging.getLogger(__name__)
 
 
 class UnavailableError(HeadwiseError):
@@ -32,6 +39,18 @@ class StalledError(HeadwiseError):
     """The client did not read what it asked for."""
 
 
+class LeftError(HeadwiseError):
+    """The client is gone."""
+
+
+class StalledConnectionError(HeadwiseError):
+    """Too many streams of the client's connection stalled."""
+
+
+class CheckQueueFullError(HeadwiseError):
+    """Too many requests wait to be checked; another time will do."""
+
+
 class DeadlineError(HeadwiseError):
     """The request took longer than one may."""
 
@@ -40,12 +59,16 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (InvalidValueError, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StalledError, grpc.StatusCode.CANCELLED),
+    (LeftError, grpc.StatusCode.CANCELLED),
+    (StalledConnectionError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (CheckQueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
+    (GrammarTrialError, grpc.StatusCode.UNAVAILABLE),
     (HeadwiseError, grpc.StatusCode.INTERNAL),
 ]
 
@@ -55,6 +78,13 @@ def code_of(error: BaseException) -> grpc.StatusCode:
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
+def trace(error: BaseException) -> str:
+    """Where an error, and what it came from, happened; not what they say, which may hold a prompt."""
+    lines = traceback.format_tb(error.__traceback__)
+    cause = error.__cause__ or error.__context__
+    return "".join(lines) + (f"{type(cause).__name__}:\n{trace(cause)}" if cause is not None else "")
+
+
 async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseException) -> NoReturn:
     """Ends a call with the status of an error: a wrong field as BadRequest, when to come back as RetryInfo.
 
@@ -62,6 +92,10 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     """
     code = code_of(error)
     message = str(error) if isinstance(error, HeadwiseError) else f"internal error: {type(error).__name__}"
+    if code is grpc.StatusCode.INTERNAL:
+        _logger.error("%s\n%s", message, trace(error))
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[: MAX_MESSAGE - 3]}..."
     status = status_pb2.Status(code=_number(code), message=message)
     metadata: list[tuple[str, str | bytes]] = []
     if isinstance(error, InvalidValueError):

@@ -21,6 +21,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 _MAX_RESTART_WAIT_S = 30.0
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # here: a child of a process with threads can load nothing before it runs another program
 
 _logger = logging.getLogger(__name__)
 
@@ -100,6 +101,11 @@ class Gateway:
             process.kill()
             await process.wait()
 
+    def kill(self) -> None:
+        """Ends it by force, at once; :meth:`stop` is still to be called."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
     async def _launch(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr.fileno(), preexec_fn=_die_with_parent
@@ -113,7 +119,10 @@ class Gateway:
             wait = 1.0 if time.monotonic() - started > 60 else min(_MAX_RESTART_WAIT_S, wait * 2)
             _logger.error("the gateway ended with %d; it is started again in %g s", code, wait)
             await asyncio.sleep(wait)
-            await self._launch()
+            try:
+                await self._launch()
+            except OSError as error:  # no memory or no process to be had: the one that has ended is waited for again
+                _logger.error("the gateway could not be started: %s", error.strerror)
 
     async def _answers(self) -> bool:
         """Whether it serves the engine's model: it lists it before it has its tokenizer."""
@@ -137,7 +146,7 @@ def _unverified() -> ssl.SSLContext:
 def _die_with_parent() -> None:
     """In the child: however the server ends, the kernel ends its gateway."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port(host: str) -> int:

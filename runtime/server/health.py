@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 from headwise.runtime.engine import Engine
-from headwise.runtime.server.service import Context, Sessions
+from headwise.runtime.server.sessions import Context, Sessions
 
 MAX_WATCHING = 64
 """Clients that watch the health at once."""
@@ -75,6 +75,6 @@ class _HealthServicer(health_aio.HealthServicer):
 
 
 def is_hung(engine: Engine, step_timeout_s: float) -> bool:
-    """Whether a step in flight makes no progress. Reads two numbers of the engine's thread, which may be a step old."""
-    since = engine.waiting_since
+    """Whether a step makes no progress, or what is called between two."""
+    since = engine.busy_since
     return since is not None and time.monotonic() - since > step_timeout_s

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Literal, TypeAlias
 
 from headwise.runtime.aio import AsyncLLM
-from headwise.runtime.kv.events import Subscription
+from headwise.runtime.kv.events import Subscription, decode_events
 from headwise.runtime.server.errors import UnavailableError
+
+Kind: TypeAlias = Literal["snapshot", "events"]
 
 CAPACITY = 1024
 """Messages that may wait for a subscriber that names no other number."""
@@ -16,22 +19,28 @@ _INTERVAL_S = 0.02
 """How late a message may be; an engine's step takes about as long."""
 
 
-async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator[bytes]:
-    """A snapshot, and then the messages; the first few may tell what it holds already. See runtime/kv/events.py.
+async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator[tuple[Kind, bytes]]:
+    """A snapshot, and then the messages, of which those right after a snapshot may tell what it holds already. Where
+    more than ``capacity`` waited there is another snapshot. See runtime/kv/events.py.
 
     Raises:
         UnavailableError: the engine has ended.
     """
     with await _subscribe(llm, capacity) as subscription:
-        yield await llm.call(lambda engine: engine.events.snapshot())
+        yield "snapshot", await _snapshot(llm)
         while True:
             if (data := subscription.get(0)) is not None:
-                yield data
+                behind = decode_events(data).resnapshot
+                yield ("snapshot", await _snapshot(llm)) if behind else ("events", data)
             elif llm.failure is not None:
                 raise UnavailableError("the engine has ended")
             else:
                 # Not on a thread: waiting subscribers would keep those from tokenizing prompts.
                 await asyncio.sleep(_INTERVAL_S)
+
+
+async def _snapshot(llm: AsyncLLM) -> bytes:
+    return await llm.call(lambda engine: engine.events.snapshot())
 
 
 async def _subscribe(llm: AsyncLLM, capacity: int) -> Subscription:

@@ -31,25 +31,24 @@ class Metrics:
         self.cached_tokens = Counter(
             "headwise_cached_prompt_tokens_total", "Prompt tokens found in the prefix cache.", registry=self.registry
         )
-        self.generated_tokens = Counter("headwise_generated_tokens_total", "Tokens generated.", registry=self.registry)
         self.registry.register(_EngineCollector(engine_stats))
 
-    def observe(self, requests: Sequence[Request]) -> None:
-        """The samples of a request that has ended."""
+    def observe(self, requests: Sequence[Request], duration_s: float) -> None:
+        """The samples of a request that has ended, by itself or because its client has left."""
+        self.duration.observe(duration_s)
         first = requests[0].metrics
+        if not first.first_scheduled:
+            return
         self.prompt_tokens.inc(len(requests[0].prompt_token_ids))
         self.cached_tokens.inc(first.num_cached_tokens)
         for request in requests:
             metrics, tokens = request.metrics, len(request.generated)
-            self.generated_tokens.inc(tokens)
             if metrics.first_scheduled:
                 self.queue_time.observe(metrics.first_scheduled - metrics.arrival)
             if metrics.first_token:
                 self.time_to_first_token.observe(metrics.time_to_first_token)
             if tokens > 1 and metrics.finished:
                 self.inter_token.observe((metrics.finished - metrics.first_token) / (tokens - 1))
-            if metrics.finished:
-                self.duration.observe(metrics.finished - metrics.arrival)
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Answers scrapes on a thread of its own; returns the port and what ends it."""
@@ -88,6 +87,7 @@ class _EngineCollector(Collector):
         yield blocks
         for name, key, text in (
             ("headwise_steps", "num_steps", "Steps computed."),
+            ("headwise_generated_tokens", "num_generated_tokens", "Tokens generated."),
             ("headwise_preemptions", "num_preemptions", "Requests that had to give up their blocks for a while."),
         ):
             yield CounterMetricFamily(name, text, stats[key])

@@ -27,7 +27,8 @@ from headwise.runtime.server.auth import AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
-from headwise.runtime.server.service import InferenceService, Sessions
+from headwise.runtime.server.service import InferenceService
+from headwise.runtime.server.sessions import Sessions
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.workers.errors import InvalidValueError
@@ -93,32 +94,38 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
     """Loads the model and serves it until a signal, a Drain or the engine's death; returns the exit code.
 
     Returns:
-        0 once drained; 1 after a second signal, or if requests had to be ended; 3 if the engine died.
+        0 once drained; 1 after a second signal, or if requests had to be ended; 3 if the engine ended by itself.
 
     Raises:
         InvalidValueError: an option is wrong. As :class:`~headwise.runtime.llm.LLM` for what the engine needs.
     """
     _checked(options)  # before a model is loaded for nothing
     _configure_logging()
-    with _terminable():
-        llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
-    server = Server(llm, options)
 
     def ready(about: dict[str, Any]) -> None:
         fields = " ".join(f"{name}={value}" for name, value in about.items())
         print(json.dumps({"ready": True, **about}) if options.as_json else f"ready {fields}", flush=True)
 
-    async def run() -> int:
+    async def run(server: Server) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
         return await server.run(ready)
 
-    return asyncio.run(run())
+    with _terminable():
+        llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
+        try:
+            return asyncio.run(run(Server(llm, options)))
+        finally:
+            llm.shutdown()  # where something came before run() could
 
 
 class Server:
-    """One engine behind one port. Everything but its creation happens on one event loop."""
+    """One engine behind one port. Everything but its creation happens on one event loop.
+
+    Attributes:
+        sessions: what runs.
+    """
 
     def __init__(self, llm: AsyncLLM, options: ServeOptions) -> None:
         """
@@ -128,10 +135,19 @@ class Server:
         self._llm, self._options = llm, options
         self._tokens, self._credentials = _checked(options)
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
+        self._gateway: Gateway | None = None
+        metrics = Metrics(lambda: llm.submit(Engine.stats).result(5.0))
+        self.sessions = Sessions(llm, metrics, self._tokens, options.stall_timeout_s, options.max_request_s)
 
     def stop(self) -> None:
-        """Drains and ends; called again, ends at once."""
-        (self._hurry if self._stopping.is_set() else self._stopping).set()
+        """Drains and ends; called again, ends at once, whatever it is at."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            return
+        self._hurry.set()
+        self._llm.hurry()
+        if self._gateway is not None:
+            self._gateway.kill()
 
     async def run(self, ready: Callable[[dict[str, Any]], None]) -> int:
         """Serves until it is stopped or drained, or its engine ends; closes the engine and returns the exit code.
@@ -141,28 +157,25 @@ class Server:
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._llm.close)
-            metrics = Metrics(lambda: self._llm.submit(Engine.stats).result(5.0))
-            options = self._options
-            sessions = Sessions(self._llm, metrics, self._tokens, options.stall_timeout_s, options.max_request_s)
+            options, sessions = self._options, self.sessions
             health = HealthMonitor(sessions, self._services(), options.step_timeout_s)
             server = self._make_server(sessions, health)
             port = self._bind(server)
             internal = server.add_insecure_port("127.0.0.1:0") if self._options.openai_port is not None else 0
             metrics_port = None
             if options.metrics_port is not None:
-                metrics_port, stop = _serve_metrics(metrics, options.metrics_host, options.metrics_port)
+                metrics_port, stop = _serve_metrics(sessions.metrics, options.metrics_host, options.metrics_port)
                 stack.callback(stop)
             await server.start()
             stack.push_async_callback(server.stop, None)
             monitor = asyncio.create_task(health.run())
             stack.callback(monitor.cancel)
-            gateway = None
-            if self._options.openai_port is not None:
-                gateway = self._make_gateway(self._options.openai_port, internal)
-                stack.push_async_callback(gateway.stop)
-                if not await self._start(gateway):
-                    return 0
-            ready(self._about(port, metrics_port, gateway))
+            if options.openai_port is not None:
+                self._gateway = self._make_gateway(options.openai_port, internal)
+                stack.push_async_callback(self._gateway.stop)
+                await self._start(self._gateway)
+            if not self._stopping.is_set() and not self._llm.ended.is_set():
+                ready(self._about(port, metrics_port))
             return await self._until_done(sessions, health)
 
     async def _until_done(self, sessions: Sessions, health: HealthMonitor) -> int:
@@ -190,13 +203,16 @@ class Server:
                 task.cancel()
 
     def _died(self) -> int:
-        _logger.error("the engine has ended: %s", self._llm.failure)
-        return 3 if isinstance(self._llm.failure, ShardGroupDied) else 1
+        failure = self._llm.failure
+        expected = isinstance(failure, ShardGroupDied)
+        _logger.error("the engine has ended: %s", failure, exc_info=None if expected else failure)
+        return 3
 
     def _make_server(self, sessions: Sessions, health: HealthMonitor) -> grpc.aio.Server:
         limit = self._options.max_queued_requests + self._llm.config.max_num_seqs + 256
         guards = [AuthInterceptor(self._tokens, sessions.refuse)] if self._tokens else []
-        server = grpc.aio.server(interceptors=guards, options=_CHANNEL_OPTIONS, maximum_concurrent_rpcs=limit)
+        options = [*_CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", limit)]  # of one connection
+        server = grpc.aio.server(interceptors=guards, options=options, maximum_concurrent_rpcs=limit)
         add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         if self._options.openai_port is not None:
@@ -209,17 +225,17 @@ class Server:
         reflection.enable_server_reflection(names, server)
         return server
 
-    async def _start(self, gateway: Gateway) -> bool:
-        """False if the server was stopped meanwhile."""
-        starting, stopping = asyncio.create_task(gateway.start()), asyncio.create_task(self._stopping.wait())
+    async def _start(self, gateway: Gateway) -> None:
+        """Returns early if the server is stopped meanwhile, or its engine ends."""
+        starting = asyncio.create_task(gateway.start())
+        over = [asyncio.create_task(event.wait()) for event in (self._stopping, self._llm.ended)]
         try:
-            await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([starting, *over], return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-            return starting.done()
         finally:
-            starting.cancel()
-            stopping.cancel()
+            for task in (starting, *over):
+                task.cancel()
 
     def _services(self) -> list[str]:
         return [_SERVICE, GATEWAY_SERVICE] if self._options.openai_port is not None else [_SERVICE]
@@ -251,7 +267,7 @@ class Server:
             limit = "the address cannot be bound: another process has it, or it is none of this host"
             raise InvalidValueError("--port", address, limit, "choose another, or 0 for a free one") from None
 
-    def _about(self, port: int, metrics_port: int | None, gateway: Gateway | None) -> dict[str, Any]:
+    def _about(self, port: int, metrics_port: int | None) -> dict[str, Any]:
         llm, options = self._llm, self._options
         about: dict[str, Any] = {
             "address": f"{options.host}:{port}",
@@ -265,8 +281,8 @@ class Server:
         }
         if metrics_port is not None:
             about["metrics"] = f"{options.metrics_host}:{metrics_port}"
-        if gateway is not None:
-            about["openai"] = f"{'https' if about['tls'] else 'http'}://{options.host}:{gateway.port}/v1"
+        if self._gateway is not None:
+            about["openai"] = f"{'https' if about['tls'] else 'http'}://{options.host}:{self._gateway.port}/v1"
         return about
 
 

@@ -26,10 +26,10 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb
 from headwise.runtime.engine import Delta
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP, MAX_STOP_TOKEN_IDS, SamplingParams
-from headwise.runtime.server.auth import Tenant
 from headwise.runtime.server.errors import PermissionDeniedError, UnavailableError, abort
 from headwise.runtime.server.health import HealthMonitor
-from headwise.runtime.server.service import Context, Sessions, lane_of
+from headwise.runtime.server.service import lane_of
+from headwise.runtime.server.sessions import Call, Context, Sessions
 from headwise.runtime.server.vllm_kv_events import kv_batches
 from headwise.runtime.structured_outputs import MAX_CHOICES, StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
@@ -52,21 +52,14 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._started, self._last_request = time.monotonic(), 0.0
 
     async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Context) -> None:
-        sessions, admitted = self._sessions, False
-        try:
-            tenant = sessions.tenant(context)
-            self._last_request = time.time()
-            lane = lane_of(request, request.sampling_params.WhichOneof("constraint") is not None)
-            requests = await self._llm.off_loop(partial(self._requests, request, tenant), lane)
-            admitted = True
-            async with aclosing(sessions.run(context, tenant, requests)) as stream:
+        self._last_request = time.time()
+        async with self._sessions.call(context, request.request_id) as call:
+            lane = lane_of(request, self._llm.inputs, _structured_outputs(request.sampling_params))
+            await self._sessions.check(call, partial(self._requests, request, call), lane)
+            async with aclosing(call.run()) as stream:
                 async for deltas in stream:
                     for response in _responses(deltas, request.stream):
-                        await sessions.write(context, response)
-        except Exception as error:
-            if not admitted:
-                sessions.refuse(error)
-            await abort(context, error)
+                        await self._sessions.write(context, response)
 
     async def HealthCheck(self, request: Any, context: Context) -> vllm_engine_pb2.HealthCheckResponse:
         problem = self._health.problem()
@@ -76,7 +69,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             tenant = self._sessions.tenant(context)
             for request_id in request.request_ids:
-                self._llm.abort(self._sessions.engine_id(tenant, request_id))
+                self._sessions.abort(tenant, request_id)
             return vllm_engine_pb2.AbortResponse()
         except Exception as error:
             await abort(context, error)
@@ -138,13 +131,13 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetTokenizer(self, request: Any, context: Context) -> None:
         try:
             data = await asyncio.to_thread(_zip, self._llm.model_path)
+            chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
+            for index, chunk in enumerate(chunks):
+                last = index == len(chunks) - 1
+                digest = hashlib.sha256(data).hexdigest() if last else ""
+                await self._sessions.write(context, common_pb2.GetTokenizerChunk(data=chunk, sha256=digest))
         except Exception as error:
             await abort(context, error)
-        chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
-        for index, chunk in enumerate(chunks):
-            last = index == len(chunks) - 1
-            digest = hashlib.sha256(data).hexdigest() if last else ""
-            await self._sessions.write(context, common_pb2.GetTokenizerChunk(data=chunk, sha256=digest))
 
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
         try:
@@ -167,18 +160,17 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             await abort(context, error)
         return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
 
-    def _requests(self, request: vllm_engine_pb2.GenerateRequest, tenant: Tenant) -> list[Request]:
+    def _requests(self, request: vllm_engine_pb2.GenerateRequest, call: Call) -> list[Request]:
         for name in _NOT_SERVED:
             if request.HasField(name):
                 raise InvalidValueError(name, "given", "this engine serves text only, and no handoff through a gateway")
         if request.data_parallel_rank:
             raise InvalidValueError("data_parallel_rank", request.data_parallel_rank, "this engine is one rank, 0")
         inputs, number = self._llm.inputs, self._llm.next_number()
-        name = self._sessions.engine_id(tenant, request.request_id)
         params = sampling_params(request.sampling_params)
         tokenized = request.WhichOneof("input") == "tokenized"
         ids = inputs.token_ids(request.tokenized.input_ids if tokenized else request.text)
-        requests = list(inputs.requests(name, ids, params, number, tenant.cache_salt("")))
+        requests = list(inputs.requests(call.engine_id, ids, params, number, call.tenant.cache_salt("")))
         for one in requests:
             one.streamed = request.stream
         return requests

@@ -26,14 +26,13 @@ async def kv_batches(llm: AsyncLLM, namespace: bytes) -> AsyncGenerator[common_p
     fell behind gets another snapshot.
     """
     async with aclosing(kv_messages(llm)) as messages:
-        known = decode_snapshot(await anext(messages))
-        yield await _snapshot(llm, namespace, known.sequence, known.blocks["device"])
-        async for data in messages:
-            message = decode_events(data)
-            if message.resnapshot:
-                known = decode_snapshot(await llm.call(lambda engine: engine.events.snapshot()))
-                yield await _snapshot(llm, namespace, known.sequence, known.blocks["device"])
-            elif (message.epoch, message.sequence) > (known.epoch, known.sequence):
+        known = (0, 0)
+        async for kind, data in messages:
+            if kind == "snapshot":
+                snapshot = decode_snapshot(data)
+                known = snapshot.epoch, snapshot.sequence
+                yield await _snapshot(llm, namespace, snapshot.sequence, snapshot.blocks["device"])
+            elif ((message := decode_events(data)).epoch, message.sequence) > known:
                 yield await _batch(llm, namespace, message.sequence, message.events)
 
 

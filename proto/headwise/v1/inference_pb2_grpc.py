@@ -126,7 +126,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SubscribeKvEvents(self, request, context):
-        """Streams what changes in the prefix cache, for routers; the first response is a snapshot.
+        """Streams what changes in the prefix cache, for routers; the first response is a snapshot, and so is the next one for
+        a client that fell behind.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

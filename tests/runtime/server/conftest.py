@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ class Running:
             self.exit_code.set_exception(error)
             if not self._ready.done():
                 self._ready.set_exception(error)
+
+
+@contextmanager
+def steps_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No step ends before the event is set."""
+    go_on, collect = threading.Event(), ThreadShardGroup.collect
+
+    def held(group: ThreadShardGroup) -> object:
+        assert go_on.wait(DEADLINE_S)
+        return collect(group)
+
+    monkeypatch.setattr(ThreadShardGroup, "collect", held)
+    try:
+        yield go_on
+    finally:
+        go_on.set()
 
 
 @pytest.fixture(scope="session")

@@ -125,13 +125,15 @@ def test_any_json_and_a_schema_that_is_none(client: Any) -> None:
 
 
 def test_an_aborted_stream_frees_its_blocks(client: Any, server: dict[str, Any]) -> None:
-    stream = ask(client, stream=True, max_tokens=1500)
-    next(iter(stream))
-    stream.close()
     with Client(server["address"], timeout=DEADLINE_S) as direct:
-        for _ in range(600):
+        before = direct.stats().num_generated_tokens
+        stream = ask(client, stream=True, max_tokens=1500, extra_body={"ignore_eos": True})
+        next(iter(stream))
+        stream.close()
+        for count in range(600):
             stats = direct.stats()
             if stats.num_running == 0 and stats.num_free_blocks == stats.num_blocks:
+                assert stats.num_generated_tokens - before - count < 1500
                 return
             assert direct.generate([5], SamplingParams(max_tokens=1)).completion_tokens == 1
     raise AssertionError("the blocks were not freed")

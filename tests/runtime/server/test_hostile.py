@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
-from tests.runtime.server.conftest import DEADLINE_S, Running
+from tests.runtime.server.conftest import DEADLINE_S, Running, steps_held
 from tests.runtime.server.test_service import PROMPT, no_blocks_are_held, wait_until
 from tests.thread_group import ThreadShardGroup
 
@@ -38,22 +37,6 @@ SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
 def code_of(error: BaseException) -> grpc.StatusCode:
     assert isinstance(error, (grpc.Call, ServerError))
     return error.code() if isinstance(error, grpc.Call) else error.code
-
-
-@contextmanager
-def steps_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No step ends before the event is set."""
-    go_on, collect = threading.Event(), ThreadShardGroup.collect
-
-    def held(group: ThreadShardGroup) -> object:
-        assert go_on.wait(DEADLINE_S)
-        return collect(group)
-
-    monkeypatch.setattr(ThreadShardGroup, "collect", held)
-    try:
-        yield go_on
-    finally:
-        go_on.set()
 
 
 def spoken(tmp_path: Path) -> Path:
@@ -188,13 +171,10 @@ def test_a_deadline_has_a_limit_and_none_is_the_limit(serve: Serve, monkeypatch:
         with pytest.raises(ServerError, match="deadline=") as error:
             client.generate(PROMPT, SHORT, timeout=60)
         assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    with grpc.insecure_channel(running.address) as channel, steps_held(monkeypatch) as go_on:
+    with grpc.insecure_channel(running.address) as channel, steps_held(monkeypatch):
         stream = InferenceServiceStub(channel).Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
-        ended = threading.Timer(1.5, go_on.set)
-        ended.start()
         with pytest.raises(grpc.RpcError) as late:
-            list(stream)
-        ended.join(DEADLINE_S)
+            list(stream)  # while the step still hangs
     assert code_of(late.value) is grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: no_blocks_are_held(running))
     with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:

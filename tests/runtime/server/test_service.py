@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from headwise.runtime import LLM, SamplingParams
-from headwise.runtime.client import Client, Completion, Increment, ServerError
+from headwise.runtime.client import Completion, Increment, ServerError
+from headwise.runtime.server.convert import sampling_message
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
+from headwise.workers.errors import InvalidValueError
+from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
 from tests.conftest import MakeLLM
-from tests.runtime.server.conftest import DEADLINE_S, Running
+from tests.runtime.server.conftest import DEADLINE_S, Running, steps_held
 
 Serve = Callable[..., Running]
 PROMPT = list(range(3, 40))
+TO_THE_END = SamplingParams(max_tokens=None, ignore_eos=True)
+ROOM = 512 - len(PROMPT)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -107,34 +116,54 @@ def tiny(serve: Serve) -> Running:
     return serve()
 
 
-def test_cancelling_frees_the_blocks(tiny: Running) -> None:
-    with tiny.client() as client:
-        stream = client.stream(PROMPT, SamplingParams(max_tokens=None, ignore_eos=True))
-        next(stream)
-        stream.close()  # type: ignore[attr-defined]
+def test_cancelling_frees_the_blocks_within_a_step(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_options = {"token_ids": pb.TokenIds(ids=PROMPT), "sampling_params": sampling_message(TO_THE_END)}
+    with grpc.insecure_channel(tiny.address) as channel, steps_held(monkeypatch) as go_on:
+        stream = InferenceServiceStub(channel).Generate(pb.GenerateRequest(**stub_options), timeout=DEADLINE_S)
+        wait_until(lambda: tiny.llm.num_streams == 1)
+        stream.cancel()
+        wait_until(lambda: tiny.llm.num_streams == 0)
+        go_on.set()
         wait_until(lambda: no_blocks_are_held(tiny))
+    assert tiny.stats()["num_generated_tokens"] <= 2  # the steps that were in flight
 
 
-def test_a_deadline_ends_a_request_that_waits(serve: Serve) -> None:
-    running = serve(max_num_seqs=1, max_num_batched_tokens=64)
+def test_a_deadline_ends_a_request_that_waits(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve(max_num_seqs=1)
     with running.client() as client:
-        first = client.stream(PROMPT, SamplingParams(max_tokens=None, ignore_eos=True))
+        first = client.stream(PROMPT, TO_THE_END)
         next(first)
-        with pytest.raises(ServerError) as error:
-            client.generate([5] * 10, SamplingParams(max_tokens=400, ignore_eos=True), timeout=0.1)
-        assert error.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        first.close()  # type: ignore[attr-defined]
+        with steps_held(monkeypatch) as go_on:
+            with pytest.raises(ServerError) as error:
+                client.generate([5] * 10, TO_THE_END, timeout=0.3)
+            assert error.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            wait_until(lambda: running.llm.num_streams == 1)
+            go_on.set()
+        assert list(first)[-1].completion_tokens == ROOM  # type: ignore[union-attr]
         wait_until(lambda: no_blocks_are_held(running))
+        assert running.stats()["num_generated_tokens"] == ROOM
 
 
 def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
     running = serve(max_num_seqs=1, max_queued_requests=2)
-    with running.client(retries=0) as client:
+    with running.client(retries=0) as client, grpc.insecure_channel(running.address) as channel:
+        first = client.stream(PROMPT, TO_THE_END)
+        next(first)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT), sampling_params=sampling_message(TO_THE_END))
+        queued = [InferenceServiceStub(channel).Generate(request, timeout=DEADLINE_S) for _ in range(2)]
+        wait_until(lambda: running.stats()["num_waiting"] == 2)
         with pytest.raises(ServerError) as error:
-            client.generate(PROMPT, SamplingParams(n=3, max_tokens=2))
+            client.generate(PROMPT, SamplingParams(max_tokens=2))
         assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.value.retry_after_s == 1.0 and "max_queued_requests=2" in str(error.value)
+        for call in queued:
+            call.cancel()
+        first.close()  # type: ignore[attr-defined]
+        wait_until(lambda: no_blocks_are_held(running))
         assert client.generate(PROMPT, SamplingParams(n=2, max_tokens=2)).completion_tokens >= 2
+        with pytest.raises(ServerError) as never:
+            client.generate(PROMPT, SamplingParams(n=3, max_tokens=2))
+        assert never.value.code is grpc.StatusCode.INVALID_ARGUMENT and never.value.field == "n"
 
 
 def test_abort_and_a_taken_id(tiny: Running) -> None:
@@ -186,18 +215,32 @@ def test_what_is_served_and_done(tiny: Running) -> None:
         assert stats.num_generated_tokens == 3 and stats.num_running == 0 and "prefix_cache" in stats.json
 
 
-def test_a_stream_that_nobody_reads_is_paused_and_others_go_on(serve: Serve) -> None:
-    running = serve(max_num_seqs=2)
-    with Client(running.address, timeout=DEADLINE_S) as client:
-        # Logprobs make its messages fill the connection's window long before the end.
-        params = SamplingParams(max_tokens=450, ignore_eos=True, logprobs=20, n=4)
-        with grpc.insecure_channel(running.address, [("grpc.http2.lookahead_bytes", 1024)]) as channel:
-            from headwise.runtime.server.convert import sampling_message
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ([-1], "prompt"),
+        ([1 << 33], "prompt"),
+        ([1.5], "prompt"),
+        (7, "prompt"),
+        (b"text", "prompt"),
+        ("half of a pair: \ud800", "prompt"),
+        ([{"role": "user", "content": "\ud800"}], "messages"),
+        ([{"role": "user"}], "messages"),
+        ([{"role": "user", "content": 3}], "messages"),
+        ([{"role": "user", "content": "x"}, "y"], "messages"),
+    ],
+)
+def test_what_no_message_can_hold_is_refused_as_by_the_driver(tiny: Running, prompt: Any, field: str) -> None:
+    with tiny.client() as client, pytest.raises(InvalidValueError) as error:
+        client.generate(prompt)
+    assert error.value.field == field
 
-            request = pb.GenerateRequest(
-                request_id="unread", token_ids=pb.TokenIds(ids=PROMPT), sampling_params=sampling_message(params)
-            )
-            unread = InferenceServiceStub(channel).Generate(request, timeout=DEADLINE_S)
-            assert client.generate([4] * 5, SamplingParams(max_tokens=30, ignore_eos=True)).completion_tokens == 30
-            unread.cancel()
-        wait_until(lambda: no_blocks_are_held(running))
+
+def test_a_conversation_is_answered(serve: Serve, tmp_path: Path) -> None:
+    write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
+    template = {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(template))
+    params = SamplingParams(temperature=0, max_tokens=5)
+    with serve(tmp_path).client() as client:
+        answer = client.chat([{"role": "user", "content": "hello"}], params)
+        assert answer.samples == client.generate("hello", params).samples

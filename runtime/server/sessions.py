@@ -1,0 +1,284 @@
+"""Calls to generate: whose they are, whether more may come, and what is told of each, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from headwise.runtime.aio import AsyncLLM, Lane
+from headwise.runtime.engine import Delta
+from headwise.runtime.request import FinishReason, Request
+from headwise.runtime.server.auth import Tenant, Tokens
+from headwise.runtime.server.errors import (
+    CheckQueueFullError,
+    DeadlineError,
+    LeftError,
+    StalledConnectionError,
+    StalledError,
+    UnavailableError,
+    abort,
+    code_of,
+)
+from headwise.runtime.server.metrics import Metrics
+from headwise.workers.errors import InvalidValueError
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+requests_log = logging.getLogger("headwise.requests")
+"""One line a request: JSON, without prompt or output."""
+
+MAX_REQUEST_ID = 128
+MAX_STALLED = 8
+"""Streams of one connection that were ended because nobody read them, and whose end nobody reads either: until the
+connection is closed they take room here, and it gets no more."""
+MAX_CHECKING = 32
+"""Of a tenant, in each lane of :meth:`AsyncLLM.off_loop`, where a grammar takes up to a tenth of a second."""
+
+_SEPARATOR = "\x1f"
+"""Between a tenant's name and its request's id: in neither, so that no two tenants' ids can be the same."""
+
+
+class Call:
+    """One call to generate, from its arrival to its end.
+
+    Attributes:
+        tenant: whose it is.
+        engine_id: what the engine calls it.
+        requests: its samples, once they are checked.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.arrival = time.monotonic()
+        self.tenant, self.engine_id = Tenant(), ""
+        self.requests: list[Request] = []
+        self._llm, self._aborted = llm, False
+
+    @property
+    def request_id(self) -> str:
+        """As the client knows it."""
+        return self.engine_id.partition(_SEPARATOR)[2]
+
+    async def run(self) -> AsyncGenerator[list[Delta]]:
+        """What is new of its samples, until all have ended.
+
+        Raises: as :meth:`AsyncLLM.stream <headwise.runtime.aio.AsyncLLM.stream>`.
+        """
+        if self._aborted:
+            for request in self.requests:
+                request.finish_reason, request.metrics.finished = FinishReason.ABORT, time.monotonic()
+            yield [Delta(request, [], None, None, True) for request in self.requests]
+            return
+        async with aclosing(self._llm.stream(self.requests)) as stream:
+            async for deltas in stream:
+                yield deltas
+
+    def abort(self) -> None:
+        """Ends its samples, which get what there is of them."""
+        self._aborted = True
+        self._llm.abort(self.engine_id)
+
+
+class Sessions:
+    """What runs, whose it is, and whether more may come. Shared by every service of a server.
+
+    Attributes:
+        draining: no new request is let in.
+        drained: a client asked for it, and nothing runs any more.
+    """
+
+    def __init__(
+        self, llm: AsyncLLM, metrics: Metrics, tokens: Tokens, stall_timeout_s: float, max_request_s: float
+    ) -> None:
+        """
+        Args:
+            stall_timeout_s: how long a client may leave a stream unread before its request is ended.
+            max_request_s: how long a request may take, from its arrival to its end.
+        """
+        self.llm, self.metrics, self.tokens = llm, metrics, tokens
+        self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
+        self.draining = False
+        self.drained = asyncio.Event()
+        self._calls: dict[str, Call] = {}
+        self._stalled: Counter[str] = Counter()
+        self._checking: Counter[tuple[str, Lane | None]] = Counter()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def tenant(self, context: Context) -> Tenant:
+        """
+        Raises:
+            UnauthenticatedError: the call has no valid token.
+        """
+        return self.tokens.tenant(context.invocation_metadata() or ())
+
+    def drain(self) -> None:
+        """Lets no new request in."""
+        self.draining = True
+
+    async def idle(self) -> None:
+        """Returns once nothing runs."""
+        await self._empty.wait()
+
+    @asynccontextmanager
+    async def call(self, context: Context, request_id: str) -> AsyncIterator[Call]:
+        """A call to generate, for as long as the block takes; what it raises becomes the call's status.
+
+        It is counted and logged, however it ends.
+
+        Args:
+            request_id: the client's, which may be empty.
+        """
+        call, code, failure = Call(self.llm), grpc.StatusCode.OK, None
+        try:
+            call.tenant = self.tenant(context)
+            call.engine_id = self._engine_id(call.tenant, request_id)
+            self._admit(context, call)
+            try:
+                async with self._limit():
+                    yield call
+            finally:
+                self._forget(call)
+        except (asyncio.CancelledError, GeneratorExit):
+            left = context.time_remaining()
+            ended = left is not None and left <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if ended else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            code, failure = code_of(error), error
+        finally:
+            self._account(call, code)
+        if failure is not None:
+            await self._fail(context, failure)
+
+    async def write(self, context: Context, message: object) -> None:
+        """
+        Raises:
+            StalledError: the client has not read for too long.
+            LeftError: it is gone.
+        """
+        try:
+            await asyncio.wait_for(context.write(message), self.stall_timeout_s)
+        except TimeoutError:
+            raise StalledError(f"the stream was not read for {self.stall_timeout_s:g} s") from None
+        except grpc.aio.InternalError:  # before the call is cancelled for it
+            raise LeftError("the client has left") from None
+
+    def refuse(self, error: BaseException) -> None:
+        """Counts and logs a call that was refused before anything of it was read."""
+        self._account(None, code_of(error))
+
+    def abort(self, tenant: Tenant, request_id: str) -> None:
+        """Ends a request of a tenant; an admin may name another's TENANT/ID. Unknown ids are ignored: the request may
+        just have ended."""
+        for call in list(self._calls.values()):
+            names = {call.request_id} if call.tenant.name == tenant.name else set()
+            if tenant.admin:
+                names.add(f"{call.tenant.name}/{call.request_id}")
+            if request_id in names:
+                call.abort()
+
+    async def check(self, call: Call, make: Callable[[], list[Request]], lane: Lane | None) -> list[Request]:
+        """Makes a call's requests off the event loop; see :meth:`AsyncLLM.off_loop`.
+
+        Raises:
+            CheckQueueFullError: too many of the tenant's wait to be checked. As ``make``.
+        """
+        waiting = call.tenant.name, lane
+        if lane is not None and self._checking[waiting] >= MAX_CHECKING:
+            raise CheckQueueFullError(f"{MAX_CHECKING} requests with a long text, or a new grammar, wait to be checked")
+        self._checking[waiting] += 1
+        try:
+            call.requests = await self.llm.off_loop(make, lane)
+        finally:
+            self._checking[waiting] -= 1
+        for request in call.requests:
+            request.metrics.arrival = call.arrival
+        return call.requests
+
+    @asynccontextmanager
+    async def _limit(self) -> AsyncIterator[None]:
+        """
+        Raises:
+            DeadlineError: the block has taken as long as a request may.
+        """
+        try:
+            async with asyncio.timeout(self.max_request_s) as limit:
+                yield
+        except TimeoutError:
+            if limit.expired():
+                raise DeadlineError(f"the request took more than {self.max_request_s:g} s") from None
+            raise
+
+    def _engine_id(self, tenant: Tenant, request_id: str) -> str:
+        """Tenants do not see each other's.
+
+        Raises:
+            InvalidValueError: the client's id is too long or not printable.
+        """
+        if len(request_id) > MAX_REQUEST_ID or not request_id.isprintable():
+            limit = f"must have at most {MAX_REQUEST_ID} printable characters"
+            raise InvalidValueError("request_id", request_id, limit)
+        return f"{tenant.name}{_SEPARATOR}{request_id or f'request-{secrets.token_hex(8)}'}"
+
+    def _admit(self, context: Context, call: Call) -> None:
+        if self.draining:
+            raise UnavailableError("this server drains and takes no more requests; use another")
+        if self._stalled[context.peer()] >= MAX_STALLED:
+            raise StalledConnectionError(
+                f"{MAX_STALLED} streams of this connection were not read for {self.stall_timeout_s:g} s each; close it"
+            )
+        left = context.time_remaining()
+        if left is not None and left > self.max_request_s:
+            limit = f"must be at most {self.max_request_s:g} s away (--max-request-time)"
+            raise InvalidValueError("deadline", f"{left:.0f} s", limit)
+        if call.engine_id in self._calls:
+            raise InvalidValueError("request_id", call.request_id, "a request with this id still runs")
+        self._calls[call.engine_id] = call
+        self._empty.clear()
+
+    def _forget(self, call: Call) -> None:
+        del self._calls[call.engine_id]
+        if not self._calls:
+            self._empty.set()
+
+    async def _fail(self, context: Context, error: Exception) -> None:
+        """Where the client does not read, the status waits until it does, or closes the connection."""
+        peer, stalled = context.peer(), isinstance(error, StalledError)
+        self._stalled[peer] += stalled
+        try:
+            await abort(context, error)
+        finally:
+            self._stalled[peer] -= stalled
+            if not self._stalled[peer]:
+                del self._stalled[peer]
+
+    def _account(self, call: Call | None, code: grpc.StatusCode) -> None:
+        self.metrics.requests.labels(code.name).inc()
+        line: dict[str, Any] = {"code": code.name}
+        if call is not None:
+            total = time.monotonic() - call.arrival
+            line = {"request": call.request_id, "tenant": call.tenant.name} | line
+            if call.requests:
+                self.metrics.observe(call.requests, total)
+                line |= _about(call.requests) | {"total_s": round(total, 4)}
+        requests_log.info(json.dumps(line))
+
+
+def _about(requests: list[Request]) -> dict[str, Any]:
+    first = requests[0].metrics
+    return {
+        "prompt_tokens": len(requests[0].prompt_token_ids),
+        "cached_tokens": first.num_cached_tokens,
+        "tokens": [len(request.generated) for request in requests],
+        "finish": [request.finish_reason.value if request.finish_reason else None for request in requests],
+        "ttft_s": round(first.time_to_first_token, 4),
+    }
