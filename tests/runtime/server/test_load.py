@@ -193,7 +193,7 @@ async def _count_tasks() -> int:
 def test_a_connection_whose_streams_nobody_reads_gets_no_more(serve: Serve) -> None:
     """Their ends cannot be told before somebody reads, or closes it; so what they take here is bounded."""
     running = serve(options={"stall_timeout_s": 0.2})
-    params = pb.SamplingParams(max_tokens=100, ignore_eos=True, logprobs=20, n=2)
+    params = pb.SamplingParams(max_tokens=450, ignore_eos=True, logprobs=20, n=2)
     request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT), sampling_params=params)
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
 
@@ -205,7 +205,7 @@ def test_a_connection_whose_streams_nobody_reads_gets_no_more(serve: Serve) -> N
             stub = InferenceServiceStub(channel)
             calls = [stub.Generate(request) for _ in range(MAX_STALLED)]
             await asyncio.to_thread(wait_until, lambda: num_stalled() == MAX_STALLED)
-            assert no_blocks_are_held(running)
+            await asyncio.to_thread(wait_until, lambda: no_blocks_are_held(running))
             with pytest.raises(grpc.aio.AioRpcError, match="close it") as error:
                 await stub.Generate(request).read()
             assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
