@@ -43,7 +43,7 @@ def expected(smollm2: Path) -> list[list[int]]:
     return [reference_tokens(model, tokenizer.apply_chat_template(c), TOKENS) for c in conversations]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_demo_model_says_what_transformers_computes(smollm2: Path, expected: list[list[int]], tp: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
@@ -124,6 +124,7 @@ def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, num
     wait_for_the_end_of_ray(before)
 
 
+@pytest.mark.slow
 def test_serve_ends_when_a_shard_dies_while_nothing_runs(smollm2: Path, tmp_path: Path) -> None:
     before = ray_processes()
     run = headwise(

@@ -320,6 +320,7 @@ def test_what_is_restored_is_what_was_evicted(
     assert (found["disk"]["hit_tokens"] > 0) == ("disk" in tiers) if "disk" in tiers else "disk" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always_restore")
 def test_a_conversation_with_the_demo_model(smollm2: Path, thread_llm: MakeLLM) -> None:
     """On the device in the second turn, restored from host memory in the third."""

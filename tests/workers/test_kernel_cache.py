@@ -190,6 +190,7 @@ def test_old_folders_go_but_for_those_in_use(monkeypatch: pytest.MonkeyPatch, tm
     assert {path.name for path in (tmp_path / "kernels").iterdir()} == kept
 
 
+@pytest.mark.slow
 def test_after_a_warm_up_serving_compiles_nothing(tmp_path: Path) -> None:
     """Two processes warm up at once; a third then serves on one thread, on two, by the reference and on two ranks."""
     model = write_checkpoint(tmp_path / "model", 8, 4, max_position_embeddings=2048, attention_bias=True)
