@@ -195,7 +195,7 @@ class Server:
             idle.cancel()
             if self._llm.ended.is_set():
                 return self._died()
-            if running := self._llm.num_streams:
+            if running := sessions.num_calls:
                 _logger.warning("%d requests had to be ended", running)
             return 1 if running or self._hurry.is_set() else 0
         finally:

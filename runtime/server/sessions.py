@@ -113,6 +113,11 @@ class Sessions:
         self._empty = asyncio.Event()
         self._empty.set()
 
+    @property
+    def num_calls(self) -> int:
+        """How many calls run, or are being checked."""
+        return len(self._calls)
+
     def tenant(self, context: Context) -> Tenant:
         """
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -57,6 +58,11 @@ class Running:
 
     def stats(self) -> dict[str, Any]:
         return self.llm.submit(lambda engine: engine.stats()).result(DEADLINE_S)
+
+    def metrics(self) -> str:
+        """What a scrape gives; the server must have a metrics port."""
+        with urllib.request.urlopen(f"http://{self.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
+            return str(answer.read().decode())
 
     def _serve(self) -> None:
         async def run() -> int:

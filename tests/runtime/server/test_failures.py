@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import threading
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -106,21 +105,20 @@ def test_a_request_can_be_ended_while_it_is_checked(serve: Serve, monkeypatch: p
         stub = InferenceServiceStub(channel)
         request = pb.GenerateRequest(request_id="one", token_ids=pb.TokenIds(ids=PROMPT))
         aborted = stub.Generate(request, timeout=DEADLINE_S)
-        wait_until(lambda: bool(running.server.sessions._calls))
+        wait_until(lambda: running.server.sessions.num_calls == 1)
         with pytest.raises(ServerError, match="still runs"):
             client.generate(PROMPT, SHORT, request_id="one")
         client.abort("one")
         with pytest.raises(ServerError) as late:
             client.generate(PROMPT, SHORT, timeout=0.3)
         assert late.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        wait_until(lambda: len(running.server.sessions._calls) == 1)
+        wait_until(lambda: running.server.sessions.num_calls == 1)
         go_on.set()
         [result] = [response.result for response in aborted if response.HasField("result")]
         assert result.samples[0].finish_reason == pb.FINISH_REASON_ABORT and result.usage.completion_tokens == 0
         assert result.timings.total >= 0.3  # from its arrival
     assert running.stats()["num_generated_tokens"] == 0
-    with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
-        text = answer.read().decode()
+    text = running.metrics()
     for line in (
         'headwise_requests_total{code="OK"} 1.0',
         'headwise_requests_total{code="INVALID_ARGUMENT"} 1.0',
@@ -129,13 +127,25 @@ def test_a_request_can_be_ended_while_it_is_checked(serve: Serve, monkeypatch: p
         assert line in text, line
 
 
+def test_a_drain_that_ends_a_request_while_it_is_checked_says_so(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve(options={"drain_timeout_s": 0.1})
+    go_on = held_checks(monkeypatch)
+    with grpc.insecure_channel(running.address) as channel:
+        call = InferenceServiceStub(channel).Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=PROMPT)))
+        wait_until(lambda: running.server.sessions.num_calls == 1)
+        running.stop()
+        assert call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        go_on.set()
+    assert running.exit_code.result(DEADLINE_S) == 1
+
+
 def test_only_so_many_of_a_tenant_wait_to_be_checked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     running = serve()
     go_on = held_checks(monkeypatch)
     long = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[255] * (20 << 10)))
     with grpc.insecure_channel(running.address) as channel, running.client(retries=0) as client:
         calls = [InferenceServiceStub(channel).Generate(long, timeout=DEADLINE_S) for _ in range(MAX_CHECKING)]
-        wait_until(lambda: len(running.server.sessions._calls) == MAX_CHECKING)
+        wait_until(lambda: running.server.sessions.num_calls == MAX_CHECKING)
         with pytest.raises(ServerError) as error:
             client.generate(list(long.token_ids.ids), SHORT)
         assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.value.retry_after_s == 1.0
@@ -151,9 +161,8 @@ def test_a_cancelled_request_is_measured(serve: Serve, caplog: pytest.LogCapture
         stream = client.stream(PROMPT, TO_THE_END)
         next(stream)
         stream.close()  # type: ignore[attr-defined]
-        wait_until(lambda: no_blocks_are_held(running) and not running.server.sessions._calls)
-    with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
-        text = answer.read().decode()
+        wait_until(lambda: no_blocks_are_held(running) and running.server.sessions.num_calls == 0)
+    text = running.metrics()
     assert "headwise_request_duration_seconds_count 1.0" in text
     assert f"headwise_generated_tokens_total {running.stats()['num_generated_tokens']}.0" in text
     [line] = [json.loads(record.message) for record in caplog.records if record.name == "headwise.requests"]

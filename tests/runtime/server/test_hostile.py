@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,7 @@ def test_who_has_no_token_takes_no_room(serve: Serve, tmp_path: Path) -> None:
         assert alice.generate(PROMPT, SHORT).completion_tokens == 2
         for watch in watches:
             watch.cancel()
-        with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
-            assert f'headwise_requests_total{{code="UNAUTHENTICATED"}} {limit + 80}.0' in answer.read().decode()
+        assert f'headwise_requests_total{{code="UNAUTHENTICATED"}} {limit + 80}.0' in running.metrics()
 
 
 def many(kind: str) -> pb.GenerateRequest:
@@ -177,8 +175,7 @@ def test_a_deadline_has_a_limit_and_none_is_the_limit(serve: Serve, monkeypatch:
             list(stream)  # while the step still hangs
     assert code_of(late.value) is grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: no_blocks_are_held(running))
-    with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
-        assert 'headwise_requests_total{code="DEADLINE_EXCEEDED"} 1.0' in answer.read().decode()
+    assert 'headwise_requests_total{code="DEADLINE_EXCEEDED"} 1.0' in running.metrics()
 
 
 def test_what_a_call_ended_with_is_counted(serve: Serve) -> None:
@@ -189,8 +186,7 @@ def test_what_a_call_ended_with_is_counted(serve: Serve) -> None:
         with pytest.raises(ServerError, match="still runs"):
             client.generate(PROMPT, SHORT, request_id="one")
         list(stream)
-        with urllib.request.urlopen(f"http://{running.about['metrics']}/metrics", timeout=DEADLINE_S) as answer:
-            text = answer.read().decode()
+        text = running.metrics()
     for line in ('code="INVALID_ARGUMENT"} 1.0', 'code="OK"} 1.0', f"headwise_prompt_tokens_total {len(PROMPT)}.0"):
         assert line in text, line
 
