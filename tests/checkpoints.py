@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from headwise.workers.spec import ShardSpec
+
 SHAPES = {
     "mha": (4, 4),
     "gqa": (8, 4),
@@ -16,6 +18,21 @@ SHAPES = {
     "grouped": (6, 2),  # 3 and 4 ranks are more than its KV heads
 }
 """Query and KV heads by name."""
+
+
+def small_spec(directory: Path, **changes: Any) -> ShardSpec:
+    """Of one rank with such a model, in memory of 1 MiB."""
+    settings: dict[str, Any] = {
+        "model_dir": str(directory),
+        "tensor_parallel_size": 1,
+        "dtype": "float32",
+        "device": "cpu",
+        "block_size": 16,
+        "max_num_seqs": 4,
+        "max_model_len": 64,
+        "kv_memory": "1MiB",
+    }
+    return ShardSpec(**settings | changes)
 
 
 def write_checkpoint(directory: Path, heads: int = 4, kv_heads: int = 2, **changes: Any) -> Path:

@@ -15,22 +15,12 @@ from headwise.workers.collectives import Solo
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.runner import Runner
 from headwise.workers.shard import Shard
-from headwise.workers.spec import ShardSpec
+from tests.checkpoints import small_spec
 
 
 @pytest.fixture
 def shard(checkpoint: Callable[..., Path]) -> Iterator[Shard]:
-    spec = ShardSpec(
-        model_dir=str(checkpoint("gqa")),
-        tensor_parallel_size=1,
-        dtype="float32",
-        device="cpu",
-        block_size=16,
-        max_num_seqs=4,
-        max_model_len=64,
-        kv_memory="1MiB",
-    )
-    made = Shard(spec, Solo(), 1)
+    made = Shard(small_spec(checkpoint("gqa")), Solo(), 1)
     made.load()
     made.allocate(8)
     yield made

@@ -18,6 +18,7 @@ from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
 from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult
+from tests.checkpoints import small_spec
 from tests.workers.kv_blocks import key_of
 
 KEYS = [key_of(0), key_of(1)]
@@ -46,15 +47,8 @@ class Running:
 
 @pytest.fixture
 def spec(checkpoint: Callable[..., Path], tmp_path: Path) -> ShardSpec:
-    return ShardSpec(
-        model_dir=str(checkpoint("gqa")),
-        tensor_parallel_size=1,
-        dtype="float32",
-        device="cpu",
-        block_size=16,
-        max_num_seqs=4,
-        max_model_len=64,
-        kv_memory="1MiB",
+    return small_spec(
+        checkpoint("gqa"),
         host_kv_blocks=2,
         disk_kv_path=str(tmp_path / "kv"),
         kv_identity=b"model",
