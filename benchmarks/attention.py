@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.workers.attention import AttentionBackend, AttentionBatch, create_backend
-from headwise.workers.kv_cache import KVCache
+from headwise.workers.backends import create_backend
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 
 BLOCK_SIZE = 16
 DECODES = ((1, 1024), (1, 4096), (8, 256), (32, 256), (32, 1024))

@@ -49,8 +49,8 @@ class ShardActor:
     def load(self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float) -> int:
         """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords."""
         from headwise.workers import collectives
+        from headwise.workers.kv.transfer import encode_result
         from headwise.workers.shard import Shard
-        from headwise.workers.transfer import encode_result
         from headwise.workers.warmup import WarmUpError, ensure_warm
 
         if self._spec.device == "cpu":
@@ -94,8 +94,8 @@ class ShardActor:
             self._channel.close()
 
     def _serve(self, shard: Shard, kind: Kind, payload: bytes) -> None:
+        from headwise.workers.kv.transfer import decode_job
         from headwise.workers.plan import decode_plan, encode_output
-        from headwise.workers.transfer import decode_job
 
         if kind == Kind.STEP:
             output = shard.step(decode_plan(payload))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.plan import StepOutput, StepPlan
-from headwise.workers.transfer import TransferJob, TransferResult
 
 Progress = Callable[[int, int], None]
 """Gets (layers loaded, layers)."""

@@ -11,10 +11,10 @@ from typing import Any
 from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
 from headwise.workers.collectives import Solo
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.plan import StepOutput, StepPlan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
-from headwise.workers.transfer import TransferJob, TransferResult
 
 
 class LocalShardGroup(ShardGroup):

@@ -22,9 +22,9 @@ from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.group import GroupStartError, Progress, ShardGroup, ShardGroupDied, TransferResults
 from headwise.workers.collectives import Rendezvous
 from headwise.workers.errors import PeerDiedError
+from headwise.workers.kv.transfer import TransferJob, TransferResult, decode_result, encode_job
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
 from headwise.workers.spec import ShardSpec
-from headwise.workers.transfer import TransferJob, TransferResult, decode_result, encode_job
 
 CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end by themselves before they are killed, and killed ones to be gone."""

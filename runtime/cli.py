@@ -251,7 +251,7 @@ def serve(
 def warmup(as_json: AsJson = False) -> None:
     """Compile the CPU kernels of this machine now, so that no start waits for it."""
     from headwise.runtime.warmup import compile_kernels
-    from headwise.workers.kernel_cache import kernel_folder
+    from headwise.workers.jit.kernel_cache import kernel_folder
 
     started = time.perf_counter()
     compiled, folder = compile_kernels(), str(kernel_folder())

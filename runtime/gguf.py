@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from headwise.workers.checkpoint import verify_checkpoint
 from headwise.workers.errors import CheckpointError, HeadwiseError, UnsupportedModelError
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.checkpoint import verify_checkpoint
+from headwise.workers.model.model_config import load_model_config
 
 STAGES = 4
 """How often :func:`convert` reports."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from headwise.runtime.grammar_forms import convert
-from headwise.workers.grammar import GrammarError, allowed, compile_grammar, load_tokenizer, shorten
+from headwise.workers.sampling.grammar import GrammarError, allowed, compile_grammar, load_tokenizer, shorten
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

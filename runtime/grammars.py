@@ -57,7 +57,7 @@ class GrammarChecker:
         return None
 
     def grammar(self, params: StructuredOutputsParams) -> str:
-        """In the form that :mod:`headwise.workers.grammar` takes. A new one takes a tenth of a second
+        """In the form that :mod:`headwise.workers.sampling.grammar` takes. A new one takes a tenth of a second
         at most, but for the first, which starts the process.
 
         Raises:

@@ -12,7 +12,7 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.model_config import ModelConfig
+from headwise.workers.model.model_config import ModelConfig
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]

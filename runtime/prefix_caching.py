@@ -15,12 +15,12 @@ from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv_cache import bytes_per_block, parse_memory
-from headwise.workers.kv_store import disk_block_bytes
-from headwise.workers.model_config import ModelConfig
-from headwise.workers.partition import partition_model
+from headwise.workers.kv.cache import bytes_per_block, parse_memory
+from headwise.workers.kv.store import disk_block_bytes
+from headwise.workers.kv.transfer import BlockKey
+from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.partition import partition_model
 from headwise.workers.shard import DTYPES
-from headwise.workers.transfer import BlockKey
 
 
 class TierSizes(NamedTuple):

@@ -23,10 +23,10 @@ from headwise.runtime.prefix_caching import prefix_caching, tier_sizes
 from headwise.runtime.scheduler import Scheduler
 from headwise.runtime.tokenizer import load_tokenizer
 from headwise.runtime.warmup import prepare_kernels
-from headwise.workers.checkpoint import model_fingerprint, verify_checkpoint
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.model_config import ModelConfig, load_model_config
-from headwise.workers.partition import partition_model
+from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
+from headwise.workers.model.model_config import ModelConfig, load_model_config
+from headwise.workers.model.partition import partition_model
 from headwise.workers.spec import ShardSpec
 
 

@@ -8,7 +8,7 @@ import numba
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from headwise.workers.kernel_cache import cpu_name, kernel_folder, kernels_ready
+from headwise.workers.jit.kernel_cache import cpu_name, kernel_folder, kernels_ready
 from headwise.workers.warmup import WarmUpError, ensure_warm
 
 _ABOUT_S = 25

@@ -22,6 +22,7 @@ from headwise.runtime.output import TextStream
 from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Scheduler
+from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 from headwise.workers.plan import (
     RowSampling,
     StepOutput,
@@ -31,7 +32,6 @@ from headwise.workers.plan import (
     encode_output,
     encode_plan,
 )
-from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 
 BLOCK = 4
 VOCAB = 17

@@ -9,10 +9,7 @@ from typing import Any
 
 from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied, TransferResults
 from headwise.workers import collectives
-from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
-from headwise.workers.shard import Shard
-from headwise.workers.spec import ShardSpec
-from headwise.workers.transfer import (
+from headwise.workers.kv.transfer import (
     TransferJob,
     TransferResult,
     decode_job,
@@ -20,6 +17,9 @@ from headwise.workers.transfer import (
     encode_job,
     encode_result,
 )
+from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
+from headwise.workers.shard import Shard
+from headwise.workers.spec import ShardSpec
 
 DEADLINE_S = 120.0
 

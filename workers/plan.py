@@ -34,7 +34,7 @@ class RowSampling:
         min_tokens: until so many tokens are generated, ``stop_token_ids`` cannot be chosen.
         stop_token_ids: the tokens that would end the request, end-of-sequence among them.
         seed: the generator's key; the random number of a token is a function of (seed, position) only.
-        grammar: what the output has to match, as :mod:`headwise.workers.grammar` says; empty is anything.
+        grammar: what the output has to match, as :mod:`headwise.workers.sampling.grammar` says; empty is anything.
     """
 
     temperature: float = 0.0

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwise.workers.attention import AttentionBackend, AttentionBatch
 from headwise.workers.collectives import Collectives
-from headwise.workers.model import Model, StepInput
+from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.model.model import Model, StepInput
 from headwise.workers.plan import RowAdmit, StepOutput, StepPlan
-from headwise.workers.sampler import Sampler, greedy
+from headwise.workers.sampling.sampler import Sampler, greedy
 
 Ints = NDArray[np.int64]
 

@@ -10,24 +10,24 @@ from typing import Any
 import msgpack
 import torch
 
-from headwise.workers.attention import create_backend, default_backend, transposed_keys
-from headwise.workers.checkpoint import load_shard
+from headwise.workers.backends import create_backend, default_backend, transposed_keys
 from headwise.workers.collectives import Collectives
-from headwise.workers.copier import Copier
 from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.grammar import Grammars
-from headwise.workers.kv_cache import KVCache, available_memory, bytes_per_block, parse_memory
-from headwise.workers.kv_store import MAX_STORED_BLOCKS, DiskStore, HostStore
-from headwise.workers.llama import Llama
-from headwise.workers.model import Model
-from headwise.workers.model_config import load_model_config
-from headwise.workers.partition import partition_model
+from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
+from headwise.workers.kv.copier import Copier
+from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
+from headwise.workers.kv.transfer import TransferJob, TransferResult
+from headwise.workers.model.checkpoint import load_shard
+from headwise.workers.model.model import Model
+from headwise.workers.model.model_config import load_model_config
+from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
+from headwise.workers.reference.llama import Llama
 from headwise.workers.runner import Runner
-from headwise.workers.sampler import Sampler
+from headwise.workers.sampling.grammar import Grammars
+from headwise.workers.sampling.sampler import Sampler
 from headwise.workers.spec import ShardSpec
-from headwise.workers.transfer import TransferJob, TransferResult
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

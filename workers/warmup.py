@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headwise.workers import kernel_cache
 from headwise.workers.disk_cache import locked
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.jit import kernel_cache
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from headwise.runtime.bench.products import Factory, products
 from headwise.runtime.bench.report import usable_cores
 from headwise.workers.errors import HeadwiseError
-from headwise.workers.model_config import ModelConfig
+from headwise.workers.model.model_config import ModelConfig
 
 Case = tuple[int, int]
 """A step as (rows, rows whose logits are wanted)."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from headwise.runtime.bench import figures, report
 from headwise.runtime.bench.bounds import Case, StepBound, measure_bounds
 from headwise.runtime.models import resolve
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -31,8 +31,8 @@ from headwise.runtime.output import RequestOutput
 from headwise.runtime.request import Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import HeadwiseError, InvalidValueError
-from headwise.workers.kv_cache import parse_memory
-from headwise.workers.model_config import load_model_config
+from headwise.workers.kv.cache import parse_memory
+from headwise.workers.model.model_config import load_model_config
 from headwise.workers.plan import RowSampling
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from headwise.runtime.client import AsyncClient
 from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
 from headwise.workers.errors import HeadwiseError
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

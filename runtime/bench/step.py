@@ -19,7 +19,7 @@ from headwise.runtime.bench.workload import UnsteadyError, greedy, prompts, stea
 from headwise.runtime.config import engine_config
 from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

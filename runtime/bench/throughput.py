@@ -18,7 +18,7 @@ from headwise.runtime.bench.workload import greedy, prompts
 from headwise.runtime.config import EngineConfig, engine_config
 from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headwise.workers.transfer import Tier
+from headwise.workers.kv.transfer import Tier
 
 _WEIGHT = 0.3
 """Of a new reading in the running means: the last few count."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from headwise.runtime.kv.blocks import IntegrityError
-from headwise.workers.transfer import BlockKey, Tier
+from headwise.workers.kv.transfer import BlockKey, Tier
 
 
 @dataclass(slots=True, eq=False)

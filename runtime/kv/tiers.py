@@ -23,7 +23,7 @@ from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
 from headwise.runtime.kv.tier_index import TierEntry, TierIndex
-from headwise.workers.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
+from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 
 MAX_BATCH = 64
 """Most blocks of a job that saves: a restore waits for the jobs before it."""

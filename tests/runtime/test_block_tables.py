@@ -22,8 +22,8 @@ from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.scheduler import Schedule, Scheduler
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowSampling
-from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult
 
 SIZE = 2
 NUM_BLOCKS = 12

@@ -17,8 +17,9 @@ import pytest
 
 from headwise.runtime import LLM
 from headwise.runtime.engine import Engine
-from headwise.workers import kv_index, kv_store
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv import journal as kv_index
+from headwise.workers.kv import store as kv_store
 from tests.conftest import MakeLLM
 from tests.runtime.test_llm import wait_until
 from tests.runtime.test_prefix_parity import (

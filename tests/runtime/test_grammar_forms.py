@@ -20,7 +20,7 @@ from headwise.runtime.grammar_trial import WALL_SECONDS
 from headwise.runtime.grammars import GrammarChecker
 from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES, StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.grammar import GrammarError, Grammars, allowed, compile_grammar, load_tokenizer
+from headwise.workers.sampling.grammar import GrammarError, Grammars, allowed, compile_grammar, load_tokenizer
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 
 TOKENS = token_bytes()

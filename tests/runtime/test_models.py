@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headwise.runtime import models
 from headwise.runtime.models import resolve
 from headwise.runtime.tokenizer import load_tokenizer
-from headwise.workers.checkpoint import verify_checkpoint
 from headwise.workers.disk_cache import cache_directory
 from headwise.workers.errors import CheckpointError, InvalidValueError, UnsupportedModelError
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.checkpoint import verify_checkpoint
+from headwise.workers.model.model_config import load_model_config
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

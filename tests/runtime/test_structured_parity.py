@@ -232,7 +232,7 @@ def test_a_grammar_that_the_shard_cannot_compile_ends_its_requests_alone(
     def load_tokenizer(*about: object) -> None:
         raise OSError(unreadable)
 
-    monkeypatch.setattr("headwise.workers.grammar.load_tokenizer", load_tokenizer)
+    monkeypatch.setattr("headwise.workers.sampling.grammar.load_tokenizer", load_tokenizer)
     outputs = llm.generate([prompt] * 4, asked)
     assert results(outputs[1:3]) == results(good)
     for failed in (outputs[0], outputs[3]):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from headwise.runtime import warmup
-from headwise.workers import kernel_cache
+from headwise.workers.jit import kernel_cache
 from headwise.workers.warmup import WarmUpError
 
 

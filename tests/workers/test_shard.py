@@ -14,12 +14,12 @@ from torch import Tensor
 
 from headwise.workers.collectives import Solo
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
-from headwise.workers.transfer import Op, Tier, TransferJob, TransferResult
 from tests.checkpoints import small_spec
-from tests.workers.kv_blocks import key_of
+from tests.workers.kv.kv_blocks import key_of
 
 KEYS = [key_of(0), key_of(1)]
 

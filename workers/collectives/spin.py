@@ -19,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import extending
 
-from headwise.workers.kernel_cache import kernel
+from headwise.workers.jit.kernel_cache import kernel
 
 # Numba's hints describe its classes; inside a compiled function the same names mean machine types.
 _numba: Any = numba

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headwise.workers.cpu.pointwise_simd import best
 from headwise.workers.cpu.team import launching
-from headwise.workers.kernel_cache import kernel
+from headwise.workers.jit.kernel_cache import kernel
 
 
 def argmax(logits_BV: Tensor, num_threads: int) -> Tensor:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from headwise.workers.attention.cpu_kernels import attend, write_token
+from headwise.workers.cpu.attention_kernels import attend, write_token
 from headwise.workers.cpu.linear import multiply
 from headwise.workers.cpu.pointwise_simd import add_norm, copy, fill, turn
 from headwise.workers.cpu.team import barrier, clear, join, lap
-from headwise.workers.kernel_cache import kernel
-from headwise.workers.native import load_int
+from headwise.workers.jit.kernel_cache import kernel
+from headwise.workers.jit.native import load_int
 
 PARTS = ("embed", "norm", "qkv", "rope_and_kv_write", "attention", "o", "gate_up", "down", "lm_head")
 """What the time of a step is divided into; ``Buffers.times`` has a counter of nanoseconds for each."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from headwise.workers.cpu.linear_simd import PANEL, TILE_ROWS, gate, tile
 from headwise.workers.cpu.team import barrier, join, launching, next_job, team_bytes
-from headwise.workers.kernel_cache import kernel
-from headwise.workers.native import load_int
+from headwise.workers.jit.kernel_cache import kernel
+from headwise.workers.jit.native import load_int
 
 # A packed linear as the kernels see it: int64 words at its address.
 _PANELS_AT, _BIAS_AT, _DEPTH, _PANELS, _GATED = range(5)

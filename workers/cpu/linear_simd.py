@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from headwise.workers.vectors import (
+from headwise.workers.jit.vectors import (
     HAS_AVX512,
     I64,
     INT,

@@ -10,21 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headwise.workers.attention import AttentionBackend
-from headwise.workers.attention.cpu import CpuAttention, KernelInputs
-from headwise.workers.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.collectives import Collectives
 from headwise.workers.cpu import layers as kernels
+from headwise.workers.cpu.attention import CpuAttention, KernelInputs
 from headwise.workers.cpu.linear import PackedLinear, aligned_zeros, padded
 from headwise.workers.cpu.team import launching, team_bytes
-from headwise.workers.model import StepInput, rope_tables
-from headwise.workers.model_config import ModelConfig
-from headwise.workers.partition import ShardPartition
+from headwise.workers.model.attention import AttentionBackend
+from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
+from headwise.workers.model.model import StepInput, rope_tables
+from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.partition import ShardPartition
 
 
 class CpuLlama:
-    """See :class:`~headwise.workers.model.Model`. A step is one compiled call on one rank; with more of them, one for
-    each stretch between two all-reduces.
+    """See :class:`~headwise.workers.model.model.Model`. A step is one compiled call on one rank; with more of them,
+    one for each stretch between two all-reduces.
 
     Attributes:
         nbytes: memory of the weights, in bytes.
@@ -64,7 +64,7 @@ class CpuLlama:
         return compiled | {"all_reduce": self._all_reduce_seconds, "launch": launch}
 
     def forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
-        """See :class:`~headwise.workers.model.Model`; the logits are good until the next step."""
+        """See :class:`~headwise.workers.model.model.Model`; the logits are good until the next step."""
         assert isinstance(attention, CpuAttention)
         started = time.perf_counter()
         if attention is not self._attention:

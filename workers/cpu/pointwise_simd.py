@@ -6,7 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from headwise.workers.vectors import (
+from headwise.workers.jit.vectors import (
     F32,
     FLOAT,
     I32,

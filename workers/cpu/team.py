@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numba
 
-from headwise.workers.kernel_cache import kernel
-from headwise.workers.native import (
+from headwise.workers.jit.kernel_cache import kernel
+from headwise.workers.jit.native import (
     fetch_add,
     load_acquire,
     load_int,

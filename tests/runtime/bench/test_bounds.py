@@ -16,8 +16,8 @@ from torch import Tensor
 from headwise.runtime.bench import bounds
 from headwise.runtime.bench.bounds import bounds_of_run, chunks, step_bounds, weight_shapes
 from headwise.runtime.bench.products import Chain, Factory, products
-from headwise.workers.model_config import ModelConfig, load_model_config
-from headwise.workers.safetensors_index import read_index
+from headwise.workers.model.model_config import ModelConfig, load_model_config
+from headwise.workers.model.safetensors_index import read_index
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.bench import bounds, kv_cache, limits
 from headwise.runtime.bench.workload import prompts
-from headwise.workers.model_config import ModelConfig
+from headwise.workers.model.model_config import ModelConfig
 from tests.runtime.test_cli import LOCAL, Run
 
 ENGINE = [*LOCAL, "--max-model-len", "256"]

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from headwise.runtime import LLM
 from headwise.runtime.bench.kv_cache import OutputsDifferError, costs, with_cache, without_cache, write_tiny
-from headwise.workers.checkpoint import verify_checkpoint
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.checkpoint import verify_checkpoint
+from headwise.workers.model.model_config import load_model_config
 
 
 def test_both_ways_give_the_same_tokens(llm: LLM) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.kv.cost import RestoreCost
-from headwise.workers.transfer import Tier
+from headwise.workers.kv.transfer import Tier
 
 times = st.floats(1e-7, 10.0)
 

@@ -29,7 +29,7 @@ from headwise.runtime.kv.events import (
     decode_events,
     decode_snapshot,
 )
-from headwise.workers.transfer import Tier
+from headwise.workers.kv.transfer import Tier
 
 Blocks = dict[str, dict[bytes, bytes]]
 ROOT = b"root"

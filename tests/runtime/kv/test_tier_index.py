@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from headwise.runtime.kv.blocks import IntegrityError
 from headwise.runtime.kv.tier_index import TierEntry, TierIndex
-from headwise.workers.transfer import BlockKey, Tier
+from headwise.workers.kv.transfer import BlockKey, Tier
 
 CAPACITY = 6
 NAMESPACES = (b"a", b"b", b"c")

@@ -10,7 +10,7 @@ from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import ROOT, Hash, TokenBlocks, sha256
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import MAX_BATCH, Tiers
-from headwise.workers.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
+from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 
 SIZE = 2
 OURS, THEIRS = sha256(b"ours"), sha256(b"theirs")

@@ -20,7 +20,7 @@ from headwise.runtime.server import convert, vllm_engine
 from headwise.runtime.tokenizer import load_tokenizer
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.model_config import load_model_config
+from headwise.workers.model.model_config import load_model_config
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 

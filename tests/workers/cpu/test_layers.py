@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.workers.test_llama import logits_of_a_rank
+from tests.workers.reference.test_llama import logits_of_a_rank
 
 CHANGES = {
     "plain": {},

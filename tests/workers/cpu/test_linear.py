@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from headwise.workers import ops
 from headwise.workers.cpu.linear import PackedLinear
 from headwise.workers.cpu.linear_simd import TILE_ROWS
+from headwise.workers.reference import ops
 
 
 def random(*shape: int) -> torch.Tensor:

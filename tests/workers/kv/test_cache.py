@@ -1,0 +1,249 @@
+"""The paged KV memory: what is written at a slot is what is read there, in either layout of the keys."""
+
+from __future__ import annotations
+
+import os
+import threading
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, num_blocks_for, parse_memory
+
+LAYOUTS = pytest.mark.parametrize("transposed_keys", [False, True])
+
+
+def small_cache(transposed_keys: bool, dtype: torch.dtype = torch.float32, **sizes: int) -> KVCache:
+    shape = {"num_layers": 2, "num_blocks": 5, "num_kv_heads": 3, "block_size": 4, "head_dim": 8, **sizes}
+    return KVCache(**shape, dtype=dtype, device="cpu", transposed_keys=transposed_keys)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    transposed_keys=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    slots=st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True),
+    layer=st.integers(0, 1),
+)
+def test_a_token_is_read_where_it_was_written_and_nothing_else_changes(
+    transposed_keys: bool, dtype: torch.dtype, slots: list[int], layer: int
+) -> None:
+    cache = small_cache(transposed_keys, dtype)
+    kv_T2KD = torch.randn(len(slots), 2, 3, 8).to(dtype)
+    cache.write(layer, kv_T2KD[:, 0], kv_T2KD[:, 1], torch.tensor(slots))
+    everything = torch.arange(5, dtype=torch.int32)
+    k_KCD, v_KCD = cache.gather(layer, everything, 20)
+    for token, slot in enumerate(slots):
+        assert torch.equal(k_KCD[:, slot], kv_T2KD[token, 0])
+        assert torch.equal(v_KCD[:, slot], kv_T2KD[token, 1])
+    untouched = [slot for slot in range(20) if slot not in slots]
+    assert not k_KCD[:, untouched].any() and not v_KCD[:, untouched].any()
+    assert not any(x.any() for x in cache.gather(1 - layer, everything, 20))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8])
+def test_gather_follows_the_block_table_and_stops_at_the_length(transposed_keys: bool, length: int) -> None:
+    cache = small_cache(transposed_keys)
+    k_TKD, v_TKD = torch.randn(8, 3, 8), torch.randn(8, 3, 8)
+    cache.write(1, k_TKD, v_TKD, torch.tensor([12, 13, 14, 15, 4, 5, 6, 7]))
+    k_KCD, v_KCD = cache.gather(1, torch.tensor([3, 1, 0], dtype=torch.int32), length)
+    assert torch.equal(k_KCD, k_TKD[:length].transpose(0, 1))
+    assert torch.equal(v_KCD, v_TKD[:length].transpose(0, 1))
+
+
+@pytest.mark.parametrize("from_transposed", [False, True])
+@pytest.mark.parametrize("into_transposed", [False, True])
+def test_a_block_moves_between_caches_of_either_layout(from_transposed: bool, into_transposed: bool) -> None:
+    source, target = small_cache(from_transposed), small_cache(into_transposed)
+    k_TKD, v_TKD = torch.randn(4, 3, 8), torch.randn(4, 3, 8)
+    source.write(1, k_TKD, v_TKD, torch.arange(8, 12))
+    k_SD, v_SD = source.export_block(1, 2, 2)
+    assert k_SD.is_contiguous() and v_SD.is_contiguous()
+    assert torch.equal(k_SD, k_TKD[:, 2]) and torch.equal(v_SD, v_TKD[:, 2])
+    target.import_block(0, 1, 4, k_SD, v_SD)
+    for got, sent in zip(target.export_block(0, 1, 4), (k_SD, v_SD), strict=True):
+        assert torch.equal(got, sent)
+    assert torch.count_nonzero(target.keys) == torch.count_nonzero(k_SD)
+    assert torch.count_nonzero(target.values) == torch.count_nonzero(v_SD)
+
+
+@LAYOUTS
+def test_an_exported_block_is_a_copy(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    for x_SD in cache.export_block(0, 0, 0):
+        x_SD.fill_(7.0)
+    assert not cache.keys.any() and not cache.values.any()
+
+
+@LAYOUTS
+def test_copy_block_copies_every_layer_and_head_and_leaves_the_source(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    cache.keys.normal_()
+    cache.values.normal_()
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.copy_block(1, 3)
+    keys[:, 3], values[:, 3] = keys[:, 1], values[:, 1]
+    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
+
+
+@pytest.mark.parametrize("from_transposed", [False, True])
+@pytest.mark.parametrize("into_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_move_in_bulk_with_every_layer_and_head(
+    from_transposed: bool, into_transposed: bool, dtype: torch.dtype
+) -> None:
+    source, target = small_cache(from_transposed, dtype), small_cache(into_transposed, dtype)
+    source.keys.normal_()
+    source.values.normal_()
+    moved = torch.full((2, *source.block_shape), 7.0, dtype=dtype)
+    source.read_blocks([3, 1], moved)
+    for index, block in enumerate((3, 1)):
+        for layer, head in product(range(2), range(3)):
+            for part, x_SD in enumerate(source.export_block(layer, head, block)):
+                assert torch.equal(moved[index, layer, part, head], x_SD)
+    target.write_blocks([0, 4], moved)
+    for layer, head, (block, into) in product(range(2), range(3), ((3, 0), (1, 4))):
+        for got, sent in zip(
+            target.export_block(layer, head, into), source.export_block(layer, head, block), strict=True
+        ):
+            assert torch.equal(got, sent)
+    untouched = target.keys[:, 1:4], target.values[:, 1:4]
+    assert not any(x.any() for x in untouched)
+
+
+def test_copies_start_no_threads_of_torch() -> None:
+    # Big enough that torch would split each copy; a second team of threads would slow every step.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cache = small_cache(True, num_layers=8, num_kv_heads=8, block_size=16, head_dim=64)
+        held = torch.zeros(1, *cache.block_shape)
+        seen: list[set[str]] = []
+
+        def copy() -> None:
+            before = set(os.listdir("/proc/self/task"))
+            cache.read_blocks([0], held)
+            cache.write_blocks([1], held)
+            seen.append(set(os.listdir("/proc/self/task")) - before)
+
+        thread = threading.Thread(target=copy)
+        thread.start()
+        thread.join(10)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [set()]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_move_between_a_gpu_and_the_host() -> None:
+    shape = {"num_layers": 3, "num_blocks": 5, "num_kv_heads": 2, "block_size": 16, "head_dim": 64}
+    cache = KVCache(**shape, dtype=torch.bfloat16, device="cuda", transposed_keys=False)
+    cache.keys.normal_()
+    cache.values.normal_()
+    moved = torch.zeros(2, *cache.block_shape, dtype=torch.bfloat16)
+    cache.read_blocks([4, 1], moved)
+    cache.write_blocks([0, 3], moved)
+    for from_block, to_block in ((4, 0), (1, 3)):
+        assert torch.equal(cache.keys[:, to_block], cache.keys[:, from_block])
+        assert torch.equal(cache.values[:, to_block], cache.values[:, from_block])
+    assert torch.equal(moved[0, :, 0], cache.keys[:, 4].cpu()) and torch.equal(moved[1, :, 1], cache.values[:, 1].cpu())
+
+
+@LAYOUTS
+def test_blocks_that_do_not_fit_are_refused(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    data = torch.ones(1, *cache.block_shape)
+    for move, field in ((cache.read_blocks, "out"), (cache.write_blocks, "data")):
+        for block in (-1, 5):
+            with pytest.raises(InvalidValueError, match=rf"^block={block}"):
+                move([block], data)
+        for wrong in (
+            data[0],
+            data.half(),
+            data.expand(2, -1, -1, -1, -1, -1),
+            data.transpose(-1, -2),
+            data.to("meta"),
+        ):
+            with pytest.raises(InvalidValueError, match=rf"^{field}=.*\(1, 2, 2, 3, 4, 8\)"):
+                move([0], wrong)
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
+            move([0, 1], data)
+    assert not cache.keys.any() and not cache.values.any()
+
+
+@LAYOUTS
+def test_indices_and_tensors_that_do_not_fit_are_refused(transposed_keys: bool) -> None:
+    cache = small_cache(transposed_keys)
+    block = torch.zeros(4, 8)
+    for place, field in (((2, 0, 0), "layer"), ((0, 3, 0), "head"), ((0, 0, 5), "block"), ((0, 0, -1), "block")):
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
+            cache.export_block(*place)
+        with pytest.raises(InvalidValueError, match=rf"^{field}="):
+            cache.import_block(*place, block, block)
+    with pytest.raises(InvalidValueError, match=r"^k_SD=.*\(4, 8\)"):
+        cache.import_block(0, 0, 0, block.T, block)
+    with pytest.raises(InvalidValueError, match=r"^v_SD=.*float32"):
+        cache.import_block(0, 0, 0, block, block.half())
+    with pytest.raises(InvalidValueError, match=r"^dst=5"):
+        cache.copy_block(0, 5)
+    with pytest.raises(InvalidValueError, match=r"^src=-1"):
+        cache.copy_block(-1, 0)
+    with pytest.raises(InvalidValueError, match=r"^num_blocks=0"):
+        small_cache(transposed_keys, num_blocks=0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_allocated(transposed_keys: bool, dtype: torch.dtype) -> None:
+    cache = small_cache(transposed_keys, dtype)
+    per_block = bytes_per_block(2, 3, 4, 8, dtype)
+    assert (
+        cache.nbytes == 5 * per_block == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+    )
+    assert num_blocks_for(5 * per_block, 2, 3, 4, 8, dtype) == 5
+    assert num_blocks_for(5 * per_block - 1, 2, 3, 4, 8, dtype) == 4
+    assert num_blocks_for(per_block - 1, 2, 3, 4, 8, dtype) == num_blocks_for(-1, 2, 3, 4, 8, dtype) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2GiB", 2 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5gib", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("64KiB", 65536),
+        ("4096", 4096),
+        (4096, 4096),
+        (4096.0, 4096),
+        ("1e9", 10**9),
+        (0.25, 250),
+        ("0.25", 250),
+        (".5", 500),
+        (1.0, 1000),
+        (1, 1000),
+        ("1B", 1),
+    ],
+)
+def test_memory_budgets(text: str | int | float, budget: int) -> None:
+    assert parse_memory(text, total=1000) == budget
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "lots", "2TiB", "-1GiB", "GiB", -5, 0, 0.0, "0GiB", "0.0001", True, float("nan"), float("inf"), "1 2", None],
+)
+def test_what_is_no_memory_budget_is_refused_by_name(text: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"^kv_memory="):
+        parse_memory(text, total=1000)
+
+
+def test_available_memory_is_part_of_the_machine() -> None:
+    assert 0 < available_memory("cpu") < 1 << 46

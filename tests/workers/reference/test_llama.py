@@ -1,0 +1,93 @@
+"""One shard's forward pass against transformers' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from headwise.workers import collectives
+from headwise.workers.backends import create_backend, transposed_keys
+from headwise.workers.collectives import Collectives, Solo
+from headwise.workers.cpu.llama import CpuLlama
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.model.attention import AttentionBatch
+from headwise.workers.model.checkpoint import load_shard
+from headwise.workers.model.model import StepInput
+from headwise.workers.model.model_config import load_model_config
+from headwise.workers.model.partition import partition_model
+from headwise.workers.reference.llama import Llama
+from tests.checkpoints import SHAPES, reference_model
+
+BLOCK_SIZE = 16
+
+
+def logits_of_a_rank(
+    directory: Path,
+    token_ids: list[int],
+    chunks: list[int],
+    attention: str,
+    threads: int = 1,
+    tp: int = 1,
+    peers: Collectives | None = None,
+) -> torch.Tensor:
+    """A rank's part of the logits of every token, computed in chunks of the given lengths."""
+    config, peers = load_model_config(directory), peers or Solo()
+    rank = peers.rank
+    part = partition_model(config, tp)[rank]
+    weights = load_shard(directory, config, part, torch.float32, torch.device("cpu"))
+    parts = (config, part, weights, peers, 512)
+    model = CpuLlama(*parts, num_threads=threads) if attention == "cpu" else Llama(*parts)
+    cache = KVCache(
+        num_layers=config.num_layers,
+        num_blocks=40,
+        num_kv_heads=part.heads.num_kv,
+        block_size=BLOCK_SIZE,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        transposed_keys=transposed_keys(attention),
+    )
+    backend = create_backend(attention, cache, part.heads.q_starts, config.head_dim**-0.5, threads)
+    blocks = torch.randperm(40, generator=torch.Generator().manual_seed(rank))[: -(-len(token_ids) // BLOCK_SIZE)]
+    found, done = [], 0
+    for chunk in chunks:
+        positions = torch.arange(done, done + chunk)
+        batch = AttentionBatch(
+            query_starts_B1=torch.tensor([0, chunk], dtype=torch.int32),
+            context_lens_B=torch.tensor([done + chunk], dtype=torch.int32),
+            block_tables_BN=blocks.to(torch.int32).unsqueeze(0),
+            slots_T=blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+            max_query_len=chunk,
+            max_context_len=done + chunk,
+        )
+        ids = torch.tensor(token_ids[done : done + chunk])
+        found.append(model.forward(StepInput(ids, positions, torch.arange(chunk), batch), backend).clone())
+        done += chunk
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("attention", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_logits_are_those_of_transformers(checkpoint: Callable[..., Path], shape: str, attention: str, tp: int) -> None:
+    directory = checkpoint(shape)
+    token_ids = torch.randint(3, 256, (83,), generator=torch.Generator().manual_seed(3)).tolist()
+    with torch.inference_mode():
+        expected = reference_model(directory)(torch.tensor([token_ids])).logits[0]
+    rendezvous = collectives.open_rendezvous("solo" if tp == 1 else "shared_memory", tp)
+
+    def rank_logits(rank: int) -> torch.Tensor:
+        peers = collectives.connect(rendezvous, rank, tp, 60.0)
+        try:
+            return logits_of_a_rank(directory, token_ids, [1, 30, 40, 1, 11], attention, 1, tp, peers)
+        finally:
+            peers.close()
+
+    with ThreadPoolExecutor(tp) as ranks:
+        found = torch.cat(list(ranks.map(rank_logits, range(tp))), dim=1)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4

@@ -1,0 +1,1 @@
+"""What compiled CPU code is made with, and where it is kept."""

@@ -1,0 +1,292 @@
+"""Where a shard keeps blocks that its device has no room for: slots of host memory, files of a folder.
+
+A block here is a tensor of ``KVCache.block_shape``, the rank's heads only. Who asks, and how much is kept, is up to
+the engine: nothing is evicted here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.journal import FORMAT, BlockIndex, StoredBlock, write_all
+from headwise.workers.kv.transfer import BlockKey
+
+MAX_STORED_BLOCKS = 300_000
+"""The most a disk store takes over from its last run; older ones are deleted."""
+
+_logger = logging.getLogger(__name__)
+
+_PAGE = 4096
+_FOLDER = re.compile(r"[0-9a-f]{2}")
+_FILE = re.compile(r"([0-9a-f]{2})([0-9a-f]{62})\.(kv|tmp)")
+
+
+class HostStore:
+    """Blocks in host memory, by digest.
+
+    One thread may put and drop while others get: a slot is filled before it can be found. What was got must not be
+    dropped while it is read; whoever cannot be sure finds out by getting it again, see :meth:`get`.
+    """
+
+    def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """The memory is reserved, but its pages are taken one by one as blocks are put there."""
+        self.num_blocks, self.nbytes = num_blocks, num_blocks * math.prod(block_shape) * dtype.itemsize
+        memory = torch.from_numpy(np.empty(self.nbytes, dtype=np.uint8))
+        self._slots = memory.view(dtype).view(num_blocks, *block_shape)
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._held: dict[bytes, tuple[int, Tensor]] = {}
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def put(self, digest: bytes, fill: Callable[[Tensor], object]) -> None:
+        """Let ``fill`` write a block into a slot, in place of what was held by that digest. If it raises, the store
+        holds no such block.
+
+        Raises:
+            InvalidValueError: every slot is taken.
+        """
+        self.drop(digest)
+        if not self._free:
+            raise InvalidValueError("host_kv_blocks", self.num_blocks, "all are taken", "drop one first")
+        slot = self._free.pop()
+        try:
+            block = self._slots[slot]
+            fill(block)
+            self._held[digest] = slot, block
+        except BaseException:
+            self._free.append(slot)
+            raise
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """A view of a block, the same object each time until it is dropped or put anew; None if it is not held."""
+        held = self._held.get(digest)
+        return held[1] if held else None
+
+    def drop(self, digest: bytes) -> None:
+        """Forget a block, if it is held."""
+        held = self._held.pop(digest, None)
+        if held is not None:
+            self._free.append(held[0])
+
+
+class DiskStore:
+    """One rank's blocks as files ``<path>/rank-<r>-of-<n>/<ab>/<digest in hex, ab...>.kv``.
+
+    A file is what it has to begin with (format, identity, key, payload length), the payload, and the SHA-256 of both.
+    It is written under another name and renamed. The index (see :mod:`~headwise.workers.kv.journal`) follows: a
+    file that is not in it, or does not say what it says, is deleted. One thread at a time; :meth:`entries` and
+    ``len`` may be called from any.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        rank: int,
+        ranks: int,
+        identity: bytes,
+        payload_bytes: int,
+        max_blocks: int = MAX_STORED_BLOCKS,
+    ) -> None:
+        """Takes over what an earlier run left of this identity, and deletes what it left of another.
+
+        Args:
+            path: the ``disk_kv_path`` setting.
+            identity: everything that makes blocks of the same digest different.
+            payload_bytes: of a block.
+            max_blocks: how many to take over, the newest ones.
+
+        Raises:
+            InvalidValueError: the folder cannot be used, or another engine uses it.
+        """
+        self._identity = hashlib.sha256(identity).digest()
+        self._payload_bytes = payload_bytes
+        self._mutex = threading.Lock()
+        try:
+            self._folder = Path(path).expanduser() / f"rank-{rank}-of-{ranks}"
+            # What is in it tells prompts: nobody else is to read them.
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = FileIO(self._folder / "lock", "w")
+        except (OSError, ValueError, RuntimeError) as error:  # the latter two of paths that cannot be one
+            raise _unusable(path, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._index = BlockIndex(self._folder / "index", self._identity)
+            listed = self._index.read()
+            self._blocks = self._keep(dict(list(listed.items())[-max_blocks:]))
+        except BlockingIOError as error:
+            self._lock.close()
+            limit = f"another engine uses {self._folder}"
+            raise InvalidValueError("disk_kv_path", str(path), limit, "give each engine a folder of its own") from error
+        except OSError as error:
+            self._lock.close()
+            raise _unusable(path, error) from error
+        try:
+            self._index.rewrite(self._blocks.values())
+        except OSError as error:
+            _logger.warning("disk_kv_path=%r: the index cannot be written: %s", str(path), error)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def entries(self) -> list[BlockKey]:
+        """What is stored, oldest first."""
+        with self._mutex:
+            return [block.key for block in self._blocks.values()]
+
+    def put(self, key: BlockKey, data: Tensor) -> None:
+        """Write a block, in place of what was stored by its digest.
+
+        Raises:
+            OSError: it cannot be written; the store then holds no such block.
+        """
+        header, payload = self._header(key), self._raw("data", data)
+        checksum = hashlib.sha256(header)
+        checksum.update(payload)
+        block = StoredBlock(key, checksum.digest())
+        path = self._path(key.digest)
+        temporary = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with FileIO(temporary, "w") as file:
+                for part in (header, payload, block.checksum):
+                    write_all(file, part)
+            os.replace(temporary, path)
+            self._index.append_stored(block)
+        except OSError:
+            _unlink(temporary)
+            self.drop(key.digest)
+            raise
+        with self._mutex:
+            self._blocks.pop(key.digest, None)
+            self._blocks[key.digest] = block
+        self._compact()
+
+    def get(self, key: BlockKey, out: Tensor) -> bool:
+        """Read a block into ``out``; False if it is not stored or cannot be read, if its file is damaged, or if it
+        is of another identity or key. Then the store holds it no longer, and ``out`` may be half written."""
+        payload = self._raw("out", out)
+        block = self._blocks.get(key.digest)
+        if block is not None and block.key == key and self._read(block, payload):
+            return True
+        self.drop(key.digest)
+        return False
+
+    def drop(self, digest: bytes) -> None:
+        """Delete a block, if it is stored."""
+        _unlink(self._path(digest))
+        with self._mutex:
+            known = self._blocks.pop(digest, None)
+        if known is not None:
+            # Should this fail, the next run finds an entry without a file, and drops it then.
+            with suppress(OSError):
+                self._index.append_dropped(digest)
+            self._compact()
+
+    def close(self) -> None:
+        """Lets another engine have the folder; what is stored stays. Idempotent. No other call may be running."""
+        self._index.close()
+        self._lock.close()
+
+    def _read(self, block: StoredBlock, payload: memoryview) -> bool:
+        header, path = self._header(block.key), self._path(block.key.digest)
+        if not self._has_size(path, block.key):
+            return False
+        try:
+            with path.open("rb") as file:
+                if file.read(len(header)) != header or file.readinto(payload) != len(payload):
+                    return False
+                read = file.read()
+        except OSError:
+            return False
+        checksum = hashlib.sha256(header)
+        checksum.update(payload)
+        return checksum.digest() == read == block.checksum
+
+    def _compact(self) -> None:
+        if self._index.should_rewrite(len(self._blocks)):
+            with suppress(OSError):
+                self._index.rewrite(self._blocks.values())
+
+    def _keep(self, listed: dict[bytes, StoredBlock]) -> dict[bytes, StoredBlock]:
+        """Those of the listed blocks whose file is there, in order. Deletes every other file of ours, no others."""
+        _unlink(self._folder / "index.tmp")
+        found: set[bytes] = set()
+        for path in self._files():
+            match = _FILE.fullmatch(path.name)
+            assert match is not None
+            digest = bytes.fromhex(match[1] + match[2])
+            block = listed.get(digest) if match[3] == "kv" else None
+            if block is not None and self._has_size(path, block.key):
+                found.add(digest)
+            else:
+                _unlink(path)
+        return {digest: block for digest, block in listed.items() if digest in found}
+
+    def _files(self) -> Iterator[Path]:
+        """Everything in the folder that has a name as this class gives them."""
+        for name in os.listdir(self._folder):
+            folder = self._folder / name
+            if _FOLDER.fullmatch(name) and folder.is_dir() and not folder.is_symlink():
+                yield from (folder / file for file in os.listdir(folder) if _FILE.fullmatch(file) and file[:2] == name)
+
+    def _path(self, digest: bytes) -> Path:
+        name = digest.hex()
+        return self._folder / name[:2] / f"{name}.kv"
+
+    def _header(self, key: BlockKey) -> bytes:
+        fields = (*FORMAT, self._identity, key.digest, key.namespace, key.parent, key.tokens, self._payload_bytes)
+        header: bytes = msgpack.packb(fields)
+        return header
+
+    def _has_size(self, path: Path, key: BlockKey) -> bool:
+        size = len(self._header(key)) + self._payload_bytes + hashlib.sha256().digest_size
+        try:
+            return path.stat().st_size == size
+        except OSError:
+            return False
+
+    def _raw(self, name: str, x: Tensor) -> memoryview:
+        if x.nbytes != self._payload_bytes or not x.is_contiguous():
+            limit = f"must be {self._payload_bytes} contiguous bytes"
+            raise InvalidValueError(name, (x.dtype, tuple(x.shape)), limit)
+        return x.view(-1).view(torch.uint8).numpy().data
+
+
+def disk_block_bytes(payload_bytes: int, block_size: int) -> int:
+    """The most that one block takes up on disk, in bytes: its file in whole pages, and its share of the index.
+
+    Args:
+        payload_bytes: of the block's keys and values, see :func:`~headwise.workers.kv.cache.bytes_per_block`.
+    """
+    tokens = 4 * block_size
+    file = -(-(payload_bytes + tokens + 256) // _PAGE) * _PAGE
+    return file + 5 * (tokens + 256)
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+def _unusable(path: str | Path, error: Exception) -> InvalidValueError:
+    return InvalidValueError("disk_kv_path", str(path), f"cannot be used: {error}", "give a folder that can be written")
