@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.engine import Delta, Engine
-from headwise.runtime.inputs import InputProcessor
-from headwise.runtime.loop import EngineLoop
-from headwise.runtime.request import Request
-from headwise.runtime.startup import start_engine
+from headwise.runtime.engine.engine import Delta, Engine
+from headwise.runtime.engine.loop import EngineLoop
+from headwise.runtime.engine.request import Request
+from headwise.runtime.inputs.processor import InputProcessor
+from headwise.runtime.start import start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")

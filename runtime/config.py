@@ -19,7 +19,7 @@ DEFAULT_MIXED_PREFILL_TOKENS: dict[str, int | None] = {"cpu": 64, "cuda": None}
 class EngineConfig(BaseModel):
     """
     Attributes:
-        model: a directory in Hugging Face form, a .gguf file, or a name that ``headwise.runtime.models`` knows.
+        model: a directory in Hugging Face form, a .gguf file, or a name that ``headwise.runtime.models.names`` knows.
         tensor_parallel_size: ranks the model is split over; at most the number of query heads.
         dtype: of weights, activations and KV; ``auto`` is the checkpoint's.
         device: ``auto`` is ``cuda`` where there is one.

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from headwise.cluster.group import ShardGroup
 from headwise.runtime.config import EngineConfig, engine_config
-from headwise.runtime.engine import Delta, Engine
-from headwise.runtime.inputs import InputProcessor, Messages, Prompt
+from headwise.runtime.engine.engine import Delta, Engine
+from headwise.runtime.engine.loop import EngineLoop
+from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt
 from headwise.runtime.kv.events import KvEvents, Subscription
-from headwise.runtime.loop import EngineLoop
 from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
-from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
-from headwise.runtime.startup import Started, start_engine
+from headwise.runtime.start import Started, start_engine
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
 
@@ -267,7 +267,7 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """What the engine and its shards hold and have done, among it ``shard_pids``, ``kv_bytes_per_rank``, and the
-        seconds of :meth:`Engine.stats <headwise.runtime.engine.Engine.stats>`."""
+        seconds of :meth:`Engine.stats <headwise.runtime.engine.engine.Engine.stats>`."""
 
         def read(engine: Engine) -> dict[str, Any]:
             shards = engine.call_shards("stats")  # first: it processes the steps in flight

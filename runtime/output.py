@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headwise.runtime.request import FinishReason, RequestMetrics
-from headwise.runtime.tokenizer import IncrementalDetokenizer
+from headwise.runtime.engine.request import FinishReason, RequestMetrics
+from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from headwise.cluster.group import ShardGroup
-from headwise.runtime import LLM, startup
+from headwise.runtime import LLM, start
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.models import resolve
 from headwise.workers.spec import ShardSpec
@@ -52,7 +52,7 @@ def thread_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLLM]:
     def group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
         return ThreadShardGroup(spec)
 
-    monkeypatch.setattr(startup, "make_group", group)
+    monkeypatch.setattr(start, "make_group", group)
     made: list[LLM] = []
 
     def make(model: Path, **settings: Any) -> LLM:

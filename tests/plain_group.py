@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwise.cluster.group import Progress, ShardGroup
-from headwise.runtime.block_tables import BlockTables
-from headwise.runtime.engine import Delta, Engine
+from headwise.runtime.engine.block_tables import BlockTables
+from headwise.runtime.engine.engine import Delta, Engine
+from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
@@ -19,9 +21,7 @@ from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
 from headwise.runtime.output import TextStream
-from headwise.runtime.request import FinishReason, Request
 from headwise.runtime.sampling_params import SamplingParams
-from headwise.runtime.scheduler import Scheduler
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 from headwise.workers.plan import (
     RowSampling,

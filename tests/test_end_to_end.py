@@ -16,7 +16,7 @@ import torch
 
 from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.client import Client, Completion
-from headwise.runtime.tokenizer import load_tokenizer
+from headwise.runtime.inputs.tokenizer import load_tokenizer
 from tests.checkpoints import reference_model, reference_tokens
 
 QUESTIONS = (

@@ -66,7 +66,7 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
     [entry_points] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert "headwise = headwise.runtime.cli:main" in wheel.read(entry_points).decode()
+    assert "headwise = headwise.runtime.cli.main:main" in wheel.read(entry_points).decode()
     [metadata] = [name for name in wheel.namelist() if name.endswith("/METADATA")]
     text = wheel.read(metadata).decode()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -77,13 +77,13 @@ def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
 def test_what_is_in_the_wheel_can_be_imported(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = (
-        "import headwise.runtime.cli as cli, headwise.v1.inference_pb2 as pb2, headwise.runtime.bench.throughput\n"
+        "import headwise.runtime.cli.main as cli, headwise.v1.inference_pb2 as pb2, headwise.runtime.bench.throughput\n"
         "print(cli.__file__, pb2.__file__, sep='\\n')"
     )
     done = run_python(code, tmp_path, PYTHONPATH=str(tmp_path), HEADWISE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"{tmp_path}/headwise/runtime/cli.py",
+        f"{tmp_path}/headwise/runtime/cli/main.py",
         f"{tmp_path}/headwise/v1/inference_pb2.py",
     ]
 

@@ -20,15 +20,15 @@ from tqdm import tqdm
 from headwise.runtime.bench import figures, report
 from headwise.runtime.bench.kv_cache import model_directory
 from headwise.runtime.bench.workload import greedy, prompts
-from headwise.runtime.block_tables import BlockTables
 from headwise.runtime.config import engine_config
+from headwise.runtime.engine.block_tables import BlockTables
+from headwise.runtime.engine.request import Request
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.llm import LLM
 from headwise.runtime.output import RequestOutput
-from headwise.runtime.request import Request
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.cache import parse_memory

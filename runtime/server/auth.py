@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from headwise.runtime.inputs import check_salt
+from headwise.runtime.inputs.processor import check_salt
 from headwise.runtime.server.errors import UnauthenticatedError, abort
 from headwise.workers.errors import InvalidValueError
 

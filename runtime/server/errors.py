@@ -11,8 +11,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import QueueFullError
-from headwise.runtime.grammars import GrammarTrialError
-from headwise.runtime.loop import EngineStoppedError
+from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.inputs.grammars import GrammarTrialError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 MAX_MESSAGE = 1000

@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
-from headwise.runtime.engine import Engine
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.server.sessions import Context, Sessions
 
 MAX_WATCHING = 64

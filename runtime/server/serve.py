@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.engine import Engine
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.server.auth import AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.health import HealthMonitor

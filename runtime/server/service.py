@@ -10,9 +10,9 @@ from functools import partial
 from google.protobuf.message import Message
 
 from headwise.runtime.aio import Lane
-from headwise.runtime.engine import Delta
-from headwise.runtime.inputs import MAX_MESSAGES, MAX_PROMPT_BYTES, InputProcessor
-from headwise.runtime.request import Request
+from headwise.runtime.engine.engine import Delta
+from headwise.runtime.engine.request import Request
+from headwise.runtime.inputs.processor import MAX_MESSAGES, MAX_PROMPT_BYTES, InputProcessor
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_N, MAX_STOP, MAX_STOP_CHARACTERS
 from headwise.runtime.server import convert
 from headwise.runtime.server.errors import PermissionDeniedError, abort

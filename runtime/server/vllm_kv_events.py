@@ -13,7 +13,7 @@ from contextlib import aclosing
 from smg_grpc_proto.generated import common_pb2
 
 from headwise.runtime.aio import AsyncLLM
-from headwise.runtime.engine import Engine
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.kv.events import Cleared, KvEvent, Removed, Stored, decode_events, decode_snapshot
 from headwise.runtime.kv.identity import ROOT, TOKEN_BYTES
 from headwise.runtime.server.kv_messages import kv_messages

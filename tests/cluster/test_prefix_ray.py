@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from headwise.runtime import LLM
-from headwise.runtime.engine import Engine
+from headwise.runtime.engine.engine import Engine
 from tests.cluster.test_ray_group import nothing_left
 from tests.cluster.test_ray_group import one_ray as one_ray
-from tests.runtime.test_prefix_parity import (
+from tests.runtime.prefix.test_prefix_parity import (
     GREEDY,
     SHAPE,
     always_restore,

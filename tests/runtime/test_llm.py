@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, startup
+from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, start
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.loop import EngineStoppedError
-from headwise.runtime.tokenizer import Tokenizer, load_tokenizer
+from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from headwise.workers.plan import StepOutput
 from tests.checkpoints import reference_model, write_checkpoint
 from tests.conftest import MakeLLM
-from tests.runtime.test_tokenizer import byte_level
+from tests.runtime.inputs.test_tokenizer import byte_level
 from tests.thread_group import ThreadShardGroup
 
 DEADLINE_S = 60.0
@@ -303,7 +303,7 @@ class PacedGroup(ThreadShardGroup):
 
 @pytest.fixture
 def paced(spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM) -> LLM:
-    monkeypatch.setattr(startup, "make_group", lambda config, spec: PacedGroup(spec))
+    monkeypatch.setattr(start, "make_group", lambda config, spec: PacedGroup(spec))
     return thread_llm(spoken)
 
 
@@ -416,7 +416,7 @@ class DyingGroup(PacedGroup):
 def test_a_shards_death_reaches_every_caller_now_and_later(
     spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM
 ) -> None:
-    monkeypatch.setattr(startup, "make_group", lambda config, spec: DyingGroup(spec))
+    monkeypatch.setattr(start, "make_group", lambda config, spec: DyingGroup(spec))
     llm = thread_llm(spoken, pipeline_depth=2)
     long = GREEDY.clone(max_tokens=400)
     with ThreadPoolExecutor(4) as pool:
@@ -438,7 +438,7 @@ def test_a_death_that_stats_meets_reaches_the_others_too(
         def call(self, method: str) -> list[Any]:
             raise ShardGroupDied(0, "node-a", "gone")
 
-    monkeypatch.setattr(startup, "make_group", lambda config, spec: DeadOnCall(spec))
+    monkeypatch.setattr(start, "make_group", lambda config, spec: DeadOnCall(spec))
     llm = thread_llm(spoken)
     stream = llm.stream([5], GREEDY.clone(max_tokens=400))
     next(stream)

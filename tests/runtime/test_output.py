@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
 from headwise.runtime.output import TextStream
-from headwise.runtime.tokenizer import IncrementalDetokenizer
-from tests.runtime.test_tokenizer import TINY, TOKENIZERS
+from tests.runtime.inputs.test_tokenizer import TINY, TOKENIZERS
 
 BYTES = TOKENIZERS["byte_level"]
 

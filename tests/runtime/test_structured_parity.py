@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from headwise.runtime import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
-from headwise.runtime.engine import Engine
+from headwise.runtime.engine.engine import Engine
 from tests.byte_tokenizer import EOS, VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.conftest import MakeLLM

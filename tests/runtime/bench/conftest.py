@@ -9,7 +9,7 @@ import pytest
 
 from headwise.runtime import LLM
 from headwise.runtime.bench import latency
-from tests.runtime.test_cli import Run
+from tests.runtime.cli.test_cli import Run
 
 
 @pytest.fixture

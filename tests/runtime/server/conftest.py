@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from headwise.cluster.group import ShardGroup
-from headwise.runtime import startup
+from headwise.runtime import start as start_module
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.client import Client
 from headwise.runtime.config import EngineConfig, engine_config
@@ -123,7 +123,7 @@ def serve(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> I
     def group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
         return ThreadShardGroup(spec)
 
-    monkeypatch.setattr(startup, "make_group", group)
+    monkeypatch.setattr(start_module, "make_group", group)
 
     def start(model: Path | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Running:
         queued = settings.pop("max_queued_requests", 1024)

@@ -17,7 +17,7 @@ from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.config import engine_config
-from headwise.runtime.inputs import InputProcessor
+from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.server import convert
 from headwise.runtime.server import serve as module
 from headwise.runtime.server.serve import ServeOptions

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
-from headwise.runtime.inputs import MAX_MESSAGES
+from headwise.runtime.inputs.processor import MAX_MESSAGES
 from headwise.runtime.server.health import MAX_WATCHING
 from headwise.runtime.server.serve import ServeOptions, _checked
 from headwise.v1 import inference_pb2 as pb

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from smg_grpc_proto.generated import vllm_engine_pb2
 
-from headwise.runtime.grammars import GrammarChecker
-from headwise.runtime.inputs import InputProcessor
-from headwise.runtime.request import Request
+from headwise.runtime.engine.request import Request
+from headwise.runtime.inputs.grammars import GrammarChecker
+from headwise.runtime.inputs.processor import InputProcessor
+from headwise.runtime.inputs.tokenizer import load_tokenizer
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server import convert, vllm_engine
-from headwise.runtime.tokenizer import load_tokenizer
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.model_config import load_model_config

@@ -206,8 +206,8 @@ def test_after_a_warm_up_serving_compiles_nothing(tmp_path: Path) -> None:
     assert sum("Waiting for another process" in err for _, err in outputs) == 1
     before = files_in(folder)
     code = f"""
-from headwise.runtime import LLM, SamplingParams, startup
-from headwise.workers import kernel_cache
+from headwise.runtime import LLM, SamplingParams, start
+from headwise.workers.jit import kernel_cache
 from tests.thread_group import ThreadShardGroup
 
 def serve(**settings):
@@ -218,7 +218,7 @@ def serve(**settings):
 serve(executor="local", cpus_per_rank=1)
 serve(executor="local", cpus_per_rank=2)
 serve(executor="local", cpus_per_rank=2, attention="reference")
-startup.make_group = lambda config, spec: ThreadShardGroup(spec)
+start.make_group = lambda config, spec: ThreadShardGroup(spec)
 serve(tensor_parallel_size=2)
 print(kernel_cache.count() > 0, kernel_cache.compiled())
 """

@@ -1,0 +1,137 @@
+"""EngineLoop: the thread an engine runs on, and the way in for every other thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from headwise.cluster.group import ShardGroupDied
+from headwise.runtime.engine.engine import Engine
+from headwise.workers.errors import HeadwiseError
+
+T = TypeVar("T")
+
+
+class EngineStoppedError(HeadwiseError):
+    """The engine was closed, or failed; no request can run on it any more."""
+
+
+_HURRY_S = 1.0
+
+
+class EngineLoop:
+    """Steps an engine while it has work and sleeps while it has none. Thread-safe."""
+
+    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
+        """Args: ``on_failure``: gets the error that ended the loop, on its thread, before any call fails with it."""
+        self._engine, self._on_failure = engine, on_failure
+        self._calls: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended: BaseException | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for code that runs on its thread."""
+        return self._engine
+
+    def call(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
+        """Runs ``function`` on the engine's thread between two steps and returns what it returns.
+
+        Raises:
+            EngineStoppedError: the loop was closed, or the engine failed.
+            ShardGroupDied: a shard died; the loop has ended.
+            TimeoutError: no answer in time; the call may still be made.
+        """
+        return self.submit(function).result(timeout_s)
+
+    def submit(self, function: Callable[[Engine], T]) -> Future[T]:
+        """As :meth:`call`, but the answer is the future's. One that is cancelled in time is not made.
+
+        Raises:
+            EngineStoppedError, ShardGroupDied: the loop has ended.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._calls.put((function, future))
+        return future
+
+    def post(self, function: Callable[[Engine], object]) -> None:
+        """As :meth:`call`, but waits for nothing and raises nothing; after the loop's end, does nothing.
+
+        Takes no lock: it may run anywhere, in a finalizer on the engine's own thread too.
+        """
+        self._calls.put((function, Future()))
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Ends the loop after the step in progress. Idempotent."""
+        self._calls.put(None)
+        # A forgotten LLM may be collected on the engine's thread, which cannot wait for itself.
+        if threading.current_thread() is not self._thread:
+            self._over.wait(timeout_s)
+            self._thread.join(_HURRY_S)
+
+    def hurry(self) -> None:
+        """Has :meth:`close`, now or later, wait only a moment for the step in progress, which may never end."""
+        self._over.set()
+
+    def _run(self) -> None:
+        try:
+            while self._take_calls():
+                if self._engine.has_work:
+                    self._engine.busy_since = time.monotonic()
+                    self._engine.step()
+                self._engine.busy_since = None
+            self._end(EngineStoppedError("the engine is closed"))
+        except (ShardGroupDied, EngineStoppedError) as error:
+            self._end(error)
+        except BaseException as error:
+            detail = f": {error}" if isinstance(error, HeadwiseError) else ""
+            ended = EngineStoppedError(f"the engine has failed: {type(error).__name__}{detail}")
+            ended.__cause__ = error
+            self._end(ended)
+        finally:
+            self._over.set()
+
+    def _take_calls(self) -> bool:
+        """Makes the calls that wait, or waits for one if the engine has nothing to do; False once closed."""
+        while True:
+            try:
+                item = self._calls.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            self._make(*item)
+
+    def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # whoever called has left, as a client does whose deadline is over
+        self._engine.busy_since = time.monotonic()
+        try:
+            result = function(self._engine)
+        except Exception as error:
+            future.set_exception(error)
+            if isinstance(error, ShardGroupDied):  # not the call's mistake: every other caller must learn of it too
+                raise
+        else:
+            future.set_result(result)
+        finally:
+            self._engine.busy_since = None
+
+    def _end(self, error: BaseException) -> None:
+        self._on_failure(error)
+        with self._lock:
+            self._ended = error
+            while not self._calls.empty():
+                item = self._calls.get()
+                if item is not None and item[1].set_running_or_notify_cancel():
+                    item[1].set_exception(error)

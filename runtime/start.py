@@ -1,0 +1,146 @@
+"""From a config to an engine on a running shard group."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress as RichProgress
+
+from headwise.cluster.group import Progress, ShardGroup
+from headwise.cluster.local import LocalShardGroup
+from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
+from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.generation import prefix_caching, tier_sizes
+from headwise.runtime.engine.scheduler import Scheduler
+from headwise.runtime.inputs.grammars import GrammarChecker
+from headwise.runtime.inputs.processor import InputProcessor
+from headwise.runtime.inputs.tokenizer import load_tokenizer
+from headwise.runtime.kv.identity import KvIdentity
+from headwise.runtime.models import resolve
+from headwise.runtime.warmup import prepare_kernels
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
+from headwise.workers.model.model_config import ModelConfig, load_model_config
+from headwise.workers.model.partition import partition_model
+from headwise.workers.spec import ShardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    model_path: Path
+    inputs: InputProcessor
+    group: ShardGroup
+    engine: Engine
+    spec: ShardSpec
+    num_blocks: int
+
+    def close(self) -> None:
+        """Ends the shards; call it once the engine's thread has ended. Idempotent."""
+        self.inputs.close()
+        self.group.close()
+
+
+def start_engine(config: EngineConfig, quiet: bool) -> Started:
+    """Checks everything that can be checked without a shard, then starts the shards.
+
+    Raises: as :class:`~headwise.runtime.llm.LLM`.
+    """
+    path = resolve(config.model)
+    model = load_model_config(path)
+    partition_model(model, config.tensor_parallel_size)
+    verify_checkpoint(path, model)
+    max_model_len = _max_model_len(config, model)
+    tokenizer = load_tokenizer(path)
+    spec = _spec(config, path, model, max_model_len)
+    sizes = tier_sizes(config, model, spec.dtype)
+    identity = None
+    if config.enable_prefix_caching:
+        identity = KvIdentity(model_fingerprint(path), spec.dtype, config.block_size)
+        spec = replace(
+            spec, host_kv_blocks=sizes.host, disk_kv_path=config.disk_kv_path, kv_identity=identity.namespace()
+        )
+    if spec.device == "cpu":
+        prepare_kernels(quiet)
+    group = make_group(config, spec)
+    try:
+        with _load_progress(quiet) as progress:
+            num_blocks = group.start(progress, config.num_blocks)
+        num_tokens = num_blocks * config.block_size
+        if num_tokens < max_model_len:
+            raise InvalidValueError(
+                "num_blocks", num_blocks, f"holds {num_tokens} tokens, max_model_len={max_model_len} needs more"
+            )
+        if not quiet:
+            blocks = f"{num_blocks:,} blocks of {config.block_size}"
+            print(f"KV memory: {num_tokens:,} tokens in {blocks}", file=sys.stderr)
+        caching = prefix_caching(config, group, num_blocks, max_model_len, sizes)
+    except BaseException:
+        group.close()
+        raise
+    mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
+    scheduler = Scheduler(caching.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
+    engine = Engine(group, caching.tables, scheduler, config.pipeline_depth, caching.pins, caching.events)
+    grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
+    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
+    return Started(path, inputs, group, engine, spec, num_blocks)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise InvalidValueError(
+            "max_model_len", config.max_model_len, f"the model was trained for {model.max_position_embeddings} tokens"
+        )
+    return config.max_model_len
+
+
+def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: int) -> ShardSpec:
+    device = config.device if config.device != "auto" else _best_device()
+    return ShardSpec(
+        model_dir=str(path),
+        tensor_parallel_size=config.tensor_parallel_size,
+        dtype=config.dtype if config.dtype != "auto" else model.dtype,
+        device=device,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        kv_memory=DEFAULT_KV_MEMORY[device] if config.kv_memory is None else config.kv_memory,
+        attention=config.attention,
+    )
+
+
+def make_group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
+    if config.executor == "local":
+        return LocalShardGroup(spec, config.cpus_per_rank)
+    # Here and not above: executor="local" works where Ray is not installed.
+    from headwise.cluster.ray_group import RayShardGroup
+
+    return RayShardGroup(
+        spec, address=config.address, cpus_per_rank=config.cpus_per_rank, start_timeout_s=config.start_timeout
+    )
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _load_progress(quiet: bool) -> Iterator[Progress | None]:
+    if quiet:
+        yield None
+        return
+    with RichProgress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting shards", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description="loading layers", completed=done, total=total)
+
+        yield show

@@ -1,0 +1,374 @@
+"""Requests, blocks and tiers together, on ranks that do everything late: what a request computes with, what is shared
+and what is restored is always what was written for those tokens, and what is not finite is never believed."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from headwise.runtime.engine.block_tables import BlockTables
+from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.scheduler import Schedule, Scheduler
+from headwise.runtime.kv.blocks import BlockPool, Use
+from headwise.runtime.kv.eviction import CachedBlock, EvictionName
+from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
+from headwise.runtime.kv.pins import Pins
+from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
+from headwise.workers.plan import RowSampling
+
+SIZE = 2
+NUM_BLOCKS = 12
+MAX_TOKENS = 10
+SALTS = ("", "tenant")
+PROMPTS = st.builds(
+    lambda start, length, tail: (start[:length] + tail)[: MAX_TOKENS - 3],
+    st.sampled_from(([0] * 7, [0] * 4 + [1] * 3, [1] * 7)),
+    st.integers(1, 7),
+    st.lists(st.integers(0, 2), max_size=3),
+)
+RARELY = st.integers(0, 9).map(lambda number: number == 7)
+
+
+def make_request(name: str, tokens: list[int], salt: str = "", max_tokens: int = 3, hash: Hash = sha256) -> Request:
+    blocks = TokenBlocks(sha256(salt.encode()), SIZE, tokens, hash)
+    return Request(name, tokens, SamplingParams(max_tokens=max_tokens), RowSampling(), max_tokens, token_blocks=blocks)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a token's place in a block holds: for whom, all tokens up to it, and whether it is finite."""
+
+    namespace: bytes
+    tokens: tuple[int, ...]
+    finite: bool
+
+
+@dataclass
+class Row:
+    request: Request
+    tokens: list[int]
+    computed: int
+    blocks: list[int]
+
+
+class Ranks:
+    """Executes plans and jobs when it is told to, and remembers what is where."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        self.memory: dict[tuple[int, int], Slot] = {}
+        self.stored: dict[Tier, dict[bytes, list[Slot]]] = {tier: {} for tier in Tier}
+        self.jobs: dict[Tier, deque[TransferJob]] = {tier: deque() for tier in Tier}
+        self.results: list[TransferResult] = []
+        self.spoilt: set[Request] = set()
+
+    def step(self, schedule: Schedule) -> set[int]:
+        """Returns the rows that are not finite."""
+        plan, requests = schedule.plan, {entry.row: entry.request for entry in schedule.entries}
+        for row in plan.drops:
+            del self.rows[row]
+        for admit in plan.admits:
+            request = requests[admit.row]
+            self.rows[admit.row] = Row(request, list(admit.token_ids), admit.num_computed, list(admit.block_ids))
+        for index, block in plan.appends:
+            self.rows[index].blocks.append(block)
+        for index, count in plan.computes:
+            self.write(self.rows[index], count)
+        return {index for index, _ in plan.computes if not self.read(self.rows[index])}
+
+    def write(self, row: Row, count: int) -> None:
+        assert row.request.token_blocks is not None
+        for at in range(row.computed, row.computed + count):
+            seen = Slot(row.request.token_blocks.namespace, tuple(row.tokens[: at + 1]), row.request not in self.spoilt)
+            self.memory[row.blocks[at // SIZE], at % SIZE] = seen
+        row.computed += count
+
+    def read(self, row: Row) -> bool:
+        assert row.request.token_blocks is not None
+        finite = True
+        for at in range(row.computed):
+            slot = self.memory[row.blocks[at // SIZE], at % SIZE]
+            assert slot.namespace == row.request.token_blocks.namespace
+            assert slot.tokens == tuple(row.tokens[: at + 1]), "computed with another sequence's block"
+            finite = finite and slot.finite
+        return finite
+
+    def execute(self, tier: Tier, failing: set[int]) -> None:
+        """The oldest job of a tier; ``failing``: which of its keys are not moved."""
+        job = self.jobs[tier].popleft()
+        store, failed = self.stored[tier], []
+        for at, key in enumerate(job.keys):
+            source = self.stored[Tier.HOST] if job.op is Op.DEMOTE else store
+            if job.op is Op.DROP:
+                store.pop(key.digest, None)
+            elif at in failing or (job.op is not Op.SAVE and key.digest not in source):
+                failed.append(key.digest)
+            elif job.op is Op.SAVE:
+                store[key.digest] = [self.memory[job.blocks[at], slot] for slot in range(SIZE)]
+            elif job.op is Op.DEMOTE:
+                store[key.digest] = source[key.digest]
+            else:
+                self.memory |= {(job.blocks[at], slot): seen for slot, seen in enumerate(source[key.digest])}
+        self.results.append(TransferResult(job.id, failed, 1e-3))
+
+
+class TablesMachine(RuleBasedStateMachine):
+    """Every event on its own, in any order: steps in flight, jobs executed, results that come late."""
+
+    hash: Hash = staticmethod(sha256)
+
+    @initialize(
+        eviction=st.sampled_from(["lru", "cost_aware"]),
+        quota=st.sampled_from([None, None, 0.3]),
+        sizes=st.sampled_from([(0, 0), (4, 0), (0, 4), (3, 6), (12, 20)]),
+        budget=st.sampled_from([3, 8, 30]),
+        can_fail=st.booleans(),
+    )
+    def start(
+        self, eviction: EvictionName, quota: float | None, sizes: tuple[int, int], budget: int, can_fail: bool
+    ) -> None:
+        share = None if quota is None else max(1, int(quota * NUM_BLOCKS))
+        self.cache = PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, None, share)
+        self.tiers = Tiers(self.cache, *sizes, 4, quota) if any(sizes) else None
+        self.tables = BlockTables(self.cache, self.tiers)
+        self.scheduler = Scheduler(self.tables, 4, budget)
+        self.now = 0.0
+        self.pins = Pins(self.cache, NUM_BLOCKS - MAX_TOKENS // SIZE - 1, lambda: self.now)
+        self.ranks, self.in_flight, self.can_fail = Ranks(), deque[Schedule](), can_fail
+        self.requests: list[Request] = []
+        self.prompts: list[tuple[str, list[int]]] = []
+
+    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, max_tokens=st.integers(1, 3))
+    def add(self, salt: str, tokens: list[int], max_tokens: int) -> None:
+        self.prompts.append((salt, tokens))
+        request = make_request(str(len(self.prompts)), tokens, salt, max_tokens, self.hash)
+        self.requests.append(request)
+        self.scheduler.add(request)
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data())
+    def add_again(self, data: st.DataObject) -> None:
+        salt, tokens = data.draw(st.sampled_from(self.prompts))
+        self.add(salt, tokens, 2)
+
+    @rule()
+    def submit(self) -> None:
+        if len(self.in_flight) < 2 and (schedule := self.scheduler.schedule()) is not None:
+            self.in_flight.append(schedule)
+        self.pump()
+
+    @rule(steps=st.integers(1, 8), token=st.integers(0, 1), moving=st.booleans())
+    def run(self, steps: int, token: int, moving: bool) -> None:
+        for _ in range(steps):
+            self.submit()
+            if moving:
+                self.work_off(random.Random(steps))
+            if self.in_flight:
+                self.complete(token)
+            self.everything_is_what_it_seems()
+
+    @precondition(lambda self: self.in_flight)
+    @rule(token=st.integers(0, 1))
+    def complete(self, token: int) -> None:
+        schedule = self.in_flight.popleft()
+        failed = self.ranks.step(schedule)
+        self.scheduler.complete(schedule, failed)
+        for entry in schedule.entries:
+            if not entry.samples or entry.is_void:
+                continue
+            if entry.row in failed:
+                self.finish(entry.request, FinishReason.ERROR)
+                continue
+            self.ranks.rows[entry.row].tokens.append(token)
+            entry.request.generated.append(token)
+            if len(entry.request.generated) >= entry.request.max_tokens:
+                self.finish(entry.request, FinishReason.LENGTH)
+        for entry in schedule.entries:  # the shards sample for those too whose token nobody wants any more
+            if entry.samples and entry.is_void and entry.row in self.ranks.rows:
+                self.ranks.rows[entry.row].tokens.append(token)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        self.requests.remove(request)
+        assert reason is not FinishReason.ERROR or request in self.ranks.spoilt, "failed by another's fault"
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), really=RARELY)
+    def abort(self, data: st.DataObject, really: bool) -> None:
+        if really:
+            self.finish(data.draw(st.sampled_from(self.requests)), FinishReason.ABORT)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), really=st.booleans())
+    def spoil(self, data: st.DataObject, really: bool) -> None:
+        """What it computes from now on is not finite."""
+        if really:
+            self.ranks.spoilt.add(data.draw(st.sampled_from(self.requests)))
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule()
+    def preempt(self) -> None:
+        self.scheduler._preempt(self.scheduler.running[-1])
+
+    @rule(saved=st.booleans())
+    def squeeze(self, saved: bool) -> None:
+        """All that is idle on the device has to leave it, saved before or not."""
+        for _ in range(20):
+            if not saved or self.tiers is None or self.tiers.can_take(self.cache.num_available):
+                break
+            self.pump()
+            self.work_off(random.Random(0))
+        for block in self.cache.allocate(self.cache.num_available):
+            self.cache.release_block(block, Use.COMPUTE, None)
+
+    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, late=st.integers(0, 3))
+    def visit(self, salt: str, tokens: list[int], late: int) -> None:
+        """A request comes when all that was verified is below, and others may come in between."""
+        self.run(4, 0, True)
+        self.squeeze(True)
+        self.add(salt, tokens, 2)
+        self.submit()
+        if late != 3:
+            self.run(late + 1, 1, True)
+
+    @precondition(lambda self: any(self.ranks.jobs.values()))
+    @rule(data=st.data())
+    def execute(self, data: st.DataObject) -> None:
+        tier = data.draw(st.sampled_from([tier for tier in Tier if self.ranks.jobs[tier]]))
+        failing = data.draw(st.sets(st.integers(0, 5), max_size=2)) if self.can_fail else set()
+        self.ranks.execute(tier, failing)
+
+    @precondition(lambda self: self.ranks.results)
+    @rule()
+    def deliver(self) -> None:
+        assert self.tiers is not None
+        self.tiers.finished(self.ranks.results.pop(0))
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data(), ttl=st.sampled_from([0.0, 2.0]))
+    def pin(self, data: st.DataObject, ttl: float) -> None:
+        salt, tokens = data.draw(st.sampled_from(self.prompts))
+        chain: list[CachedBlock] = []
+        self.cache.match(TokenBlocks(sha256(salt.encode()), SIZE, tokens, self.hash), len(tokens) // SIZE, chain)
+        try:
+            self.pins.pin(chain, ttl)
+        except InvalidValueError:
+            self.pins.clear()
+
+    @rule()
+    def wait(self) -> None:
+        self.now += 1.0
+        self.pins.expire()
+
+    @rule(really=RARELY)
+    def reset(self, really: bool) -> None:
+        if not really:
+            return
+        self.pins.clear()
+        self.cache.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
+
+    @invariant()
+    def everything_is_what_it_seems(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.scheduler.check_integrity()
+        for node in self.cache._index.values():
+            if node.verified:
+                self.check_block(node, finite=True)
+            elif not self.cache.pool.is_used(node.block):
+                self.check_block(node, finite=False)
+        if self.tiers is not None:
+            self.check_tiers()
+
+    def check_block(self, node: CachedBlock, finite: bool) -> None:
+        path = [node]
+        while path[-1].parent is not None:
+            path.append(path[-1].parent)
+        data = b"".join(each.tokens for each in reversed(path))
+        tokens = tuple(int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), 4))
+        for slot in range(SIZE):
+            seen = self.ranks.memory[node.block, slot]
+            assert (seen.namespace, seen.tokens) == (node.namespace, tokens[: len(tokens) - SIZE + slot + 1])
+            assert seen.finite or not finite, "not finite, and shared as if it were"
+
+    def check_tiers(self) -> None:
+        tiers = self.tiers
+        assert tiers is not None
+        for node in [*tiers._unsaved, *tiers._saving]:
+            assert node.cached and not self.cache.pool.is_used(node.block)
+        assert not tiers._unsaved.keys() & tiers._saving
+        if not tiers.busy:
+            for tier, index in tiers._tiers.items():
+                assert {entry.key.digest for entry in index} == self.ranks.stored[tier].keys()
+                for entry in index:
+                    assert all(slot.finite for slot in self.ranks.stored[tier][entry.key.digest])
+                assert not index.incoming and not any(entry.busy for entry in index)
+        if not self.can_fail:
+            damaged = sum(tiers.stats()[tier.value]["damaged"] for tier in tiers._tiers)
+            assert not damaged, "a tier was believed to hold what it did not"
+
+    def pump(self) -> None:
+        if self.tiers is None:
+            return
+        self.tiers.pump()
+        while self.tiers.outbox:
+            job = self.tiers.outbox.popleft()
+            self.ranks.jobs[job.tier].append(job)
+
+    def teardown(self) -> None:
+        """All that is left comes to its end, and leaves nothing behind."""
+        if not hasattr(self, "cache"):
+            return
+        chance = random.Random(0)
+        for _ in range(2000):
+            if not self.requests and not self.in_flight:
+                break
+            self.submit()
+            self.work_off(chance)
+            if self.in_flight:
+                self.complete(0)
+            self.everything_is_what_it_seems()
+        assert not self.requests, "a request waits for ever"
+        self.now += 100.0
+        self.pins.expire()
+        self.cache.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
+            for _ in range(50):
+                self.pump()
+                self.work_off(chance)
+            assert not self.tiers.busy
+        self.everything_is_what_it_seems()
+        assert self.cache.pool.num_free == NUM_BLOCKS
+        assert not self.tables._computing
+
+    def work_off(self, chance: random.Random) -> None:
+        for tier in Tier:
+            while self.ranks.jobs[tier] and chance.random() < 0.8:
+                self.ranks.execute(tier, set())
+        while self.ranks.results:
+            assert self.tiers is not None
+            self.tiers.finished(self.ranks.results.pop(0))
+
+
+class CollidingMachine(TablesMachine):
+    """With digests of 8 bits."""
+
+    hash: Hash = staticmethod(lambda data: sha256(data)[:1])
+
+
+for machine in (TablesMachine, CollidingMachine):
+    machine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestTables = TablesMachine.TestCase
+TestColliding = CollidingMachine.TestCase

@@ -1,0 +1,324 @@
+"""The engine on a group that has no model: whatever joins, leaves or is preempted, each request gets its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise.runtime.engine import engine as engine_module
+from headwise.runtime.engine.block_tables import BlockTables
+from headwise.runtime.engine.engine import Engine, Sink
+from headwise.runtime.engine.request import FinishReason
+from headwise.runtime.engine.scheduler import Scheduler
+from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, load_tokenizer
+from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.pins import Pins
+from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.output import TextStream
+from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
+from tests.plain_group import POISON, VOCAB, Bench, Letters, PlainGroup, alone, make_request
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_every_request_gets_the_tokens_it_would_get_alone(depth: int, data: st.DataObject) -> None:
+    blocks = data.draw(st.integers(7, 20), "blocks")
+    rows, budget = data.draw(st.integers(1, 5), "rows"), data.draw(st.integers(1, 30), "budget")
+    bench = Bench(blocks, rows, budget, depth, data.draw(st.integers(1, 30), "mixed"))
+    prompt = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14)
+    poisoned = st.just([1, POISON, 2])
+    stops = st.sets(st.integers(0, VOCAB - 1), max_size=2).map(tuple)
+    # 14 prompt and 14 generated tokens are 7 blocks: each fits alone, not all together.
+    drawn = st.tuples(prompt | prompt | prompt | poisoned, st.integers(1, 14), stops, st.integers(0, 3))
+    todo = [
+        make_request(str(i), *fields) for i, fields in enumerate(data.draw(st.lists(drawn, max_size=8), "requests"))
+    ]
+    requests, aborted = list(todo), set()
+    for _ in range(3000):
+        if todo and data.draw(st.integers(0, 2)) == 0:
+            bench.add(todo.pop())
+        if bench.got and data.draw(st.integers(0, 19)) == 0:
+            name = data.draw(st.sampled_from([key.split("#")[0] for key in bench.got]))
+            aborted.add(name)
+            bench.engine.abort(name)
+            bench.check_books()
+        bench.step()
+        if not todo and not bench.engine.has_work:
+            break
+    bench.check_idle()
+    for request in requests:
+        tokens, reason = alone(request)
+        if bench.ended[request.key] is FinishReason.ABORT:
+            assert request.request_id in aborted
+            assert bench.got[request.key] == tokens[: len(bench.got[request.key])]
+        else:
+            assert (bench.got[request.key], bench.ended[request.key]) == (tokens, reason)
+        assert request.generated == bench.got[request.key]
+    assert bench.engine.num_generated_tokens == sum(map(len, bench.got.values()))
+
+
+def test_depth_two_keeps_two_steps_in_flight_and_gives_the_same_tokens() -> None:
+    got = []
+    for depth in (1, 2):
+        bench = Bench(depth=depth)
+        for i in range(6):
+            bench.add(make_request(str(i), list(range(i + 1)), 10))
+        bench.run()
+        bench.check_idle()
+        assert bench.group.max_in_flight == depth
+        got.append(bench.got)
+    assert got[0] == got[1] and all(len(tokens) == 10 for tokens in got[0].values())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_preemption_does_not_change_tokens(depth: int) -> None:
+    bench = Bench(blocks=7, depth=depth)
+    requests = [make_request(str(i), [i] * 6, 14, seed=i) for i in range(5)]
+    for request in requests:
+        bench.add(request)
+    bench.run()
+    bench.check_idle()
+    assert bench.engine.stats()["num_preemptions"] > 0
+    assert bench.got == {request.key: alone(request)[0] for request in requests}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_least_that_a_request_needs_is_enough(depth: int, rows: int) -> None:
+    """A row and blocks that a step in flight holds on to are waited for, and none waits for ever."""
+    bench = Bench(blocks=3, rows=rows, depth=depth)
+    free = make_request("free", [1, 2, 3, 4, 5], 7)
+    tokens, _ = alone(free)
+    requests = [make_request(str(i), [1, 2, 3, 4, 5], 7, stop=(tokens[2],)) for i in range(3)]
+    requests.append(free)
+    for request in requests:
+        bench.add(request)
+    bench.run()
+    bench.check_idle()
+    assert bench.got == {request.key: alone(request)[0] for request in requests}
+
+
+def test_abort_while_a_step_is_in_flight() -> None:
+    bench = Bench(depth=2)
+    leaving, staying = make_request("leaving", [1, 2, 3], 20), make_request("staying", [4, 5], 20)
+    bench.add(leaving)
+    bench.add(staying)
+    bench.step()
+    assert leaving.num_in_flight == 1
+    bench.engine.abort("leaving")
+    bench.engine.abort("leaving")
+    bench.engine.abort("nobody")
+    assert bench.ended == {"leaving#0": FinishReason.ABORT} and len(bench.got["leaving#0"]) == 1
+    assert leaving.row >= 0 and leaving.block_ids, "the step in flight still writes there"
+    late = make_request("late", [1, 2, 3], 20)
+    bench.add(late)
+    bench.step()
+    assert leaving.row == -1 and not leaving.block_ids
+    bench.run()
+    bench.check_idle()
+    assert bench.got["staying#0"] == alone(staying)[0] and bench.got["late#0"] == alone(late)[0]
+
+
+def test_abort_of_a_request_that_waits() -> None:
+    bench = Bench(rows=1)
+    first, second = make_request("first", [1], 3), make_request("second", [2], 3)
+    bench.add(first)
+    bench.add(second)
+    bench.engine.step()
+    bench.engine.abort("second")
+    assert bench.ended == {"second#0": FinishReason.ABORT} and bench.got["second#0"] == []
+    bench.run()
+    bench.check_idle()
+    assert bench.got["first#0"] == alone(first)[0]
+
+
+def test_a_stop_seen_while_the_next_step_is_in_flight_adds_no_token() -> None:
+    free = make_request("free", [3, 1, 4], 12)
+    tokens, _ = alone(free)
+    stop = next(token for token in tokens[1:] if token not in tokens[:1])
+    bench = Bench(depth=2)
+    bench.add(make_request("stopped", [3, 1, 4], 12, stop=(stop,), stop_token_ids=[stop]))
+    bench.run()
+    bench.check_idle()
+    assert bench.got["stopped#0"] == tokens[: tokens.index(stop) + 1]
+    assert bench.ended["stopped#0"] is FinishReason.STOP
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_stop_string_seen_while_the_next_step_is_in_flight_adds_no_text(depth: int) -> None:
+    free = make_request("free", [3, 1, 4], 12)
+    tokens, _ = alone(free)
+    text = Letters().add(tokens)
+    stop = text[4:6]
+    at = text.find(stop)
+    bench = Bench(depth=depth)
+    samples = [make_request("a", [3, 1, 4], 12, index=0), make_request("a", [3, 1, 4], 12, seed=1, index=1)]
+    bench.add(samples[0], stop=(stop,))
+    bench.add(samples[1], stop=())
+    bench.run()
+    bench.check_idle()
+    assert (bench.text["a#0"], bench.got["a#0"]) == (text[:at], tokens[: at + 2])
+    assert samples[0].finish_reason is FinishReason.STOP and samples[0].stop_reason == stop
+    assert bench.text["a#1"] == Letters().add(alone(samples[1])[0])
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_min_tokens_keep_a_stop_token_from_ending_the_output(depth: int) -> None:
+    """The shards do not choose one before; an engine that is given one all the same goes on."""
+    tokens, _ = alone(make_request("free", [3, 1, 4], 6))
+    bench = Bench(depth=depth)
+    bench.add(make_request("a", [3, 1, 4], 6, stop=tuple(set(tokens)), min_tokens=4))
+    bench.run()
+    assert bench.got["a#0"] == tokens[:5]
+
+
+def test_a_row_that_fails_ends_alone() -> None:
+    bench = Bench(depth=2)
+    bad, good = make_request("bad", [1, POISON], 8), make_request("good", [1, 2], 8)
+    bench.add(bad)
+    bench.add(good)
+    bench.run()
+    bench.check_idle()
+    assert bench.ended["bad#0"] is FinishReason.ERROR and bad.error == "not finite" and bench.got["bad#0"] == []
+    assert bench.got["good#0"] == alone(good)[0]
+
+
+def test_calls_to_shards_come_after_the_steps_in_flight() -> None:
+    bench = Bench(depth=2)
+    request = make_request("a", [1, 2], 8)
+    bench.add(request)
+    bench.step()
+    assert bench.group.plans
+    assert bench.engine.call_shards("stats") == ["stats"]
+    bench.run()
+    bench.check_idle()
+    assert bench.got["a#0"] == alone(request)[0]
+
+
+def test_an_output_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.add(make_request("a", [1], 8))
+    bench.step()
+    monkeypatch.setattr(bench.group, "collect", lambda: StepOutput(7))
+    with pytest.raises(RuntimeError, match="step 7"):
+        bench.engine.step()
+
+
+def test_a_request_that_nothing_can_schedule_is_an_error_and_not_a_hang() -> None:
+    bench = Bench(blocks=1)
+    bench.add(make_request("a", [1] * 10, 8))
+    with pytest.raises(RuntimeError, match="none can be scheduled"):
+        bench.engine.step()
+
+
+def test_what_is_new_is_delivered_once_a_step_to_each_sink() -> None:
+    bench = Bench(depth=2)
+    shared: list[list[str]] = []
+    own: list[list[str]] = []
+
+    def to(calls: list[list[str]]) -> Sink:
+        return lambda new: calls.append([delta.request.request_id for delta in new])
+
+    both = to(shared)
+    for name, sink in (("a", both), ("b", both), ("c", to(own))):
+        bench.engine.add(make_request(name, [1], 3), None, sink)
+    bench.engine.step()
+    bench.engine.step()
+    assert shared == [["a", "b"]] * 2 and own == [["c"]] * 2
+    bench.engine.abort("b")
+    assert shared[2:] == [["b"]]
+
+
+def test_stats_count() -> None:
+    bench = Bench(blocks=12)
+    bench.add(make_request("a", [1, 2, 3], 5))
+    assert bench.engine.stats()["num_waiting"] == 1 and bench.text["a#0"] == ""
+    assert bench.engine.request_ids == {"a"}
+    bench.engine.step()
+    stats = bench.engine.stats()
+    assert (stats["num_running"], stats["num_waiting"], stats["num_steps"], stats["num_generated_tokens"]) == (
+        1,
+        0,
+        1,
+        1,
+    )
+    assert (stats["num_blocks"], stats["num_free_blocks"], stats["num_preemptions"]) == (12, 11, 0)
+    bench.run()
+    assert bench.engine.stats()["num_generated_tokens"] == 5 and bench.engine.request_ids == set()
+
+
+class InstantGroup(PlainGroup):
+    """Answers at once, with tokens of English text; plans and outputs go through the codec, as between processes."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        super().__init__()
+        self._token_ids = token_ids
+
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(encode_plan(plan))
+
+    def collect(self) -> StepOutput:
+        plan = decode_plan(self.plans.popleft())
+        at = [(row, self._token_ids[(plan.step + 37 * row) % len(self._token_ids)]) for row, _ in plan.computes]
+        return decode_output(encode_output(StepOutput(plan.step, at, seconds=0.02)))
+
+
+def test_a_decode_step_of_32_streams_takes_little_processor_time(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer is not None
+    group = InstantGroup(tokenizer.encode("It was the best of times, it was the worst of times. 🦊 " * 9))
+    cache = PrefixCache(BlockPool(32 * 26), 16)
+    tables = BlockTables(cache)
+    engine = Engine(group, tables, Scheduler(tables, 32, 1024), 2, Pins(cache, 0), KvEvents(1))
+    for i in range(32):
+        text = TextStream(IncrementalDetokenizer(tokenizer), stop=("\n\n", "User:"), include_stop=False)
+        engine.add(make_request(str(i), [5] * 9, 400), text, lambda new: None)
+    engine.step()
+    taken = []
+    for _ in range(4):
+        before = engine.stats()["engine_cpu_seconds"]
+        for _ in range(50):
+            engine.step()
+        taken.append((engine.stats()["engine_cpu_seconds"] - before) / 50)
+    assert engine.num_generated_tokens == 201 * 32
+    assert min(taken) < 1.5e-3, taken
+
+
+class Clock:
+    """Stands for the module ``time``: it goes on only when it is told to."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = thread_time = perf_counter
+
+    def slow(self, function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.now += seconds
+            return function(*args)
+
+        return call
+
+
+def test_stats_time_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, bench = Clock(), Bench()
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(bench.engine._scheduler, "schedule", clock.slow(bench.engine._scheduler.schedule, 1))
+    monkeypatch.setattr(bench.group, "submit", clock.slow(bench.group.submit, 2))
+    monkeypatch.setattr(bench.group, "collect", clock.slow(bench.group.collect, 4))
+    monkeypatch.setattr(bench, "_sink", clock.slow(bench._sink, 8))
+    bench.add(make_request("a", [1, 2, 3], 3))
+    for steps in (1, 2, 3):
+        bench.engine.step()
+        seconds = bench.engine.stats()["engine_seconds"]
+        assert seconds == {"schedule": steps, "submit": 2 * steps, "collect": 4 * steps, "emit": 8 * steps}
+        assert bench.engine.stats()["engine_cpu_seconds"] == 15 * steps
