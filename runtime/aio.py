@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.engine.engine import Delta, Engine
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.start import start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -40,7 +41,7 @@ class AsyncLLM:
 
     Attributes:
         inputs: the validator of what users hand in.
-        config, dtype, num_blocks: what it was built with.
+        config, dtype: what it was built with.
         failure: what ended the engine, once it has ended.
     """
 
@@ -54,7 +55,7 @@ class AsyncLLM:
         """
         self._started = start_engine(config, quiet)
         self.config, self.model_path = config, self._started.model_path
-        self.dtype, self.num_blocks = self._started.spec.dtype, self._started.num_blocks
+        self.dtype = self._started.spec.dtype
         self.inputs: InputProcessor = self._started.inputs
         self.failure: BaseException | None = None
         self.max_queued_requests = max_queued_requests
@@ -70,6 +71,11 @@ class AsyncLLM:
     def engine(self) -> Engine:
         """For what may be read from any thread; everything else goes through :meth:`call`."""
         return self._started.engine
+
+    @property
+    def num_blocks(self) -> int:
+        """How many KV blocks each rank has."""
+        return self.engine.generation.cache.pool.num_blocks
 
     @property
     def num_streams(self) -> int:
@@ -140,7 +146,7 @@ class AsyncLLM:
     def check_shards(self) -> None:
         """Ends the engine if its shards have died while nothing ran, which no step has noticed."""
         self._event_loop = asyncio.get_running_loop()
-        death = self._started.group.death
+        death = self.engine.generation.group.death
         if death is not None and self.failure is None:
 
             def fail(engine: Engine) -> None:
@@ -197,7 +203,7 @@ class AsyncLLM:
 
     def _fail(self, error: BaseException) -> None:
         """On the engine's thread, which has ended."""
-        self._started.engine.events.close()
+        self.engine.events.close()
 
         def tell() -> None:
             self.failure = error

@@ -15,14 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headwise.cluster.group import ShardGroup
 from headwise.runtime.config import EngineConfig, engine_config
-from headwise.runtime.engine.engine import Delta, Engine
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt
 from headwise.runtime.kv.events import KvEvents, Subscription
-from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
+from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.start import Started, start_engine
 from headwise.workers.errors import InvalidValueError
@@ -127,7 +127,6 @@ class LLM:
         started = start_engine(self.config, quiet)
         self.model_path = started.model_path
         self._inputs: InputProcessor = started.inputs
-        self._group: ShardGroup = started.group
         self._quiet = quiet
         self._numbers = itertools.count()
         self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()

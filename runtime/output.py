@@ -1,12 +1,42 @@
-"""What a user gets back, and the text side of a request: detokenizing and stop strings."""
+"""What a user gets back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+import time
 from dataclasses import dataclass, field
 
-from headwise.runtime.engine.request import FinishReason, RequestMetrics
-from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended: a stop token or string; its token limit; abort(); or it failed alone."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds on the monotonic clock, 0 is not yet; and counts.
+
+    Attributes:
+        num_cached_tokens: prompt tokens that were not computed but found in the prefix cache, on whatever tier.
+        num_restored_tokens: those of them that came back from host memory or disk.
+    """
+
+    arrival: float = field(default_factory=time.monotonic)
+    first_scheduled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_restored_tokens: int = 0
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from arrival to the first token; 0 without one."""
+        return self.first_token - self.arrival if self.first_token else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,52 +85,3 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
-
-
-class TextStream:
-    """Turns one sample's tokens into text, piece by piece, and finds its stop strings.
-
-    A piece never splits a character, and never holds what may still turn out to be the start of a stop string.
-    """
-
-    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str], include_stop: bool) -> None:
-        self._detokenizer, self._stop, self._include_stop = detokenizer, stop, include_stop
-        self._held = ""
-
-    def add(self, token_ids: Sequence[int], searching: bool = True) -> tuple[str, str | None]:
-        """Returns the new text and the stop string that ends it, if one is complete now.
-
-        ``searching``: whether a stop string may end it yet; text let through before is not searched again.
-        """
-        return self._search(self._detokenizer.add(token_ids), searching)
-
-    def flush(self, searching: bool = True) -> tuple[str, str | None]:
-        """The rest, once no token will follow; what was held back may still complete a stop string."""
-        piece, stop = self._search(self._detokenizer.flush(), searching)
-        if stop is None:
-            piece, self._held = piece + self._held, ""
-        return piece, stop
-
-    def _search(self, new: str, searching: bool) -> tuple[str, str | None]:
-        if not self._stop:
-            return new, None
-        text = self._held + new
-        if not searching:
-            return text, None
-        found = min(((text.find(stop), -len(stop), stop) for stop in self._stop if stop in text), default=None)
-        if found is not None:
-            at, _, stop = found
-            self._held = ""
-            return text[: at + len(stop) if self._include_stop else at], stop
-        keep = _partial_stop(text, self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], None
-
-
-def _partial_stop(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of ``text`` that is the start of a stop string."""
-    longest = max(map(len, stops), default=0) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0

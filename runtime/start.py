@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from headwise.cluster.group import Progress, ShardGroup
 from headwise.cluster.local import LocalShardGroup
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine.engine import Engine
-from headwise.runtime.engine.generation import prefix_caching, tier_sizes
+from headwise.runtime.engine.generation import GenerationFactory
 from headwise.runtime.engine.scheduler import Scheduler
+from headwise.runtime.engine.tier_sizes import tier_sizes
 from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.inputs.tokenizer import load_tokenizer
+from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
 from headwise.runtime.warmup import prepare_kernels
@@ -32,17 +35,17 @@ from headwise.workers.spec import ShardSpec
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """An engine that is ready, and what hands it requests."""
+
     model_path: Path
     inputs: InputProcessor
-    group: ShardGroup
     engine: Engine
     spec: ShardSpec
-    num_blocks: int
 
     def close(self) -> None:
         """Ends the shards; call it once the engine's thread has ended. Idempotent."""
         self.inputs.close()
-        self.group.close()
+        self.engine.generation.close()
 
 
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
@@ -66,28 +69,21 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
         )
     if spec.device == "cpu":
         prepare_kernels(quiet)
-    group = make_group(config, spec)
-    try:
-        with _load_progress(quiet) as progress:
-            num_blocks = group.start(progress, config.num_blocks)
-        num_tokens = num_blocks * config.block_size
-        if num_tokens < max_model_len:
-            raise InvalidValueError(
-                "num_blocks", num_blocks, f"holds {num_tokens} tokens, max_model_len={max_model_len} needs more"
-            )
-        if not quiet:
-            blocks = f"{num_blocks:,} blocks of {config.block_size}"
-            print(f"KV memory: {num_tokens:,} tokens in {blocks}", file=sys.stderr)
-        caching = prefix_caching(config, group, num_blocks, max_model_len, sizes)
-    except BaseException:
-        group.close()
-        raise
+    # Later engines have later epochs, so that a router can tell a restart from a gap.
+    events = KvEvents(time.time_ns() // 1_000_000)
+    factory = GenerationFactory(config, lambda: make_group(config, spec), max_model_len, sizes, events)
+    with _load_progress(quiet) as progress:
+        generation = factory.make(progress)
+    if not quiet:
+        num_blocks = generation.cache.pool.num_blocks
+        tokens, blocks = f"{num_blocks * config.block_size:,} tokens", f"{num_blocks:,} blocks of {config.block_size}"
+        print(f"KV memory: {tokens} in {blocks}", file=sys.stderr)
     mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
-    scheduler = Scheduler(caching.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
-    engine = Engine(group, caching.tables, scheduler, config.pipeline_depth, caching.pins, caching.events)
+    scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
+    engine = Engine(generation, scheduler, events, config.pipeline_depth)
     grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
     inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
-    return Started(path, inputs, group, engine, spec, num_blocks)
+    return Started(path, inputs, engine, spec)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

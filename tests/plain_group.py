@@ -6,21 +6,25 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from headwise.cluster.group import Progress, ShardGroup
 from headwise.runtime.engine.block_tables import BlockTables
-from headwise.runtime.engine.engine import Delta, Engine
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.generation import Generation
+from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Scheduler
+from headwise.runtime.engine.text import Delta, TextStream
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
+from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
-from headwise.runtime.output import TextStream
+from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 from headwise.workers.plan import (
@@ -182,7 +186,7 @@ IDENTITY = KvIdentity("model", "float32", BLOCK)
 class Letters:
     """A detokenizer: token 0 is a, 1 is b."""
 
-    def add(self, token_ids: list[int]) -> str:
+    def add(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(ord("a") + token) for token in token_ids)
 
     def flush(self) -> str:
@@ -238,10 +242,11 @@ class Bench:
         self.events = KvEvents(1)
         share = None if quota is None else max(1, int(quota * blocks))
         self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_namespace=share, **cache)
-        self.tiers = Tiers(self.cache, *tiers, blocks, quota, self.events) if any(tiers) else None
-        tables = BlockTables(self.cache, self.tiers)
-        scheduler = Scheduler(tables, rows, budget, mixed)
-        self.engine = Engine(self.group, tables, scheduler, depth, Pins(self.cache, blocks - 8), self.events)
+        ledger = Ledger(self.group.transfer, self.group.transferred, 1)
+        self.tiers = Tiers(self.cache, ledger, *tiers, blocks, quota, self.events) if any(tiers) else None
+        tables, pins = BlockTables(self.cache, self.tiers), Pins(self.cache, blocks - 8)
+        generation = Generation(1, self.group, self.cache, tables, ledger, self.tiers, pins)
+        self.engine = Engine(generation, Scheduler(tables, rows, budget, mixed), self.events, depth)
         self.requests: list[Request] = []
         self.got: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}
@@ -251,7 +256,7 @@ class Bench:
         """Args: ``stop``: strings that end it; None is without text."""
         self.requests.append(request)
         self.got[request.key], self.text[request.key] = [], ""
-        text = None if stop is None else TextStream(Letters(), stop, include_stop=False)  # type: ignore[arg-type]
+        text = None if stop is None else TextStream(Letters(), stop, include_stop=False)
         self.engine.add(request, text, self._sink)
 
     def run(self) -> None:
@@ -268,7 +273,7 @@ class Bench:
     def check_books(self) -> None:
         """Every row is held by at most one request; the blocks' books agree with what the requests hold."""
         self.engine.check_integrity()
-        rows = [request.row for request in self.requests if request.row >= 0]
+        rows = [request.seat.row for request in self.requests if request.seat is not None]
         assert len(rows) == len(set(rows))
 
     def check_idle(self) -> None:

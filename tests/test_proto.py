@@ -43,7 +43,7 @@ def test_a_request_survives_the_wire() -> None:
 
 
 def test_finish_reasons_are_those_of_the_runtime() -> None:
-    from headwise.runtime.engine.request import FinishReason
+    from headwise.runtime.output import FinishReason
 
     names = {name.removeprefix("FINISH_REASON_").lower() for name in inference_pb2.FinishReason.keys()}  # noqa: SIM118
     assert names == {str(reason) for reason in FinishReason} | {"unspecified"}

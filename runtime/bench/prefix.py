@@ -267,12 +267,10 @@ def manager_cost(tokens: int = MANAGER_TOKENS, block_size: int = 16, repeats: in
             request = Request("0", prompt, SamplingParams(), RowSampling(), 1)
             request.token_blocks = TokenBlocks(bytes(32), block_size, prompt)
             clock.append(time.perf_counter())
-            tables.enter(request)
+            tables.admit(request, 0)
             clock.append(time.perf_counter())
-            request.num_computed = tokens
-            tables.share(request)
+            tables.publish(request, tokens)
             clock.append(time.perf_counter())
-            tables.verify(request, tokens)
             tables.leave(request)
             clock.append(time.perf_counter())
             took = [after - before for before, after in pairwise(clock)]

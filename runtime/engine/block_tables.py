@@ -1,61 +1,84 @@
-"""BlockTables: every request's blocks; which it found, which it computes itself, and which it shares."""
+"""BlockTables: every request's blocks; which it found, which it computes itself, and which others may use."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 
-from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.request import Request, Seat, seat_of
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.tier_index import TierBlock
 from headwise.runtime.kv.tiers import Tiers
 
 
-class Entry(enum.Enum):
-    """Whether a waiting request got its blocks: it did; others compute or restore what it waits for, and those behind
-    it may go first; or there is no room."""
+class Admission(enum.Enum):
+    """What came of a waiting request's turn: it has a seat; it waits for blocks that others compute or restore, and
+    the requests behind it may go first; or there is no room for it."""
 
-    ENTERED = enum.auto()
+    SEATED = enum.auto()
     LATER = enum.auto()
     NO_ROOM = enum.auto()
 
 
-class BlockTables:
-    """Gives requests their blocks and takes them back. Only the scheduler calls it.
+@dataclass(slots=True)
+class _Search:
+    """What a waiting request has found so far.
 
-    A request's table is ``block_ids``. Its ``chain`` is what the cache holds for the first of them: usually the same
-    memory; where another request computed the same block first, both are held until the request leaves.
+    Attributes:
+        chain: the cached blocks that held its first tokens when it last looked; not held, so a guess by now.
+        awaits: the digest of a block that another request computes or restores.
+        restoring: blocks are on their way from the tiers to the device for the request.
+        came_short: not all of them arrived; the request computes what is missing.
     """
+
+    chain: list[CachedBlock] = field(default_factory=list)
+    awaits: bytes | None = None
+    restoring: bool = False
+    came_short: bool = False
+
+
+class BlockTables:
+    """Gives requests their seats' blocks and takes them back. Only the scheduler calls it."""
 
     def __init__(self, cache: PrefixCache, tiers: Tiers | None = None) -> None:
         self.cache, self.tiers = cache, tiers
         self._block_size = cache.block_size
-        self._computing: dict[bytes, Request] = {}  # who computes or restores a block that is not cached yet
+        self._searches: dict[Request, _Search] = {}  # of requests that wait
+        self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def enter(self, request: Request) -> Entry:
-        """Gives a request blocks for all its tokens and the next one, the first of them from the cache if they are
-        there, and sets ``num_computed``. At least one token is left to compute."""
-        if request.restoring or (request.awaits is not None and self._is_coming(request.awaits)):
-            return Entry.LATER
-        limit = self._match(request)
-        chain = request.chain
-        if self._is_computed_by_another(request, limit):
-            return Entry.LATER
-        # So that no prefill is preempted half-way by a later one.
-        missing = self.blocks_for(request.num_tokens + 1) - len(chain)
+    def admit(self, request: Request, row: int) -> Admission:
+        """Gives a request a seat, if it can have one now, with blocks for all its tokens and the next one. Its first
+        blocks come from the cache where they are there; at least one token is left to compute."""
+        search = self._searches.setdefault(request, _Search())
+        if search.restoring or (search.awaits is not None and self._is_coming(search.awaits)):
+            return Admission.LATER
+        limit = self._match(request, search.chain)
+        if self._waits_for_another(request, search, limit):
+            return Admission.LATER
+        chain = search.chain
+        # For all tokens at once, so that no prefill is preempted half-way by a later one.
+        missing = self._blocks_for(request.num_tokens + 1) - len(chain)
         if missing > self.cache.num_available - self.cache.num_idle_in(chain):
-            return Entry.NO_ROOM
+            return Admission.NO_ROOM
         self.cache.hold(chain, Use.COMPUTE)
-        if self.tiers is not None and (entry := self._restore(request, limit, missing)) is not None:
+        if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing)) is not None:
             self.cache.release(chain, Use.COMPUTE)
-            return entry
-        self._enter(request, missing)
-        return Entry.ENTERED
+            return answer
+        del self._searches[request]
+        self._seat(request, row, chain, missing)
+        return Admission.SEATED
+
+    def forget(self, request: Request) -> None:
+        """A waiting request has ended."""
+        self._searches.pop(request, None)
+
+    def missing(self, seat: Seat, num_tokens: int) -> int:
+        """How many blocks more a seat needs for so many tokens; not above 0 if none."""
+        return self._blocks_for(num_tokens) - len(seat.block_ids)
 
     def grow(self, request: Request, num_tokens: int) -> list[int]:
         """Makes the table long enough for so many tokens; returns the new blocks.
@@ -63,161 +86,131 @@ class BlockTables:
         Raises:
             OutOfBlocksError: there is no room.
         """
-        new = self.cache.allocate(max(0, self.missing(request, num_tokens)), Use.COMPUTE, _namespace(request))
-        request.block_ids += new
+        seat = seat_of(request)
+        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _namespace(request))
+        seat.block_ids += new
         return new
 
-    def missing(self, request: Request, num_tokens: int) -> int:
-        """How many blocks more it needs for so many tokens; not above 0 if none."""
-        return self.blocks_for(num_tokens) - len(request.block_ids)
-
-    def share(self, request: Request) -> None:
-        """Caches the blocks that are full once the steps submitted are done, as far as their tokens are known."""
-        blocks = request.token_blocks
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Caches the full blocks of a request's first ``num_tokens``: a finite token was sampled after them, so their
+        keys and values are verified."""
+        seat, blocks = seat_of(request), request.token_blocks
+        # Of a request that was aborted, the tokens that were in flight stay unknown.
         known = len(request.prompt_token_ids) + len(request.generated)
-        full = min(request.num_computed, known) // self._block_size
-        if blocks is None or full <= request.num_offered:
+        full = min(num_tokens, known) // self._block_size
+        if blocks is None or full <= seat.num_offered:
             return
         self._read_tokens(request)
-        self._no_longer_computes(request, request.num_offered, full)
-        request.num_offered = full
-        chain = request.chain
-        for index in range(len(chain), full):
-            own = request.block_ids[index]
-            verified = (index + 1) * self._block_size <= request.num_verified
-            node = self.cache.insert(blocks, index, chain[-1] if chain else None, own, verified)
+        self._stops_computing(request, seat.num_offered, full)
+        seat.num_offered = full
+        for index in range(len(seat.chain), full):
+            own = seat.block_ids[index]
+            node = self.cache.insert(blocks, index, seat.chain[-1] if seat.chain else None, own)
             if node is None:
                 break
             if node.block != own:
                 self.cache.hold([node], Use.COMPUTE)
-            chain.append(node)
-
-    def verify(self, request: Request, num_tokens: int) -> None:
-        """A finite token was sampled from its first ``num_tokens``."""
-        if num_tokens > request.num_verified:
-            first, last = request.num_verified // self._block_size, num_tokens // self._block_size
-            self.cache.verify(request.chain[first:last])
-            request.num_verified = num_tokens
-
-    def fail(self, request: Request, failed: Sequence[Request]) -> tuple[set[CachedBlock], bool]:
-        """What was sampled is not finite: takes what it computed, and nobody has verified, out of the cache; and what
-        others computed if nobody computes with it but those who ``failed`` in this step.
-
-        Returns:
-            All that was taken out, for others may compute with it; and whether the request itself relied on blocks of
-            others that are not verified, so that the fault may be theirs.
-        """
-        chain = request.chain
-        unverified = [index for index, node in enumerate(chain) if not node.verified]
-        alone = (i for i in unverified if i >= request.num_matched or self._is_held_by(failed, chain[i]))
-        first = next(alone, None)
-        withdrawn = self.cache.withdraw(chain[first], "not_finite") if first is not None else set()
-        return withdrawn, bool(unverified) and unverified[0] < request.num_matched
+            seat.chain.append(node)
 
     def leave(self, request: Request) -> None:
-        """Takes a request's blocks back, the last first."""
-        chain = request.chain
-        self._no_longer_computes(request, request.num_offered, self._num_known_blocks(request))
-        for index in reversed(range(len(request.block_ids))):
-            own, node = request.block_ids[index], chain[index] if index < len(chain) else None
+        """Takes a request's blocks back, the last first, and its seat."""
+        seat = seat_of(request)
+        self._stops_computing(request, seat.num_offered, self._num_known_blocks(request))
+        for index in reversed(range(len(seat.block_ids))):
+            own, node = seat.block_ids[index], seat.chain[index] if index < len(seat.chain) else None
             if node is not None and node.block != own:
                 self.cache.release_block(own, Use.COMPUTE, None)
                 self.cache.release_block(node.block, Use.COMPUTE, node)
             else:
                 self.cache.release_block(own, Use.COMPUTE, node)
-        if request.finish_reason is not None:
-            self._forget_unverified(chain)
-        request.block_ids, request.chain = [], []
-        request.num_matched = request.num_offered = request.num_verified = 0
+        request.seat = None
 
     def computing(self, requests: Iterable[Request]) -> list[int]:
         """The blocks that these requests hold, once for each hold."""
         held: list[int] = []
         for request in requests:
-            held += request.block_ids
-            held += [n.block for n, own in zip(request.chain, request.block_ids, strict=False) if n.block != own]
+            seat = seat_of(request)
+            held += seat.block_ids
+            held += [n.block for n, own in zip(seat.chain, seat.block_ids, strict=False) if n.block != own]
         return held
 
-    def _match(self, request: Request) -> int:
-        """Finds its chain; returns how long it may be at most."""
-        blocks = request.token_blocks
-        if blocks is None:
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _match(self, request: Request, chain: list[CachedBlock]) -> int:
+        """Finds a request's chain; returns how long it may be at most."""
+        if request.token_blocks is None:
             return 0
         self._read_tokens(request)
         limit = (request.num_tokens - 1) // self._block_size
-        self.cache.match(blocks, limit, request.chain)
-        if request.only_verified:
-            unverified = (index for index, node in enumerate(request.chain) if not node.verified)
-            del request.chain[next(unverified, limit) :]
+        self.cache.match(request.token_blocks, limit, chain)
         return limit
 
-    def _is_computed_by_another(self, request: Request, limit: int) -> bool:
-        blocks, length = request.token_blocks, len(request.chain)
-        if blocks is None or length >= limit or request.only_verified:
+    def _waits_for_another(self, request: Request, search: _Search, limit: int) -> bool:
+        """Whether the block after the chain is on its way for another request."""
+        blocks, length = request.token_blocks, len(search.chain)
+        if blocks is None or length >= limit:
             return False
-        request.awaits = blocks.digests[length]
-        return self._is_coming(request.awaits)
+        search.awaits = blocks.digests[length]
+        return self._is_coming(search.awaits)
 
     def _is_coming(self, digest: bytes) -> bool:
         """Whether a request computes or restores a block. One that is paused may never come to compute it."""
-        owner = self._computing.get(digest)
-        return owner is not None and (owner.restoring or not owner.paused)
+        owner = self._coming.get(digest)
+        return owner is not None and (not owner.paused or self._is_restoring(owner))
 
-    def _restore(self, request: Request, limit: int, missing: int) -> Entry | None:
-        """Starts to restore what the tiers have of a request whose chain is held; None if it is to enter now."""
+    def _is_restoring(self, request: Request) -> bool:
+        search = self._searches.get(request)
+        return search is not None and search.restoring
+
+    def _ask_tiers(self, request: Request, search: _Search, limit: int, missing: int) -> Admission | None:
+        """Starts to restore what the tiers have of a request whose chain is held; None if it is to be seated now."""
         assert self.tiers is not None
-        blocks, chain = request.token_blocks, request.chain
-        wanted = missing
-        entries = []
-        if blocks is not None and len(chain) < limit and not request.restored_short:
-            entries = self.tiers.find(blocks, len(chain), limit)
-            if entries and self.tiers.worth(entries):
-                wanted = len(entries)
-            else:
-                entries = []
-        if not self.tiers.can_take(wanted):
-            return Entry.NO_ROOM
-        if blocks is None or not entries:
+        blocks, chain = request.token_blocks, search.chain
+        found: list[TierBlock] = []
+        if blocks is not None and len(chain) < limit and not search.came_short:
+            found = self.tiers.books.find(blocks, len(chain), limit)
+            if found and not self.tiers.restorer.worth(found):
+                found = []
+        if not self.tiers.saver.can_take(len(found) or missing):
+            return Admission.NO_ROOM
+        if blocks is None or not found:
             return None
-        for entry in entries:
-            self._computing.setdefault(entry.key.digest, request)
-        request.restoring = True
-        digests = [entry.key.digest for entry in entries]
-        self.tiers.restore(blocks, chain, entries, partial(self._restored, request, digests))
-        return Entry.LATER
+        for block in found:
+            self._coming.setdefault(block.key.digest, request)
+        search.restoring = True
+        self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))
+        return Admission.LATER
 
-    def _restored(self, request: Request, digests: list[bytes], arrived: int) -> None:
-        for digest in digests:
-            if self._computing.get(digest) is request:
-                del self._computing[digest]
-        request.restoring, request.restored_short = False, arrived < len(digests)
+    def _restored(self, request: Request, search: _Search, wanted: list[TierBlock], arrived: int) -> None:
+        for block in wanted:
+            if self._coming.get(block.key.digest) is request:
+                del self._coming[block.key.digest]
+        search.restoring, search.came_short = False, arrived < len(wanted)
         if not request.generated:
             request.metrics.num_restored_tokens = arrived * self._block_size
 
-    def _enter(self, request: Request, missing: int) -> None:
-        """Gives a request whose chain is held the rest of its blocks."""
-        chain = request.chain
-        request.block_ids = [node.block for node in chain]
-        request.block_ids += self.cache.allocate(missing, Use.COMPUTE, _namespace(request))
-        request.num_matched = request.num_offered = len(chain)
-        request.num_computed = len(chain) * self._block_size
-        request.awaits, request.restored_short = None, False
+    def _seat(self, request: Request, row: int, chain: list[CachedBlock], missing: int) -> None:
+        """Makes the seat of a request whose chain is held, and gives it the rest of its blocks."""
+        new = self.cache.allocate(missing, Use.COMPUTE, _namespace(request))
+        num_cached = len(chain) * self._block_size
+        request.seat = Seat(row, [node.block for node in chain] + new, chain, len(chain), num_cached)
         if request.token_blocks is None:
             return
         for digest in request.token_blocks.digests[len(chain) : self._num_known_blocks(request)]:
             if not self._is_coming(digest):
-                self._computing[digest] = request
-        if not request.metrics.num_preemptions:
-            metrics = request.metrics
-            metrics.num_cached_tokens = request.num_computed
-            metrics.num_restored_tokens = min(metrics.num_restored_tokens, request.num_computed)
-            on_device = (metrics.num_cached_tokens - metrics.num_restored_tokens) // self._block_size
+                self._coming[digest] = request
+        metrics = request.metrics
+        if not metrics.num_preemptions:
+            metrics.num_cached_tokens = num_cached
+            metrics.num_restored_tokens = min(metrics.num_restored_tokens, num_cached)
+            on_device = (num_cached - metrics.num_restored_tokens) // self._block_size
             self.cache.count_lookup(request.num_tokens, chain[:on_device])
             if self.tiers is not None:
-                self.tiers.count_lookup(request.num_tokens - on_device * self._block_size)
+                self.tiers.books.count_lookup(request.num_tokens - on_device * self._block_size)
 
     def _read_tokens(self, request: Request) -> None:
-        """Tells its blocks of the tokens that were generated since."""
+        """Tells a request's blocks of the tokens that were generated since."""
         blocks = request.token_blocks
         assert blocks is not None
         read = blocks.num_tokens - len(request.prompt_token_ids)
@@ -227,22 +220,11 @@ class BlockTables:
     def _num_known_blocks(self, request: Request) -> int:
         return len(request.token_blocks.digests) if request.token_blocks is not None else 0
 
-    def _no_longer_computes(self, request: Request, first: int, stop: int) -> None:
+    def _stops_computing(self, request: Request, first: int, stop: int) -> None:
         if request.token_blocks is not None:
             for digest in request.token_blocks.digests[first:stop]:
-                if self._computing.get(digest) is request:
-                    del self._computing[digest]
-
-    def _is_held_by(self, requests: Sequence[Request], node: CachedBlock) -> bool:
-        """Whether nobody else computes with a block."""
-        return self.cache.pool.count(node.block, Use.COMPUTE) == sum(node in request.chain for request in requests)
-
-    def _forget_unverified(self, chain: list[CachedBlock]) -> None:
-        """What an ended request left unverified stays only if somebody else computes with it, and so will tell."""
-        for node in chain:
-            if not node.verified and node.cached and not self.cache.pool.count(node.block, Use.COMPUTE):
-                self.cache.withdraw(node, "unverified")
-                return
+                if self._coming.get(digest) is request:
+                    del self._coming[digest]
 
 
 def _namespace(request: Request) -> bytes:

@@ -1,19 +1,19 @@
-"""A request: its tokens, its state and who may change it."""
+"""A request: its tokens, its state and who may change it; and its seat, which it has while it is computed."""
 
 from __future__ import annotations
 
 import enum
-import time
 from dataclasses import dataclass, field
 
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.output import FinishReason, RequestMetrics
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.plan import RowSampling, TokenLogprobs
 
 
 class RequestState(enum.Enum):
-    """Only the scheduler moves a request from one to another.
+    """Only the scheduler moves a request from one state to another.
 
     WAITING → RUNNING when it is admitted; RUNNING → WAITING when it is preempted; either → FINISHED.
     """
@@ -23,36 +23,29 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
-class FinishReason(enum.StrEnum):
-    """Why a request ended: a stop token or string; its token limit; abort(); or it failed alone."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
-
-
-@dataclass(slots=True)
-class RequestMetrics:
-    """Times in seconds on the monotonic clock, 0 is not yet; and counts.
+@dataclass(slots=True, eq=False)
+class Seat:
+    """A request's place in one generation of shards: made when the request is admitted, and thrown away once no step
+    in flight computes the request any more. What a request is and has generated outlives its seat.
 
     Attributes:
-        num_cached_tokens: prompt tokens that were not computed but found in the prefix cache, on whatever tier.
-        num_restored_tokens: those of them that came back from host memory or disk.
+        row: on every shard.
+        block_ids: the request's block table.
+        chain: the cached blocks that hold its first tokens. Usually they are the first of ``block_ids``; where another
+            request computed the same block first, both blocks are held.
+        num_offered: full blocks that were offered to the prefix cache.
+        num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
+        num_pending: tokens that steps in flight sample; nobody has seen them yet.
+        num_in_flight: steps in flight that compute the request.
     """
 
-    arrival: float = field(default_factory=time.monotonic)
-    first_scheduled: float = 0.0
-    first_token: float = 0.0
-    finished: float = 0.0
-    num_preemptions: int = 0
-    num_cached_tokens: int = 0
-    num_restored_tokens: int = 0
-
-    @property
-    def time_to_first_token(self) -> float:
-        """Seconds from arrival to the first token; 0 without one."""
-        return self.first_token - self.arrival if self.first_token else 0.0
+    row: int
+    block_ids: list[int]
+    chain: list[CachedBlock]
+    num_offered: int
+    num_computed: int
+    num_pending: int = 0
+    num_in_flight: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -63,24 +56,12 @@ class Request:
 
     Attributes:
         max_tokens: the most it may generate, the model's length already considered.
-        paused: nobody takes its tokens at present, so that none are computed.
         streamed: someone waits for each token, not just for the last.
-        num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
-        num_pending: sampled by a step in flight and not seen yet.
-        num_in_flight: steps in flight that compute it.
-        row, block_ids: on the shards; held while RUNNING, and until the last step in flight is done. -1 is none.
-        key: tells the samples of one call apart.
-        generated: tokens seen so far.
+        paused: nobody takes its tokens at present, so that none are computed.
         token_blocks: its tokens in full blocks with their digests; None takes no part in the prefix cache.
-        chain: the cached blocks that hold its first tokens; held while it holds blocks, and else only a guess.
-        num_matched: how many of them were there when it was admitted.
-        num_offered: full blocks that it has tried to share.
-        num_verified: tokens after which it has sampled a finite one.
-        attempt: counts the times it was started over; what a step computed for an earlier one is void.
-        only_verified: it failed on blocks of another request that were not verified, and does without such now.
-        awaits: the digest of a block that another request computes or restores.
-        restoring: blocks are on their way to the device for it.
-        restored_short: not all of them arrived; what is missing is computed.
+        generated: tokens seen so far.
+        seat: while it runs, and after that until the last step in flight that computes it is done.
+        key: tells the samples of one request apart.
     """
 
     request_id: str
@@ -91,24 +72,11 @@ class Request:
     index: int = 0
     streamed: bool = True
     paused: bool = False
+    token_blocks: TokenBlocks | None = None
     state: RequestState = RequestState.WAITING
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_computed: int = 0
-    num_pending: int = 0
-    num_in_flight: int = 0
-    row: int = -1
-    block_ids: list[int] = field(default_factory=list)
-    token_blocks: TokenBlocks | None = None
-    chain: list[CachedBlock] = field(default_factory=list)
-    num_matched: int = 0
-    num_offered: int = 0
-    num_verified: int = 0
-    attempt: int = 0
-    only_verified: bool = False
-    awaits: bytes | None = None
-    restoring: bool = False
-    restored_short: bool = False
+    seat: Seat | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -121,11 +89,18 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt, generated and pending tokens."""
-        return len(self.prompt_token_ids) + len(self.generated) + self.num_pending
+        return len(self.prompt_token_ids) + len(self.generated) + (self.seat.num_pending if self.seat else 0)
 
     @property
     def num_uncomputed(self) -> int:
         """How many tokens a step could compute now: none once the last token it may generate is on its way."""
-        if len(self.generated) + self.num_pending >= self.max_tokens:
+        seat = self.seat
+        if len(self.generated) + (seat.num_pending if seat else 0) >= self.max_tokens:
             return 0
-        return self.num_tokens - self.num_computed
+        return self.num_tokens - (seat.num_computed if seat else 0)
+
+
+def seat_of(request: Request) -> Seat:
+    """The seat of a request that has one."""
+    assert request.seat is not None, f"request {request.key} has no seat"
+    return request.seat

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
 from headwise.runtime.kv.identity import KvIdentity
-from headwise.runtime.output import TextStream
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError

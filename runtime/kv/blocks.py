@@ -101,7 +101,7 @@ class BlockPool:
         return self._settle(block)
 
     def cache(self, block: int) -> None:
-        """A used block is shared from now on.
+        """Others may find a used block from now on.
 
         Raises:
             IntegrityError: it is not used, or cached already.
@@ -112,7 +112,7 @@ class BlockPool:
         self._num_cached += 1
 
     def uncache(self, block: int) -> None:
-        """A cached block is shared no longer; an idle one is free then.
+        """Nobody finds a cached block any longer; if it was idle, it is free.
 
         Raises:
             IntegrityError: it is not cached.

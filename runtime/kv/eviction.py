@@ -15,7 +15,8 @@ EvictionName = Literal["lru", "cost_aware"]
 
 
 class CachedBlock:
-    """A full block of tokens whose keys and values are on the device.
+    """A full block of tokens whose keys and values are on the device, and are verified: a finite token was sampled
+    after them.
 
     Attributes:
         digest, namespace, tokens: its identity, see :mod:`headwise.runtime.kv.identity`.
@@ -24,7 +25,6 @@ class CachedBlock:
         block: the number of its memory.
         children: cached blocks that continue it.
         cached: whether it is (still) in the cache; once it is not, it never is again.
-        verified: a finite token was sampled from it, or from a block that continues it.
         hits: requests that found it.
         unwanted: no tier could take it, or one preferred others to it; so until it is used again.
     """
@@ -41,14 +41,13 @@ class CachedBlock:
         "parent",
         "tokens",
         "unwanted",
-        "verified",
     )
 
     def __init__(self, digest: bytes, namespace: bytes, tokens: bytes, parent: CachedBlock | None, block: int) -> None:
         self.digest, self.namespace, self.tokens, self.parent, self.block = digest, namespace, tokens, parent, block
         self.index: int = 0 if parent is None else parent.index + 1
         self.children: set[CachedBlock] = set()
-        self.cached, self.verified, self.unwanted, self.hits = True, False, False, 0
+        self.cached, self.unwanted, self.hits = True, False, 0
         self.eviction_key = 0
 
 

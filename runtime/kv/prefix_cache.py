@@ -94,25 +94,20 @@ class PrefixCache:
                 self._evict(node, "quota" if own else "room")
         return self.pool.allocate(count, use)
 
-    def insert(
-        self, blocks: TokenBlocks, index: int, parent: CachedBlock | None, block: int, verified: bool = False
-    ) -> CachedBlock | None:
-        """Shares a used block that holds the ``index``-th block of a sequence.
+    def insert(self, blocks: TokenBlocks, index: int, parent: CachedBlock | None, block: int) -> CachedBlock | None:
+        """Caches a used block that holds the ``index``-th block of a sequence, verified.
 
         Returns:
-            What the cache holds for it: the block itself, or one that another request computed, which the caller then
-            holds beside its own to keep its chain. None if it is not cached (now): the parent is not any more, the
-            digest is that of other tokens or of a block that is not verified yet, or the namespace has its full share
-            and all of it is used.
+            What the cache holds for it: the block itself, or a block that another request computed, which the caller
+            then holds beside its own to keep its chain. None if the block is not cached: its parent is not any more,
+            its digest is that of other tokens, or the namespace has its full share and all of the share is used.
         """
         digest = blocks.digests[index]
         if parent is not None and not parent.cached:
             return None
         if digest in self._index:
             found = self._find(blocks, index, parent)
-            if found is None or not found.verified:
-                return None
-            self.counts["duplicate_blocks"] += 1
+            self.counts["duplicate_blocks"] += found is not None
             return found
         if self._has_full_share(blocks.namespace):
             victim = self._own_victim(blocks.namespace)
@@ -122,7 +117,6 @@ class PrefixCache:
             self._evict(victim, "quota")
         self.pool.cache(block)
         node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block)
-        node.verified = verified and (parent is None or parent.verified)
         self._index[digest] = node
         self._kept[node.namespace] += 1
         if parent is not None:
@@ -151,31 +145,11 @@ class PrefixCache:
                 self._of_namespace.setdefault(node.namespace, Lru()).add(node)
             self.on_idle(node)
 
-    def verify(self, chain: Iterable[CachedBlock]) -> None:
-        """A finite token was sampled after these blocks."""
-        for node in chain:
-            node.verified = True
-
-    def withdraw(self, node: CachedBlock, cause: str) -> set[CachedBlock]:
-        """Takes a block and all that continue it out of the cache; those in use stay with their users alone. Returns
-        all that were in it."""
-        withdrawn: set[CachedBlock] = set()
-        stack = [node] if node.cached else []
-        while stack:
-            top = stack[-1]
-            if top.children:
-                stack.extend(top.children)
-            else:
-                stack.pop()
-                withdrawn.add(top)
-                self._evict(top, cause)
-        return withdrawn
-
     def clear(self, cause: str = "reset") -> None:
         """Forgets everything; blocks in use stay with their users alone."""
         events, self._events = self._events, None
-        for node in [node for node in self._index.values() if node.parent is None]:
-            self.withdraw(node, cause)
+        for node in sorted(self._index.values(), key=lambda node: -node.index):  # children first
+            self._evict(node, cause)
         self._events = events
         if events is not None:
             events.cleared("device")
@@ -228,8 +202,6 @@ class PrefixCache:
             raise IntegrityError(f"block {node.block} continues block {parent.block}, which does not know of it")
         if parent is not None and self.pool.is_used(node.block) and not self.pool.is_used(parent.block):
             raise IntegrityError(f"block {node.block} is used, block {parent.block} before it is not")
-        if parent is not None and node.verified and not parent.verified:
-            raise IntegrityError(f"block {node.block} is verified, block {parent.block} before it is not")
 
     def _find(self, blocks: TokenBlocks, index: int, parent: CachedBlock | None) -> CachedBlock | None:
         """A digest alone proves nothing: the tokens, and all before them, must be the same."""

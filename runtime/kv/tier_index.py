@@ -12,12 +12,12 @@ from headwise.workers.kv.transfer import BlockKey, Tier
 
 
 @dataclass(slots=True, eq=False)
-class TierEntry:
-    """A block in a tier. ``busy``: jobs in flight that read it; it stays meanwhile."""
+class TierBlock:
+    """A block in a tier. ``readers``: jobs in flight that read it; the tier keeps it meanwhile."""
 
     key: BlockKey
     tier: Tier
-    busy: int = 0
+    readers: int = 0
 
 
 class TierIndex:
@@ -32,26 +32,26 @@ class TierIndex:
         self.tier, self.capacity = tier, capacity
         self.incoming: Counter[bytes] = Counter()
         self._quota = None if quota is None else max(1, int(quota * capacity))
-        self._entries: dict[bytes, TierEntry] = {}
+        self._blocks: dict[bytes, TierBlock] = {}
         self._clean: OrderedDict[bytes, None] = OrderedDict()  # can go: a tier below has them, or there is none
         self._dirty: OrderedDict[bytes, None] = OrderedDict()
         self._of_namespace: dict[bytes, OrderedDict[bytes, None]] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._blocks)
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._entries
+        return digest in self._blocks
 
-    def __iter__(self) -> Iterator[TierEntry]:
-        return iter(self._entries.values())
+    def __iter__(self) -> Iterator[TierBlock]:
+        return iter(self._blocks.values())
 
-    def get(self, digest: bytes) -> TierEntry | None:
-        return self._entries.get(digest)
+    def get(self, digest: bytes) -> TierBlock | None:
+        return self._blocks.get(digest)
 
     @property
     def num_free(self) -> int:
-        return self.capacity - len(self._entries) - self.incoming.total()
+        return self.capacity - len(self._blocks) - self.incoming.total()
 
     @property
     def num_clean(self) -> int:
@@ -61,50 +61,50 @@ class TierIndex:
         """Whether something must go before one more block of a namespace comes."""
         return self.num_free <= 0 or self._has_full_share(namespace)
 
-    def victim(self, namespace: bytes) -> TierEntry | None:
+    def victim(self, namespace: bytes) -> TierBlock | None:
         """What goes for one more block of a namespace: its own least recently used if it has its full share, else
         anybody's. None if nothing can go now, since it is read, or not yet in the tier below."""
         own = self._of_namespace.get(namespace, OrderedDict())
         candidates = own if self._has_full_share(namespace) else self._clean
         # What is read is passed over: as many blocks as the jobs in flight have, at most.
         for digest in candidates:
-            if digest in self._clean and not self._entries[digest].busy:
-                return self._entries[digest]
+            if digest in self._clean and not self._blocks[digest].readers:
+                return self._blocks[digest]
         return None
 
-    def dirty(self, count: int) -> list[TierEntry]:
+    def dirty(self, count: int) -> list[TierBlock]:
         """Up to so many that only this tier has, the least recently used first."""
-        return [self._entries[digest] for digest in islice(self._dirty, count)]
+        return [self._blocks[digest] for digest in islice(self._dirty, count)]
 
-    def clean(self, entry: TierEntry) -> None:
-        """It can go, once it is not busy."""
-        if entry.key.digest in self._dirty:
-            del self._dirty[entry.key.digest]
-            self._clean[entry.key.digest] = None
+    def clean(self, block: TierBlock) -> None:
+        """It can go, once no job reads it."""
+        if block.key.digest in self._dirty:
+            del self._dirty[block.key.digest]
+            self._clean[block.key.digest] = None
 
-    def add(self, entry: TierEntry, clean: bool) -> None:
-        digest = entry.key.digest
-        if digest in self._entries:
+    def add(self, block: TierBlock, clean: bool) -> None:
+        digest = block.key.digest
+        if digest in self._blocks:
             raise IntegrityError(f"{self.tier} holds {digest.hex()} already")
-        self._entries[digest] = entry
+        self._blocks[digest] = block
         (self._clean if clean else self._dirty)[digest] = None
-        self._of_namespace.setdefault(entry.key.namespace, OrderedDict())[digest] = None
+        self._of_namespace.setdefault(block.key.namespace, OrderedDict())[digest] = None
 
-    def touch(self, entry: TierEntry) -> None:
+    def touch(self, block: TierBlock) -> None:
         """It was used."""
-        digest = entry.key.digest
+        digest = block.key.digest
         (self._clean if digest in self._clean else self._dirty).move_to_end(digest)
-        self._of_namespace[entry.key.namespace].move_to_end(digest)
+        self._of_namespace[block.key.namespace].move_to_end(digest)
 
-    def remove(self, entry: TierEntry) -> None:
-        digest = entry.key.digest
-        del self._entries[digest]
+    def remove(self, block: TierBlock) -> None:
+        digest = block.key.digest
+        del self._blocks[digest]
         self._clean.pop(digest, None)
         self._dirty.pop(digest, None)
-        own = self._of_namespace[entry.key.namespace]
+        own = self._of_namespace[block.key.namespace]
         del own[digest]
         if not own:
-            del self._of_namespace[entry.key.namespace]
+            del self._of_namespace[block.key.namespace]
 
     def check_integrity(self) -> None:
         """
@@ -117,7 +117,7 @@ class TierIndex:
         for namespace, own in self._of_namespace.items():
             if self._quota is not None and len(own) + self.incoming[namespace] > self._quota:
                 raise IntegrityError(f"{self.tier} holds {len(own)} blocks of a salt, at most {self._quota}")
-        if self._clean.keys() & self._dirty.keys() or self._clean.keys() | self._dirty.keys() != self._entries.keys():
+        if self._clean.keys() & self._dirty.keys() or self._clean.keys() | self._dirty.keys() != self._blocks.keys():
             raise IntegrityError(f"{self.tier} holds blocks that are neither clean nor dirty, or both")
         if sum(map(len, self._of_namespace.values())) != len(self):
             raise IntegrityError(f"{self.tier}'s blocks are not those of its namespaces")

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from headwise.runtime.engine.engine import Delta
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.processor import MAX_MESSAGES, InputProcessor
+from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP, MAX_STOP_TOKEN_IDS, SamplingParams
 from headwise.runtime.structured_outputs import MAX_CHOICES, StructuredOutputsParams
 from headwise.v1 import inference_pb2 as pb

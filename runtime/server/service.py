@@ -10,8 +10,8 @@ from functools import partial
 from google.protobuf.message import Message
 
 from headwise.runtime.aio import Lane
-from headwise.runtime.engine.engine import Delta
 from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.processor import MAX_MESSAGES, MAX_PROMPT_BYTES, InputProcessor
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_LOGPROBS, MAX_N, MAX_STOP, MAX_STOP_CHARACTERS
 from headwise.runtime.server import convert

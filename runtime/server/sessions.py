@@ -15,8 +15,9 @@ from typing import Any, TypeAlias
 import grpc
 
 from headwise.runtime.aio import AsyncLLM, Lane
-from headwise.runtime.engine.engine import Delta
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
+from headwise.runtime.output import FinishReason
 from headwise.runtime.server.auth import Tenant, Tokens
 from headwise.runtime.server.errors import (
     CheckQueueFullError,

@@ -23,8 +23,9 @@ from typing import Any
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
-from headwise.runtime.engine.engine import Delta
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.text import Delta
+from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import MAX_LOGIT_BIAS_ENTRIES, MAX_STOP, MAX_STOP_TOKEN_IDS, SamplingParams
 from headwise.runtime.server.errors import PermissionDeniedError, UnavailableError, abort
 from headwise.runtime.server.health import HealthMonitor

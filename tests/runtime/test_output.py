@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
-from headwise.runtime.output import TextStream
 from tests.runtime.inputs.test_tokenizer import TINY, TOKENIZERS
 
 BYTES = TOKENIZERS["byte_level"]

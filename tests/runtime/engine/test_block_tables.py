@@ -1,5 +1,5 @@
 """Requests, blocks and tiers together, on ranks that do everything late: what a request computes with, what is shared
-and what is restored is always what was written for those tokens, and what is not finite is never believed."""
+and what is restored is always what was written for those tokens, and what is not finite is never shared."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headwise.runtime.engine.block_tables import BlockTables
-from headwise.runtime.engine.request import FinishReason, Request
+from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.kv.blocks import BlockPool, Use
 from headwise.runtime.kv.eviction import CachedBlock, EvictionName
 from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
+from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
@@ -69,11 +71,12 @@ class Ranks:
         self.stored: dict[Tier, dict[bytes, list[Slot]]] = {tier: {} for tier in Tier}
         self.jobs: dict[Tier, deque[TransferJob]] = {tier: deque() for tier in Tier}
         self.results: list[TransferResult] = []
+        self.deliverable = 0
         self.spoilt: set[Request] = set()
 
     def step(self, schedule: Schedule) -> set[int]:
         """Returns the rows that are not finite."""
-        plan, requests = schedule.plan, {entry.row: entry.request for entry in schedule.entries}
+        plan, requests = schedule.plan, {part.seat.row: part.request for part in schedule.rows}
         for row in plan.drops:
             del self.rows[row]
         for admit in plan.admits:
@@ -101,6 +104,16 @@ class Ranks:
             assert slot.tokens == tuple(row.tokens[: at + 1]), "computed with another sequence's block"
             finite = finite and slot.finite
         return finite
+
+    def take_job(self, job: TransferJob) -> None:
+        self.jobs[job.tier].append(job)
+
+    def result(self, timeout_s: float) -> TransferResult | None:
+        """Each result when it is asked for, and then no other before the next question."""
+        if not self.deliverable:
+            return None
+        self.deliverable -= 1
+        return self.results.pop(0)
 
     def execute(self, tier: Tier, failing: set[int]) -> None:
         """The oldest job of a tier; ``failing``: which of its keys are not moved."""
@@ -138,12 +151,13 @@ class TablesMachine(RuleBasedStateMachine):
     ) -> None:
         share = None if quota is None else max(1, int(quota * NUM_BLOCKS))
         self.cache = PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, None, share)
-        self.tiers = Tiers(self.cache, *sizes, 4, quota) if any(sizes) else None
+        self.ranks, self.in_flight, self.can_fail = Ranks(), deque[Schedule](), can_fail
+        self.ledger = Ledger(self.ranks.take_job, self.ranks.result, 1)
+        self.tiers = Tiers(self.cache, self.ledger, *sizes, 4, quota) if any(sizes) else None
         self.tables = BlockTables(self.cache, self.tiers)
         self.scheduler = Scheduler(self.tables, 4, budget)
         self.now = 0.0
         self.pins = Pins(self.cache, NUM_BLOCKS - MAX_TOKENS // SIZE - 1, lambda: self.now)
-        self.ranks, self.in_flight, self.can_fail = Ranks(), deque[Schedule](), can_fail
         self.requests: list[Request] = []
         self.prompts: list[tuple[str, list[int]]] = []
 
@@ -182,22 +196,23 @@ class TablesMachine(RuleBasedStateMachine):
         schedule = self.in_flight.popleft()
         failed = self.ranks.step(schedule)
         self.scheduler.complete(schedule, failed)
-        for entry in schedule.entries:
-            if not entry.samples or entry.is_void:
+        for request, seat, samples, _ in schedule.rows:
+            if not samples:
                 continue
-            if entry.row in failed:
-                self.finish(entry.request, FinishReason.ERROR)
+            # The shards sample for those too whose token nobody wants any more.
+            self.ranks.rows[seat.row].tokens.append(token)
+            if request.state is RequestState.FINISHED:
                 continue
-            self.ranks.rows[entry.row].tokens.append(token)
-            entry.request.generated.append(token)
-            if len(entry.request.generated) >= entry.request.max_tokens:
-                self.finish(entry.request, FinishReason.LENGTH)
-        for entry in schedule.entries:  # the shards sample for those too whose token nobody wants any more
-            if entry.samples and entry.is_void and entry.row in self.ranks.rows:
-                self.ranks.rows[entry.row].tokens.append(token)
+            if seat.row in failed:
+                self.finish(request, FinishReason.ERROR)
+                continue
+            request.generated.append(token)
+            if len(request.generated) >= request.max_tokens:
+                self.finish(request, FinishReason.LENGTH)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        self.scheduler.finish(request, reason)
+        request.finish_reason = reason
+        self.scheduler.finish(request)
         self.requests.remove(request)
         assert reason is not FinishReason.ERROR or request in self.ranks.spoilt, "failed by another's fault"
 
@@ -223,7 +238,7 @@ class TablesMachine(RuleBasedStateMachine):
     def squeeze(self, saved: bool) -> None:
         """All that is idle on the device has to leave it, saved before or not."""
         for _ in range(20):
-            if not saved or self.tiers is None or self.tiers.can_take(self.cache.num_available):
+            if not saved or self.tiers is None or self.tiers.saver.can_take(self.cache.num_available):
                 break
             self.pump()
             self.work_off(random.Random(0))
@@ -250,8 +265,8 @@ class TablesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ranks.results)
     @rule()
     def deliver(self) -> None:
-        assert self.tiers is not None
-        self.tiers.finished(self.ranks.results.pop(0))
+        self.ranks.deliverable = 1
+        self.ledger.poll()
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), ttl=st.sampled_from([0.0, 2.0]))
@@ -284,14 +299,11 @@ class TablesMachine(RuleBasedStateMachine):
             return
         self.scheduler.check_integrity()
         for node in self.cache._index.values():
-            if node.verified:
-                self.check_block(node, finite=True)
-            elif not self.cache.pool.is_used(node.block):
-                self.check_block(node, finite=False)
+            self.check_block(node)
         if self.tiers is not None:
             self.check_tiers()
 
-    def check_block(self, node: CachedBlock, finite: bool) -> None:
+    def check_block(self, node: CachedBlock) -> None:
         path = [node]
         while path[-1].parent is not None:
             path.append(path[-1].parent)
@@ -300,31 +312,28 @@ class TablesMachine(RuleBasedStateMachine):
         for slot in range(SIZE):
             seen = self.ranks.memory[node.block, slot]
             assert (seen.namespace, seen.tokens) == (node.namespace, tokens[: len(tokens) - SIZE + slot + 1])
-            assert seen.finite or not finite, "not finite, and shared as if it were"
+            assert seen.finite, "not finite, and shared as if it were"
 
     def check_tiers(self) -> None:
         tiers = self.tiers
         assert tiers is not None
-        for node in [*tiers._unsaved, *tiers._saving]:
+        unsaved, saving = tiers.saver._unsaved, tiers.saver._saving
+        for node in [*unsaved, *saving]:
             assert node.cached and not self.cache.pool.is_used(node.block)
-        assert not tiers._unsaved.keys() & tiers._saving
-        if not tiers.busy:
-            for tier, index in tiers._tiers.items():
-                assert {entry.key.digest for entry in index} == self.ranks.stored[tier].keys()
-                for entry in index:
-                    assert all(slot.finite for slot in self.ranks.stored[tier][entry.key.digest])
-                assert not index.incoming and not any(entry.busy for entry in index)
+        assert not unsaved.keys() & saving
+        if not self.ledger.busy:
+            for tier, index in tiers.books.tiers.items():
+                assert {block.key.digest for block in index} == self.ranks.stored[tier].keys()
+                for block in index:
+                    assert all(slot.finite for slot in self.ranks.stored[tier][block.key.digest])
+                assert not index.incoming and not any(block.readers for block in index)
         if not self.can_fail:
-            damaged = sum(tiers.stats()[tier.value]["damaged"] for tier in tiers._tiers)
+            damaged = sum(tiers.stats()[tier.value]["damaged"] for tier in tiers.books.tiers)
             assert not damaged, "a tier was believed to hold what it did not"
 
     def pump(self) -> None:
-        if self.tiers is None:
-            return
-        self.tiers.pump()
-        while self.tiers.outbox:
-            job = self.tiers.outbox.popleft()
-            self.ranks.jobs[job.tier].append(job)
+        if self.tiers is not None:
+            self.tiers.pump()
 
     def teardown(self) -> None:
         """All that is left comes to its end, and leaves nothing behind."""
@@ -348,18 +357,17 @@ class TablesMachine(RuleBasedStateMachine):
             for _ in range(50):
                 self.pump()
                 self.work_off(chance)
-            assert not self.tiers.busy
+            assert not self.ledger.busy
         self.everything_is_what_it_seems()
         assert self.cache.pool.num_free == NUM_BLOCKS
-        assert not self.tables._computing
+        assert not self.tables._coming and not self.tables._searches
 
     def work_off(self, chance: random.Random) -> None:
         for tier in Tier:
             while self.ranks.jobs[tier] and chance.random() < 0.8:
                 self.ranks.execute(tier, set())
-        while self.ranks.results:
-            assert self.tiers is not None
-            self.tiers.finished(self.ranks.results.pop(0))
+        self.ranks.deliverable = len(self.ranks.results)
+        self.ledger.poll()
 
 
 class CollidingMachine(TablesMachine):

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from headwise.runtime.engine import engine as engine_module
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.engine import Engine, Sink
-from headwise.runtime.engine.request import FinishReason
+from headwise.runtime.engine.generation import Generation
+from headwise.runtime.engine.request import seat_of
 from headwise.runtime.engine.scheduler import Scheduler
+from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, load_tokenizer
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
-from headwise.runtime.output import TextStream
+from headwise.runtime.output import FinishReason
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
 from tests.plain_group import POISON, VOCAB, Bench, Letters, PlainGroup, alone, make_request
 
@@ -111,16 +114,16 @@ def test_abort_while_a_step_is_in_flight() -> None:
     bench.add(leaving)
     bench.add(staying)
     bench.step()
-    assert leaving.num_in_flight == 1
+    assert seat_of(leaving).num_in_flight == 1
     bench.engine.abort("leaving")
     bench.engine.abort("leaving")
     bench.engine.abort("nobody")
     assert bench.ended == {"leaving#0": FinishReason.ABORT} and len(bench.got["leaving#0"]) == 1
-    assert leaving.row >= 0 and leaving.block_ids, "the step in flight still writes there"
+    assert seat_of(leaving).block_ids, "the step in flight still writes there"
     late = make_request("late", [1, 2, 3], 20)
     bench.add(late)
     bench.step()
-    assert leaving.row == -1 and not leaving.block_ids
+    assert leaving.seat is None
     bench.run()
     bench.check_idle()
     assert bench.got["staying#0"] == alone(staying)[0] and bench.got["late#0"] == alone(late)[0]
@@ -275,8 +278,9 @@ def test_a_decode_step_of_32_streams_takes_little_processor_time(smollm2: Path) 
     assert tokenizer is not None
     group = InstantGroup(tokenizer.encode("It was the best of times, it was the worst of times. 🦊 " * 9))
     cache = PrefixCache(BlockPool(32 * 26), 16)
-    tables = BlockTables(cache)
-    engine = Engine(group, tables, Scheduler(tables, 32, 1024), 2, Pins(cache, 0), KvEvents(1))
+    tables, ledger = BlockTables(cache), Ledger(group.transfer, group.transferred, 1)
+    generation = Generation(1, group, cache, tables, ledger, None, Pins(cache, 0))
+    engine = Engine(generation, Scheduler(tables, 32, 1024), KvEvents(1), 2)
     for i in range(32):
         text = TextStream(IncrementalDetokenizer(tokenizer), stop=("\n\n", "User:"), include_stop=False)
         engine.add(make_request(str(i), [5] * 9, 400), text, lambda new: None)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from headwise.runtime.engine import scheduler as module
 from headwise.runtime.engine.block_tables import BlockTables
-from headwise.runtime.engine.request import FinishReason, Request, RequestState
-from headwise.runtime.engine.scheduler import Schedule, Scheduled, Scheduler
+from headwise.runtime.engine.request import Request, RequestState, seat_of
+from headwise.runtime.engine.scheduler import Schedule, ScheduledRow, Scheduler
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.sampling_params import SamplingParams
@@ -35,16 +35,16 @@ def scheduler(
 def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 7) -> None:
     """What the engine does with an output in which every sampling row got ``token``."""
     scheduler.complete(schedule)
-    for entry in schedule.entries:
-        if entry.samples and entry.request.state is not RequestState.FINISHED:
-            entry.request.generated.append(token)
-            if len(entry.request.generated) == entry.request.max_tokens:
-                scheduler.finish(entry.request, FinishReason.LENGTH)
+    for part in schedule.rows:
+        if part.samples and part.request.state is not RequestState.FINISHED:
+            part.request.generated.append(token)
+            if len(part.request.generated) == part.request.max_tokens:
+                scheduler.finish(part.request)
 
 
 def counts(schedule: Schedule | None) -> dict[str, int]:
     assert schedule is not None
-    return {e.request.request_id: n for e, (_, n) in zip(schedule.entries, schedule.plan.computes, strict=True)}
+    return {e.request.request_id: n for e, (_, n) in zip(schedule.rows, schedule.plan.computes, strict=True)}
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_decodes_come_first() -> None:
@@ -82,7 +82,7 @@ def test_the_newest_is_preempted_and_comes_back_with_its_tokens() -> None:
         step = sched.schedule()
         assert step is not None
         finish_step(sched, step)
-    [admit] = [a for a in step.plan.admits if a.row == second.row]
+    [admit] = [a for a in step.plan.admits if a.row == seat_of(second).row]
     assert admit.token_ids == known and admit.prompt_len == 8 and admit.num_computed == 0
     pool.check_integrity()
 
@@ -128,14 +128,14 @@ def test_a_preempted_request_keeps_its_blocks_until_the_steps_in_flight_are_done
     sched.add(first)
     sched.add(second)
     prefill, decode = sched.schedule(), sched.schedule()
-    row = second.row
+    row = seat_of(second).row
     # The first's ninth token wants a third block: the second must go, but a step in flight still writes to its blocks.
     assert sched.schedule() is None
-    assert second.state is RequestState.WAITING and second.num_in_flight == 2
+    assert second.state is RequestState.WAITING and seat_of(second).num_in_flight == 2
     finish_step(sched, prefill)
-    assert sched.schedule() is None and pool.num_free == 0 and second.row == row
+    assert sched.schedule() is None and pool.num_free == 0 and seat_of(second).row == row
     finish_step(sched, decode)
-    assert pool.num_free == 2 and second.row == -1 and len(second.generated) == 2
+    assert pool.num_free == 2 and second.seat is None and len(second.generated) == 2
     step = sched.schedule()
     assert counts(step) == {"first": 1} and step.plan.drops == [row] and sched.num_preemptions == 1
     while first.state is RequestState.RUNNING:
@@ -151,12 +151,11 @@ def test_a_finished_request_keeps_row_and_blocks_until_the_steps_in_flight_are_d
     sched.add(second)
     prefill, decode = sched.schedule(), sched.schedule()
     finish_step(sched, prefill)
-    sched.finish(first, FinishReason.STOP)
-    sched.finish(first, FinishReason.ABORT)
-    assert first.finish_reason is FinishReason.STOP
-    assert sched.schedule() is None and first.row == 0 and pool.num_free == 3
+    sched.finish(first)
+    sched.finish(first)
+    assert sched.schedule() is None and first.seat is not None and first.seat.row == 0 and pool.num_free == 3
     finish_step(sched, decode)
-    assert first.generated == [7] and first.row == -1 and pool.num_free == 4
+    assert first.generated == [7] and first.seat is None and pool.num_free == 4
     step = sched.schedule()
     assert counts(step) == {"second": 3} and step.plan.drops == [0]
 
@@ -168,11 +167,11 @@ def test_a_preempted_request_that_ends_before_it_comes_back() -> None:
     sched.add(second)
     in_flight = [sched.schedule(), sched.schedule()]
     assert sched.schedule() is None and second.state is RequestState.WAITING
-    sched.finish(second, FinishReason.ABORT)
+    sched.finish(second)
     assert not sched.waiting and pool.num_free == 0
     for step in in_flight:
         finish_step(sched, step)
-    assert second.row == -1 and second.generated == [] and pool.num_free == 2
+    assert second.seat is None and second.generated == [] and pool.num_free == 2
     assert counts(sched.schedule()) == {"first": 1}
 
 
@@ -240,12 +239,12 @@ def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
     late = request("late", 6, 1)
     for r in [*requests, late]:
         sched.add(r)
-    sched.finish(requests[4], FinishReason.ABORT)
+    sched.finish(requests[4])
     for _ in range(100):
         finish_step(sched, sched.schedule())
     assert [len(r.generated) > 90 for r in requests] == [True, True, True, False, False]
     for r in requests[:2]:
-        sched.finish(r, FinishReason.ABORT)
+        sched.finish(r)
     for _ in range(10):
         finish_step(sched, sched.schedule())
     assert late.state is RequestState.FINISHED
@@ -269,7 +268,7 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
             sched.add(todo.pop())
         running = [r for r in requests if r.state is RequestState.RUNNING]
         if running and data.draw(st.integers(0, 9)) == 0:
-            sched.finish(data.draw(st.sampled_from(running)), FinishReason.ABORT)
+            sched.finish(data.draw(st.sampled_from(running)))
         while len(in_flight) < depth and (step := sched.schedule()) is not None:
             _check_plan(step, shard_computed, budget, mixed)
             in_flight.append(step)
@@ -282,8 +281,8 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
     assert pool.num_free == blocks
 
 
-def _parts(step: Schedule) -> Iterator[tuple[Scheduled, tuple[int, int]]]:
-    return zip(step.entries, step.plan.computes, strict=True)
+def _parts(step: Schedule) -> Iterator[tuple[ScheduledRow, tuple[int, int]]]:
+    return zip(step.rows, step.plan.computes, strict=True)
 
 
 def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mixed: int) -> None:
@@ -295,13 +294,14 @@ def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mix
         assert admit.row not in shard_computed
         shard_computed[admit.row] = admit.num_computed
     decodes = [
-        entry.request
-        for entry, (row, count) in _parts(step)
-        if entry.samples and count == 1 and shard_computed[row] >= len(entry.request.prompt_token_ids)
+        part.request
+        for part, (row, count) in _parts(step)
+        if part.samples and count == 1 and shard_computed[row] >= len(part.request.prompt_token_ids)
     ]
     if any(r.streamed for r in decodes):
         assert sum(n for _, n in step.plan.computes if n > 1) <= mixed
-    for entry, (row, count) in _parts(step):
+    for part, (row, count) in _parts(step):
         shard_computed[row] += count
-        assert row == entry.row == entry.request.row
-        assert shard_computed[row] == entry.request.num_computed <= BLOCK * len(entry.request.block_ids)
+        seat = seat_of(part.request)
+        assert row == seat.row and seat is part.seat
+        assert shard_computed[row] == seat.num_computed <= BLOCK * len(seat.block_ids)

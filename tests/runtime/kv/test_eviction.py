@@ -49,7 +49,7 @@ def test_a_block_knows_its_place() -> None:
     nodes = chain(3)
     assert [node.index for node in nodes] == [0, 1, 2]
     assert nodes[0].parent is None and nodes[2].parent is nodes[1] and nodes[1].children == {nodes[2]}
-    assert nodes[0].cached and not nodes[0].verified and nodes[0].hits == 0
+    assert nodes[0].cached and nodes[0].hits == 0
 
 
 @pytest.mark.parametrize("name", ["lru", "cost_aware"])

@@ -109,11 +109,11 @@ def test_the_next_expiry_is_found_in_whatever_order_they_were_pinned() -> None:
     assert left == [3, 3, 2, 2, 1, 1, 0]
 
 
-def test_a_withdrawn_block_is_free_once_its_pin_is_over() -> None:
+def test_a_block_that_is_cached_no_longer_is_free_once_its_pin_is_over() -> None:
     bed = Bed()
     chain = bed.chain(1, 2)
     bed.pins.pin(chain, 5.0)
-    bed.cache.withdraw(chain[0], "not_finite")
+    bed.cache.clear()
     assert bed.cache.num_available == 6 and bed.pins.num_blocks == 2
     again = bed.chain(1, 2)
     assert not {node.block for node in again} & {node.block for node in chain}

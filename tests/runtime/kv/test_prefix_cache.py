@@ -52,7 +52,6 @@ class Sequence:
     blocks: TokenBlocks
     chain: list[CachedBlock]
     memory: list[int]
-    verified: bool = False
 
     def prefix(self, index: int) -> Key:
         return self.key[0], self.key[1][: (index + 1) * SIZE]
@@ -75,7 +74,6 @@ class Naive:
 
     quota: int | None
     memory: dict[Key, int] = field(default_factory=dict)
-    verified: set[Key] = field(default_factory=set)
     idle: list[Key] = field(default_factory=list)  # for the longest time first
     collisions: int = 0
 
@@ -94,7 +92,6 @@ class Naive:
 
     def forget(self, key: Key) -> None:
         del self.memory[key]
-        self.verified.discard(key)
         if key in self.idle:
             self.idle.remove(key)
 
@@ -103,7 +100,7 @@ class Naive:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Requests come, share, are verified, and leave; prefixes are pinned; what is there is taken back."""
+    """Requests come, share and leave; prefixes are pinned; what is there is cleared."""
 
     hash: Hash = staticmethod(sha256)
 
@@ -122,16 +119,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.written: dict[int, Key] = {}
         self.nodes: dict[Key, CachedBlock] = {}
 
-    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, finite=st.booleans())
-    def serve(self, salt: str, tokens: list[int], finite: bool) -> None:
+    @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS)
+    def serve(self, salt: str, tokens: list[int]) -> None:
         """All of a request's life."""
         before = len(self.sequences)
         self.begin(salt, tokens)
         if len(self.sequences) > before:
             sequence = self.sequences[-1]
-            sequence.verified = False
-            if finite:
-                self.verify_one(sequence)
             self.share_up_to(sequence, len(tokens))
             self.end_one(sequence)
 
@@ -177,7 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
         parent = sequence.chain[-1] if sequence.chain else None
         alive = parent is None or parent.cached
         expected = self.expect_insert(key, sequence.blocks.digests[index]) if alive else None
-        node = self.cache.insert(sequence.blocks, index, parent, own, sequence.verified)
+        node = self.cache.insert(sequence.blocks, index, parent, own)
         if expected is None:
             assert node is None
             return False
@@ -186,10 +180,8 @@ class CacheMachine(RuleBasedStateMachine):
         if expected == "own":
             naive.memory[key] = own
             self.nodes[key] = node
-            if sequence.verified:
-                naive.verified.add(key)
         else:
-            assert node is self.nodes[key] and node.verified
+            assert node is self.nodes[key]
             self.hold([node], [key], Use.COMPUTE)
         sequence.chain.append(node)
         return True
@@ -198,7 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What comes of it; makes the room that it makes."""
         naive = self.naive
         if key in naive.memory:
-            return "found" if key in naive.verified else None
+            return "found"
         if self.by_digest().get(digest) is not None:
             naive.collisions += 1
             return None
@@ -208,17 +200,6 @@ class CacheMachine(RuleBasedStateMachine):
                 return None
             naive.forget(victim)
         return "own"
-
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def verify(self, data: st.DataObject) -> None:
-        self.verify_one(data.draw(st.sampled_from(self.sequences)))
-
-    def verify_one(self, sequence: Sequence) -> None:
-        self.cache.verify(sequence.chain)
-        sequence.verified = True
-        cached = {sequence.prefix(index) for index, node in enumerate(sequence.chain) if node.cached}
-        self.naive.verified |= cached
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -265,27 +246,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.pins.expire()
         self.note_idle_after(over)
 
-    @precondition(lambda self: self.naive.memory)
-    @rule(data=st.data(), really=RARELY)
-    def withdraw(self, data: st.DataObject, really: bool) -> None:
-        """What was computed is not finite."""
-        if not really:
-            return
-        key = data.draw(st.sampled_from(list(self.naive.memory)))
-        gone = self.naive.descendants(key)
-        node = self.nodes[key]
-        assert self.cache.withdraw(node, "not_finite") == {self.nodes[other] for other in gone}
-        assert self.cache.withdraw(node, "not_finite") == set()
-        for other in gone:
-            self.naive.forget(other)
-
     @rule(really=RARELY)
     def clear(self, really: bool) -> None:
         if not really:
             return
         self.cache.clear()
         self.naive.memory.clear()
-        self.naive.verified.clear()
         self.naive.idle.clear()
 
     @invariant()
@@ -301,7 +267,6 @@ class CacheMachine(RuleBasedStateMachine):
             index = len(key[1]) // SIZE - 1
             assert node.cached and node.index == index and node.tokens == blocks.block(index)
             assert node.namespace == blocks.namespace and parent_digest(node) == blocks.parent(index)
-            assert node.verified == (key in self.naive.verified)
         assert self.told_idle == {self.nodes[key] for key in self.naive.idle}
         if self.naive.quota is not None:
             assert all(self.naive.share(salt) <= self.naive.quota for salt in SALTS)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwise.runtime.engine.request import FinishReason
 from headwise.runtime.kv.events import decode_snapshot
+from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
 from tests.plain_group import POISON, Bench, PlainGroup, alone, make_request
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headwise.runtime.kv.blocks import IntegrityError
-from headwise.runtime.kv.tier_index import TierEntry, TierIndex
+from headwise.runtime.kv.tier_index import TierBlock, TierIndex
 from headwise.workers.kv.transfer import BlockKey, Tier
 
 CAPACITY = 6
 NAMESPACES = (b"a", b"b", b"c")
 
 
-def entry(name: int, namespace: bytes = b"a") -> TierEntry:
-    return TierEntry(BlockKey(bytes([name]), namespace, b"", b""), Tier.HOST)
+def entry(name: int, namespace: bytes = b"a") -> TierBlock:
+    return TierBlock(BlockKey(bytes([name]), namespace, b"", b""), Tier.HOST)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -28,11 +28,11 @@ class IndexMachine(RuleBasedStateMachine):
     def start(self, quota: float | None) -> None:
         self.index = TierIndex(Tier.HOST, CAPACITY, quota)
         self.share = CAPACITY if quota is None else max(1, int(quota * CAPACITY))
-        self.entries: list[TierEntry] = []
-        self.dirty: list[TierEntry] = []
+        self.entries: list[TierBlock] = []
+        self.dirty: list[TierBlock] = []
         self.next_name = 0
 
-    def own(self, namespace: bytes) -> list[TierEntry]:
+    def own(self, namespace: bytes) -> list[TierBlock]:
         return [each for each in self.entries if each.key.namespace == namespace]
 
     @rule(namespace=st.sampled_from(NAMESPACES), clean=st.booleans())
@@ -42,7 +42,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.is_full(namespace) == full
         if full:
             candidates = self.own(namespace) if own_full else self.entries
-            can_go = (each for each in candidates if each not in self.dirty and not each.busy)
+            can_go = (each for each in candidates if each not in self.dirty and not each.readers)
             victim = self.index.victim(namespace)
             assert victim is next(can_go, None)
             if victim is None:
@@ -61,7 +61,7 @@ class IndexMachine(RuleBasedStateMachine):
         if not clean:
             self.dirty.append(new)
 
-    def take_out(self, one: TierEntry) -> None:
+    def take_out(self, one: TierBlock) -> None:
         self.index.remove(one)
         self.entries.remove(one)
         if one in self.dirty:
@@ -87,9 +87,9 @@ class IndexMachine(RuleBasedStateMachine):
                 self.entries.append(one)
                 self.index.touch(one)
         elif what == "read":
-            one.busy += 1
+            one.readers += 1
         elif what == "done":
-            one.busy = max(0, one.busy - 1)
+            one.readers = max(0, one.readers - 1)
         else:
             self.take_out(one)
 
@@ -120,13 +120,13 @@ def test_what_is_busy_is_passed_over() -> None:
     first, second = entry(1), entry(2)
     index.add(first, clean=True)
     index.add(second, clean=True)
-    first.busy = 2
+    first.readers = 2
     assert index.victim(b"a") is second
-    second.busy = 1
+    second.readers = 1
     assert index.victim(b"a") is None
-    first.busy -= 1
+    first.readers -= 1
     assert index.victim(b"a") is None
-    first.busy -= 1
+    first.readers -= 1
     assert index.victim(b"a") is first
 
 
@@ -150,7 +150,7 @@ def test_a_salt_with_its_full_share_gives_up_its_own() -> None:
     assert index.victim(b"a") is first
     index.touch(first)
     assert index.victim(b"a") is second
-    second.busy = 1
+    second.readers = 1
     assert index.victim(b"a") is first
 
 

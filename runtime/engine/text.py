@@ -1,0 +1,136 @@
+"""From one request's sampled tokens to what its user gets: stop tokens, limits, stop strings, text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from headwise.runtime.engine.request import Request
+from headwise.runtime.output import FinishReason
+from headwise.workers.plan import TokenLogprobs
+
+
+class Delta(NamedTuple):
+    """What is new of a request since its last delta.
+
+    Attributes:
+        text: None where there is no tokenizer. It may lag behind the tokens, by an unfinished character or by what may
+            become a stop string.
+        finished: this is the request's last delta; the request holds why it ended.
+    """
+
+    request: Request
+    token_ids: list[int]
+    text: str | None
+    logprobs: TokenLogprobs | None
+    finished: bool
+
+
+def take_token(request: Request, text: TextStream | None, token: int, logprobs: TokenLogprobs | None) -> Delta:
+    """Appends a sampled token to its request, and says what is new; sets why the request ended if the token ends it."""
+    request.generated.append(token)
+    if logprobs is not None and not request.streamed:
+        request.logprobs.append(logprobs)
+    if len(request.generated) == 1:
+        request.metrics.first_token = time.monotonic()
+    reason = _stop_token(request, token)
+    if reason is None and len(request.generated) >= request.max_tokens:
+        reason = FinishReason.LENGTH
+    return _delta(request, text, [token], logprobs, reason)
+
+
+def end(request: Request, text: TextStream | None, reason: FinishReason) -> Delta:
+    """The last delta of a request that ends without another token."""
+    return _delta(request, text, [], None, reason)
+
+
+class Detokenizer(Protocol):
+    """Turns one sequence's tokens into text as they come."""
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain now and was not before."""
+
+    def flush(self) -> str:
+        """The rest of the text, once no token will follow."""
+
+
+class TextStream:
+    """Turns one sample's tokens into text, piece by piece, and finds its stop strings.
+
+    A piece never splits a character, and never holds what may still turn out to be the start of a stop string.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], include_stop: bool) -> None:
+        self._detokenizer, self._stop, self._include_stop = detokenizer, stop, include_stop
+        self._held = ""
+
+    def add(self, token_ids: Sequence[int], searching: bool = True) -> tuple[str, str | None]:
+        """Returns the new text and the stop string that ends it, if one is complete now.
+
+        ``searching``: whether a stop string may end it yet; text let through before is not searched again.
+        """
+        return self._search(self._detokenizer.add(token_ids), searching)
+
+    def flush(self, searching: bool = True) -> tuple[str, str | None]:
+        """The rest, once no token will follow; what was held back may still complete a stop string."""
+        piece, stop = self._search(self._detokenizer.flush(), searching)
+        if stop is None:
+            piece, self._held = piece + self._held, ""
+        return piece, stop
+
+    def _search(self, new: str, searching: bool) -> tuple[str, str | None]:
+        if not self._stop:
+            return new, None
+        text = self._held + new
+        if not searching:
+            return text, None
+        found = min(((text.find(stop), -len(stop), stop) for stop in self._stop if stop in text), default=None)
+        if found is not None:
+            at, _, stop = found
+            self._held = ""
+            return text[: at + len(stop) if self._include_stop else at], stop
+        keep = _partial_stop(text, self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+
+def _partial_stop(text: str, stops: Sequence[str]) -> int:
+    """The length of the longest end of ``text`` that is the start of a stop string."""
+    longest = max(map(len, stops), default=0) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
+
+
+def _delta(
+    request: Request,
+    text: TextStream | None,
+    token_ids: list[int],
+    logprobs: TokenLogprobs | None,
+    reason: FinishReason | None,
+) -> Delta:
+    """Turns tokens into text, and sets the request's finish_reason if ``reason`` or a stop string ends it."""
+    piece: str | None = None
+    if text is not None:
+        # A stop token is one of the tokens, but no part of the text unless that is asked for.
+        hidden = reason is FinishReason.STOP and not request.params.include_stop_str_in_output
+        searching = len(request.generated) > request.params.min_tokens
+        piece, stop = text.add([] if hidden else token_ids, searching)
+        if reason is not None and stop is None:
+            rest, stop = text.flush(searching)
+            piece += rest
+        if stop is not None and reason in (None, FinishReason.LENGTH):
+            reason, request.stop_reason = FinishReason.STOP, stop
+    request.finish_reason = reason
+    return Delta(request, token_ids, piece, logprobs, reason is not None)
+
+
+def _stop_token(request: Request, token: int) -> FinishReason | None:
+    """A stop token ends the request once min_tokens are there; end-of-sequence too, unless it is ignored."""
+    if token not in request.sampling.stop_token_ids or len(request.generated) <= request.params.min_tokens:
+        return None
+    if token in (request.params.stop_token_ids or ()):
+        request.stop_reason = token
+    return FinishReason.STOP

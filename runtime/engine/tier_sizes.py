@@ -1,0 +1,55 @@
+"""How many blocks the tiers below the device may hold, by what the settings pay for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from headwise.runtime.config import EngineConfig
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.cache import bytes_per_block, parse_memory
+from headwise.workers.kv.store import disk_block_bytes
+from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.partition import partition_model
+from headwise.workers.shard import DTYPES
+
+
+class TierSizes(NamedTuple):
+    """How many blocks each rank keeps in host memory and on disk; the same on all of them."""
+
+    host: int
+    disk: int
+
+
+def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSizes:
+    """The rank with the most KV heads decides what a budget pays for.
+
+    Raises:
+        InvalidValueError: a budget is none, or less than one block, or the prefix cache is off.
+    """
+    if config.host_kv_memory is None and config.disk_kv_path is None:
+        return TierSizes(0, 0)
+    if not config.enable_prefix_caching:
+        name = "host_kv_memory" if config.host_kv_memory is not None else "disk_kv_path"
+        raise InvalidValueError(name, getattr(config, name), "needs enable_prefix_caching=True, whose blocks it holds")
+    heads = [part.heads for part in partition_model(model, config.tensor_parallel_size)]
+    block = bytes_per_block(
+        num_layers=model.num_layers,
+        num_kv_heads=max(part.kv_stop - part.kv_start for part in heads),
+        block_size=config.block_size,
+        head_dim=model.head_dim,
+        dtype=DTYPES[dtype],
+    )
+    host = _blocks("host_kv_memory", config.host_kv_memory, block) if config.host_kv_memory is not None else 0
+    file = disk_block_bytes(block, config.block_size)
+    disk = _blocks("disk_kv_limit", config.disk_kv_limit, file) if config.disk_kv_path is not None else 0
+    return TierSizes(host, disk)
+
+
+def _blocks(field: str, text: str | int, block_bytes: int) -> int:
+    try:
+        budget = parse_memory(text, 0)
+    except InvalidValueError:
+        raise InvalidValueError(field, text, 'must be a size in bytes, such as "2GiB"') from None
+    if budget < block_bytes:
+        raise InvalidValueError(field, text, f"a block of the largest rank takes {block_bytes} bytes")
+    return budget // block_bytes

@@ -1,0 +1,131 @@
+"""Restorer: copies blocks from the tiers back to the device.
+
+A block that is restored has memory of its own, which nobody else has before every rank has reported the copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from headwise.runtime.kv.blocks import Use
+from headwise.runtime.kv.cost import RestoreCost
+from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.kv.ledger import Ledger, Outcome
+from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.tier_books import TierBooks
+from headwise.runtime.kv.tier_index import TierBlock
+from headwise.workers.kv.transfer import Op, Tier
+
+
+@dataclass(slots=True, eq=False)
+class _Restore:
+    """Blocks of one sequence on their way to the device.
+
+    Attributes:
+        chain: the cached blocks that come before them, held meanwhile.
+        wanted, memory: what is restored, and the device block for each.
+        done: gets how many blocks came, once all jobs are done.
+        waiting: jobs that are not done.
+    """
+
+    blocks: TokenBlocks
+    chain: list[CachedBlock]
+    wanted: list[TierBlock]
+    memory: list[int]
+    done: Callable[[int], None]
+    waiting: int = 0
+    void: bool = False
+    failed: set[bytes] = field(default_factory=set)
+
+
+class Restorer:
+    """Decides whether restoring pays, and has it done."""
+
+    def __init__(self, cache: PrefixCache, books: TierBooks, ledger: Ledger, cost: RestoreCost) -> None:
+        self._cache, self._books, self._ledger, self._cost = cache, books, ledger, cost
+
+    def worth(self, found: Sequence[TierBlock]) -> bool:
+        """Whether restoring these blocks is expected to be faster than computing them."""
+        tokens = len(found) * self._cache.block_size
+        worth = self._cost.worth(Counter(block.tier for block in found), tokens)
+        if not worth:
+            self._books.counts["declined_tokens"] += tokens
+        return worth
+
+    def restore(
+        self,
+        blocks: TokenBlocks,
+        chain: Sequence[CachedBlock],
+        wanted: list[TierBlock],
+        done: Callable[[int], None],
+    ) -> None:
+        """Starts to bring ``wanted``, which continue ``chain``, to the device; ``done`` gets how many came.
+
+        Raises:
+            OutOfBlocksError: the device has no room for them; nothing is started.
+        """
+        self._cache.hold(chain, Use.TRANSFER)
+        try:
+            memory = self._cache.allocate(len(wanted), Use.TRANSFER, blocks.namespace)
+        except BaseException:
+            self._cache.release(chain, Use.TRANSFER)
+            raise
+        restore = _Restore(blocks, list(chain), wanted, memory, done)
+        by_tier = {
+            tier: [(block, into) for block, into in zip(wanted, memory, strict=True) if block.tier is tier]
+            for tier in self._books.tiers
+        }
+        restore.waiting = sum(bool(part) for part in by_tier.values())
+        for tier, part in by_tier.items():
+            if part:
+                self._load(tier, part, restore)
+
+    def _load(self, tier: Tier, part: list[tuple[TierBlock, int]], restore: _Restore) -> None:
+        blocks = [block for block, _ in part]
+        for block in blocks:
+            block.readers += 1
+            self._books.tiers[tier].touch(block)
+        keys, into = [block.key for block in blocks], [block for _, block in part]
+        self._ledger.start(Op.LOAD, tier, keys, into, partial(self._loaded, tier, blocks, restore))
+
+    def _loaded(self, tier: Tier, blocks: list[TierBlock], restore: _Restore, outcome: Outcome) -> None:
+        index = self._books.tiers[tier]
+        for block in blocks:
+            block.readers -= 1
+        if not outcome.failed:
+            self._cost.saw_restore(tier, len(blocks), outcome.seconds, outcome.latency_s)
+        damaged = [block for block in blocks if block.key.digest in outcome.failed and block.key.digest in index]
+        self._books.counts[f"{tier}_damaged"] += len(damaged)
+        self._books.drop(index, damaged, "damage")
+        restore.failed |= outcome.failed
+        restore.void |= outcome.void
+        restore.waiting -= 1
+        if not restore.waiting:
+            self._arrive(restore)
+
+    def _arrive(self, restore: _Restore) -> None:
+        """Caches what came, up to the first block that did not come; all of it is idle then."""
+        cache, chain = self._cache, list(restore.chain)
+        arrived, complete = 0, not restore.void and all(node.cached for node in chain)
+        rest: list[tuple[int, CachedBlock | None]] = []
+        for wanted, memory in zip(restore.wanted, restore.memory, strict=True):
+            complete = complete and wanted.key.digest not in restore.failed
+            parent = chain[-1] if chain else None
+            node = cache.insert(restore.blocks, len(chain), parent, memory) if complete else None
+            complete = node is not None
+            rest.append((memory, node if node is not None and node.block == memory else None))
+            if node is not None:
+                if node.block != memory:  # somebody computed it meanwhile
+                    cache.hold([node], Use.TRANSFER)
+                    rest.append((node.block, node))
+                chain.append(node)
+                arrived += 1
+                self._books.count(wanted.tier, "hit", 1)
+        for block, node in reversed(rest):
+            cache.release_block(block, Use.TRANSFER, node)
+        cache.release(restore.chain, Use.TRANSFER)
+        restore.done(arrived)
