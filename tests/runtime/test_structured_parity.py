@@ -213,7 +213,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(
             for sample in failed.outputs:
                 assert sample.finish_reason == "error" and "abab".startswith(sample.text) and sample.text
     stats = llm.stats()
-    assert stats["num_free_blocks"] == stats["num_blocks"] and stats["num_restarts"] == 0
+    assert stats["num_free_blocks"] == stats["num_blocks"]
     llm._loop.call(Engine.check_integrity)
 
 

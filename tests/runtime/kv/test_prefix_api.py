@@ -72,7 +72,7 @@ class Clock:
 
     def __init__(self, llm: LLM) -> None:
         self.now = 0.0
-        llm._loop.engine._pins._clock = lambda: self.now
+        llm._loop.engine.generation.pins._clock = lambda: self.now
 
 
 @pytest.mark.parametrize("depth", [1, 2])
