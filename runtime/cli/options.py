@@ -27,6 +27,11 @@ DiskKvPath = Annotated[str | None, typer.Option(help="A folder where each rank k
 DiskKvLimit = Annotated[str | None, typer.Option(help="The most that each rank keeps there; default: 16GiB.")]
 PrefixCaching = Annotated[bool, typer.Option(help="Share KV blocks between requests with equal beginnings.")]
 CacheQuota = Annotated[float | None, typer.Option(help="Share of the prefix cache that one tenant may fill.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from so many of the most likely tokens; 0 is all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -20,7 +20,7 @@ import pytest
 from headwise.runtime.client import Client, Increment, ServerError
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
-from tests.runtime.cli.test_cli import Run
+from tests.runtime.conftest import Run
 
 T = TypeVar("T")
 Command = Callable[..., tuple[int, str, str]]

@@ -1,4 +1,4 @@
-"""What the benchmarks' tests share: the command line in this process, and an engine that is quick to start."""
+"""What the benchmarks' tests share: engines that are quick to start."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from pathlib import Path
 import pytest
 
 from headwise.runtime import LLM
-from headwise.runtime.bench import latency
-from tests.runtime.cli.test_cli import Run
-
-
-@pytest.fixture
-def headwise(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    return Run(monkeypatch, capfd)
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No time to settle, in which the rows of a model this small would end."""
-    monkeypatch.setattr(latency, "SETTLE_S", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from headwise.runtime.bench.prefix import (
 from headwise.runtime.bench.workload import prompts
 from headwise.runtime.kv.cost import RestoreCost
 from headwise.workers.errors import InvalidValueError
-from tests.runtime.cli.test_cli import LOCAL, Run
+from tests.runtime.conftest import LOCAL, Run
 
 ENGINE: dict[str, Any] = {"executor": "local", "kv_memory": "8MiB", "cpus_per_rank": 1.0, "quiet": True}
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -13,7 +13,7 @@ from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.bench import bounds, kv_cache, limits
 from headwise.runtime.bench.workload import prompts
 from headwise.workers.model.model_config import ModelConfig
-from tests.runtime.cli.test_cli import LOCAL, Run
+from tests.runtime.conftest import LOCAL, Run
 
 ENGINE = [*LOCAL, "--max-model-len", "256"]
 PNG = b"\x89PNG\r\n\x1a\n"

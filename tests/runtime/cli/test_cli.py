@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -23,10 +22,10 @@ from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.structured_outputs import MAX_GRAMMAR_BYTES
 from headwise.workers.errors import HeadwiseError
 from tests.checkpoints import write_checkpoint
+from tests.runtime.conftest import LOCAL, Run
 from tests.runtime.inputs.test_tokenizer import TOKENIZERS, byte_level
 
 DEADLINE_S = 120
-LOCAL = ["--executor", "local", "--kv-memory", "8MiB", "--cpus-per-rank", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +55,6 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mute(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("mute"), 8, 4)
-
-
-class Run:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capfd = monkeypatch, capfd
-
-    def __call__(self, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of a command in this process."""
-        self._monkeypatch.setattr(sys, "argv", ["headwise", *arguments])
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        self._capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        code = left.value.code or 0
-        assert isinstance(code, int)
-        return code, *self._capfd.readouterr()
-
-
-@pytest.fixture
-def headwise(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    return Run(monkeypatch, capfd)
 
 
 def expected(model: Path, prompt: str, max_tokens: int = 6) -> str:

@@ -1,0 +1,161 @@
+"""``headwise generate``: completes a prompt with a model loaded here, or by asking a server."""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from headwise.runtime.cli.form import given_form, structured_outputs, told_in_flags
+from headwise.runtime.cli.options import (
+    ENGINE_PARAMETERS,
+    MODEL_HELP,
+    Address,
+    AsJson,
+    CpusPerRank,
+    Device,
+    Dtype,
+    Executor,
+    FlagError,
+    KvMemory,
+    MaxModelLen,
+    MaxTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Tp,
+    engine_settings,
+    refuse_flags,
+)
+from headwise.runtime.cli.printing import print_json, raise_if_failed, take, write
+from headwise.workers.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from headwise.runtime.sampling_params import SamplingParams
+
+Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
+JsonSchema = Annotated[Path | None, typer.Option(help="The output is JSON of the schema in this file.")]
+Regex = Annotated[str | None, typer.Option(help="The output matches this.")]
+Choice = Annotated[list[str] | None, typer.Option(help="The output is one of these; may be given several times.")]
+
+
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
+    server: Annotated[str | None, typer.Option(help="host:port of a running server to ask instead.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="HEADWISE_TOKEN", help="The server's token for you.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Use TLS, with servers this certificate signed.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that the server gets to answer.")] = None,
+    tp: Tp = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")] = False,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "ray",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Complete a prompt: the text streams to stdout, everything else goes to stderr."""
+    from headwise.runtime import SamplingParams
+
+    if server is not None:
+        refuse_flags(ctx, ENGINE_PARAMETERS, "is for a model loaded here", "leave it out with --server")
+    else:
+        refuse_flags(ctx, ("token", "tls_ca", "timeout"), "is for a server", "leave it out, or give --server")
+    form = given_form(json_schema, regex, choice)
+    with told_in_flags(form):
+        structured = structured_outputs(form)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop,
+        seed=seed,
+        structured_outputs=structured,
+    )
+    if server is None and model is None:
+        raise FlagError("--model", "is missing", "give a model, or --server")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    question: Any = [{"role": "user", "content": text}] if chat else text
+    if server is not None:
+        _ask_server(server, token, tls_ca, timeout, question, params, as_json)
+        return
+    assert model is not None
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    with told_in_flags(form):
+        _generate_here(model, settings, question, params, as_json)
+
+
+def _generate_here(model: str, settings: dict[str, Any], question: Any, params: SamplingParams, as_json: bool) -> None:
+    from headwise.runtime import LLM
+
+    with LLM(model, **settings) as llm:
+        if as_json:
+            run = llm.generate if isinstance(question, str) else llm.chat
+            [output] = run(question, params, use_tqdm=False)
+            print_json(asdict(output))
+            raise_if_failed(output.outputs[0].finish_reason, output.error)
+        else:
+            _, last = take(llm.stream(question, params), show=True)
+            raise_if_failed(last.finish_reason, last.error)
+
+
+def _ask_server(
+    server: str,
+    token: str | None,
+    ca: Path | None,
+    timeout: float | None,
+    question: Any,
+    params: SamplingParams,
+    as_json: bool,
+) -> None:
+    from grpc import StatusCode
+
+    from headwise.runtime.client import Client, Completion, ServerError
+
+    if token and ca is None and not _is_loopback(server):
+        limit = f"would go in clear text to {server}, which is not loopback"
+        raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")
+    try:
+        with Client(server, token=token, ca=ca, timeout=timeout) as client:
+            for item in client.stream(question, params, whole=as_json):
+                if as_json and isinstance(item, Completion):
+                    print_json(asdict(item))
+                elif not as_json:
+                    write("\n" if isinstance(item, Completion) else item.text or "")
+                if isinstance(item, Completion):
+                    raise_if_failed(item.samples[0].finish_reason, item.samples[0].error)
+    except ServerError as error:
+        if error.code is not StatusCode.INVALID_ARGUMENT:
+            raise
+        print(f"headwise: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        host = urlsplit(f"//{address}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
