@@ -21,6 +21,7 @@ from headwise.runtime.cli.options import (
     PipelineDepth,
     Tp,
     engine_settings,
+    option,
 )
 from headwise.workers.errors import InvalidValueError
 
@@ -28,9 +29,10 @@ from headwise.workers.errors import InvalidValueError
 
 bench = typer.Typer(help="Measure this machine's throughput and latency.", no_args_is_help=True)
 
-Batches = Annotated[str, typer.Option(help="Batch sizes, separated by commas.")]
-Plot = Annotated[Path | None, typer.Option(help="Also draw a picture: a .png, .svg or .pdf; needs 'headwise\\[plot]'.")]
-Bound = Annotated[bool, typer.Option(help="First measure what the machine allows, to say how much of it is reached.")]
+Batches = Annotated[str, option("sizes", "Batch sizes: numbers of prompts, separated by commas.")]
+Plot = Annotated[Path | None, option("file", "Also draw a picture: a .png, .svg or .pdf; needs 'headwise[plot]'.")]
+ModelOrTiny = Annotated[str, option("path", "As --model of generate, or tiny: a small random model.", "--model", "-m")]
+Bound = Annotated[bool, typer.Option(help="First measure what the machine allows; report how much of that is reached.")]
 
 
 @bench.command()
@@ -38,9 +40,9 @@ def throughput(
     model: Model,
     tp: Tp = 1,
     batches: Batches = "1,8,32",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 42,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs a batch size; reported: the best and the median.")] = 3,
+    tokens: Annotated[int, option("n", "Tokens to generate for each prompt.", min=1)] = 64,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each prompt.", min=1)] = 42,
+    repeats: Annotated[int, option("n", "Runs of each batch size; reported: the best and the median.", min=1)] = 3,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -54,7 +56,11 @@ def throughput(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Decode throughput, prefill included: greedy, end-of-sequence ignored, random prompts without a shared prefix."""
+    """Generated tokens a second, by batch size.
+
+    Prompts are random, without a shared beginning. The time of their prefill counts. Tokens are the most likely ones;
+    end-of-sequence is ignored.
+    """
     from headwise.runtime.bench import throughput as measure
 
     sizes = _sizes("--batches", batches)
@@ -69,12 +75,12 @@ def throughput(
 def latency(
     model: Model,
     tp: Tp = 1,
-    rate: Annotated[float, typer.Option(min=1e-3, help="Requests a second, on average.")] = 1.0,
-    requests: Annotated[int, typer.Option(min=1, max=4096, help="Requests to send.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
-    steady: Annotated[int, typer.Option(min=0, max=128, help="Rows that decode all the while.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the arrivals: same seed, same times.")] = 0,
+    rate: Annotated[float, option("n", "Requests a second, on average.", min=1e-3)] = 1.0,
+    requests: Annotated[int, option("n", "Requests to send.", min=1, max=4096)] = 32,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each prompt.", min=1)] = 128,
+    tokens: Annotated[int, option("n", "Tokens to generate for each prompt.", min=1)] = 64,
+    steady: Annotated[int, option("n", "Streams that generate all the while.", min=0, max=128)] = 0,
+    seed: Annotated[int, option("n", "The same seed gives the same times of arrival.", min=0)] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -88,7 +94,10 @@ def latency(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Time to first token, between tokens and end to end, of requests that arrive at random times (open loop)."""
+    """Time to the first token, between tokens and to the end.
+
+    Requests arrive at random times, whether or not earlier ones are done (an open loop).
+    """
     from headwise.runtime.bench import latency as measure
 
     settings = engine_settings(
@@ -104,10 +113,10 @@ def step(
     model: Model,
     tp: Tp = 1,
     batches: Batches = "1,8,32",
-    context: Annotated[int, typer.Option(min=1, help="Prompt tokens of each row that decodes.")] = 42,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps of a reading.")] = 32,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose prefill is measured.")] = 1024,
-    repeats: Annotated[int, typer.Option(min=1, help="Readings of each; reported: the median.")] = 3,
+    context: Annotated[int, option("n", "Prompt tokens of each stream that generates.", min=1)] = 42,
+    steps: Annotated[int, option("n", "Decode steps of a reading.", min=1)] = 32,
+    prompt_tokens: Annotated[int, option("n", "Tokens of the prompt whose prefill is measured.", min=1)] = 1024,
+    repeats: Annotated[int, option("n", "Readings of each case; reported: the median.", min=1)] = 3,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -121,7 +130,10 @@ def step(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """Where the time of a step goes: steady decoding at each batch size, and the prefill of one prompt."""
+    """Where the time of a step goes.
+
+    Measured are steps that decode, at each batch size, and those that prefill one prompt.
+    """
     from headwise.runtime.bench import step as measure
 
     sizes = _sizes("--batches", batches)
@@ -136,13 +148,16 @@ def step(
 def limits(
     model: Model,
     batches: Batches = "1,8,32",
-    chunk: Annotated[str, typer.Option(help="Rows of a prefill chunk, separated by commas.")] = "256,1024",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the bound is the fastest.")] = 5,
+    chunk: Annotated[str, option("sizes", "Rows of a prefill chunk, separated by commas.")] = "256,1024",
+    threads: Annotated[int | None, option("n", "Threads to compute with; default: all cores.", min=1)] = None,
+    repeats: Annotated[int, option("n", "Runs of each case; the bound is the fastest.", min=1)] = 5,
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """What this machine allows: the matrix products of a step alone, in float32, no engine involved."""
+    """What this machine allows at most.
+
+    Measured are the matrix products of a step alone, in float32, without an engine.
+    """
     from headwise.runtime.bench import limits as measure
 
     sizes, chunks = _sizes("--batches", batches), _sizes("--chunk", chunk)
@@ -151,15 +166,15 @@ def limits(
 
 @bench.command("kv-cache")
 def kv_cache(
-    model: Annotated[str, typer.Option("--model", "-m", help="tiny is a random model made for this.")] = "tiny",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 512,
+    model: ModelOrTiny = "tiny",
+    tokens: Annotated[int, option("n", "Tokens to generate.", min=1)] = 512,
     executor: Executor = "local",
     kv_memory: KvMemory = None,
     cpus_per_rank: CpusPerRank = None,
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """What a KV cache saves: the same tokens generated with one and without."""
+    """What a KV cache saves: the same tokens with and without."""
     from headwise.runtime.bench import kv_cache as measure
 
     settings = engine_settings(1, "auto", "auto", executor, None, kv_memory, cpus_per_rank, None)
@@ -168,15 +183,13 @@ def kv_cache(
 
 @bench.command()
 def prefix(
-    model: Annotated[str, typer.Option("--model", "-m", help="tiny is a random model made for this.")] = "tiny",
+    model: ModelOrTiny = "tiny",
     tp: Tp = 1,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompts, parts of which are found.")] = 2048,
-    repeats: Annotated[int, typer.Option(min=1, help="Readings of each; reported: the median.")] = 3,
-    host: Annotated[str, typer.Option(help="Host memory to restore from, such as 1GiB; none: do not measure it.")] = (
-        "1GiB"
-    ),
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once where nothing is found.")] = 32,
-    pairs: Annotated[int, typer.Option(min=0, help="Runs of those with the cache, and as many without.")] = 5,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each prompt; parts of it are in the cache.", min=1)] = 2048,
+    repeats: Annotated[int, option("n", "Readings of each case; reported: the median.", min=1)] = 3,
+    host: Annotated[str, option("size", "Host memory to restore from, or none: restoring is not measured.")] = ("1GiB"),
+    batch: Annotated[int, option("n", "Prompts at once, where nothing is in the cache.", min=1)] = 32,
+    pairs: Annotated[int, option("n", "Runs of such a batch with the cache, and as many without.", min=0)] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "local",
@@ -188,7 +201,10 @@ def prefix(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """What the prefix cache saves: time to first token by what is found of a prompt; what it costs if nothing is."""
+    """What the prefix cache saves, and what it costs.
+
+    Saved: time to the first token, by how much of a prompt is in the cache. Cost: throughput where nothing is.
+    """
     from headwise.runtime.bench import prefix as measure
 
     settings = engine_settings(
@@ -202,11 +218,11 @@ def prefix(
 def serve(
     model: Model,
     tp: Tp = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 42,
-    requests: Annotated[int, typer.Option(min=1, help="Single requests, for the time to the first token.")] = 32,
-    pairs: Annotated[int, typer.Option(min=1, help="How often each way is measured, in turns.")] = 3,
+    batch: Annotated[int, option("n", "Prompts at once.", min=1)] = 32,
+    tokens: Annotated[int, option("n", "Tokens to generate for each prompt.", min=1)] = 64,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each prompt.", min=1)] = 42,
+    requests: Annotated[int, option("n", "Requests one by one, for the time to the first token.", min=1)] = 32,
+    pairs: Annotated[int, option("n", "Runs of each way, in turns.", min=1)] = 3,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -217,7 +233,10 @@ def serve(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """What the gRPC service costs: throughput and time to first token through it, and through the driver."""
+    """What the gRPC service costs, compared with LLM.
+
+    Measured are throughput and time to the first token, through the service and through LLM in this process.
+    """
     from headwise.runtime.bench import serve as measure
 
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)

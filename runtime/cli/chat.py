@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import typer
-
 from headwise.runtime.cli.options import (
     Address,
     AsJson,
@@ -24,6 +22,7 @@ from headwise.runtime.cli.options import (
     TopP,
     Tp,
     engine_settings,
+    option,
 )
 from headwise.runtime.cli.printing import print_json, raise_if_failed, take
 
@@ -31,7 +30,7 @@ from headwise.runtime.cli.printing import print_json, raise_if_failed, take
 def chat(
     model: Model,
     tp: Tp = 1,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[str | None, option("text", "The system message; default: none.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -46,7 +45,11 @@ def chat(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Talk with a model: one line a message, an empty line or end of input leaves."""
+    """Talk with a model.
+
+    Each line is a message; an empty line or the end of input ends the conversation. By default the most likely token is
+    taken each time.
+    """
     from headwise.runtime import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

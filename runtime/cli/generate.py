@@ -31,6 +31,7 @@ from headwise.runtime.cli.options import (
     TopP,
     Tp,
     engine_settings,
+    option,
     refuse_flags,
 )
 from headwise.runtime.cli.printing import print_json, raise_if_failed, take, write
@@ -39,24 +40,29 @@ from headwise.workers.errors import InvalidValueError
 if TYPE_CHECKING:
     from headwise.runtime.sampling_params import SamplingParams
 
-Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
-JsonSchema = Annotated[Path | None, typer.Option(help="The output is JSON of the schema in this file.")]
-Regex = Annotated[str | None, typer.Option(help="The output matches this.")]
-Choice = Annotated[list[str] | None, typer.Option(help="The output is one of these; may be given several times.")]
+Stop = Annotated[list[str] | None, option("text", "Stop at this text; may be given several times.")]
+JsonSchema = Annotated[Path | None, option("file", "The output is JSON of the schema in this file.")]
+Regex = Annotated[str | None, option("regex", "The output matches this regex.")]
+Choice = Annotated[list[str] | None, option("text", "The output is this text, or that of another --choice.")]
 
 
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
-    server: Annotated[str | None, typer.Option(help="host:port of a running server to ask instead.")] = None,
-    token: Annotated[str | None, typer.Option(envvar="HEADWISE_TOKEN", help="The server's token for you.")] = None,
+    model: Annotated[str | None, option("path", MODEL_HELP, "--model", "-m")] = None,
+    server: Annotated[str | None, option("host:port", "A running server to ask instead of loading a model.")] = None,
+    token: Annotated[str | None, option("text", "Your token for the server.", envvar="HEADWISE_TOKEN")] = None,
     tls_ca: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Use TLS, with servers this certificate signed.")
+        Path | None,
+        option("file", "Connect by TLS; the certificate (PEM) that signed the server's.", exists=True, dir_okay=False),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that the server gets to answer.")] = None,
+    timeout: Annotated[
+        float | None, option("seconds", "Time that the server gets to answer; default: no limit.", min=0)
+    ] = None,
     tp: Tp = 1,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask it as a chat message, by the model's template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a chat message, for the model's template.")
+    ] = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -75,7 +81,11 @@ def generate(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Complete a prompt: the text streams to stdout, everything else goes to stderr."""
+    """Complete a prompt, or answer it with --chat.
+
+    The text streams to stdout, everything else goes to stderr. The model is loaded here (--model), or a running server
+    is asked (--server). By default the most likely token is taken each time, and at most 128 are.
+    """
     from headwise.runtime import SamplingParams
 
     if server is not None:

@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
 for command in (generate, chat, serve, warmup):
     app.command()(command)

@@ -10,28 +10,55 @@ import typer
 
 from headwise.workers.errors import HeadwiseError
 
-MODEL_HELP = "A Hugging Face directory, a .gguf file, or smollm2."
-Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-Tp = Annotated[int, typer.Option("--tp", help="Ranks the model is split over.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Executor = Annotated[str, typer.Option(help="ray: an actor a rank; local: one rank in this process.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Most tokens of a request, prompt and output.")]
-KvMemory = Annotated[str | None, typer.Option(help="KV memory of each rank: 2GiB, 512MiB, or a fraction such as 0.5.")]
-CpusPerRank = Annotated[float | None, typer.Option(help="CPUs each rank asks Ray for; default: cores / ranks.")]
-Address = Annotated[str | None, typer.Option(help="The Ray to join; default: RAY_ADDRESS, or start one here.")]
-PipelineDepth = Annotated[int | None, typer.Option(help="Steps in flight at once: 1 or 2.")]
-MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Most tokens of a step; longer prompts go in chunks.")]
-HostKvMemory = Annotated[str | None, typer.Option(help="Host memory of each rank for KV blocks evicted: 4GiB.")]
-DiskKvPath = Annotated[str | None, typer.Option(help="A folder where each rank keeps KV blocks evicted from memory.")]
-DiskKvLimit = Annotated[str | None, typer.Option(help="The most that each rank keeps there; default: 16GiB.")]
-PrefixCaching = Annotated[bool, typer.Option(help="Share KV blocks between requests with equal beginnings.")]
-CacheQuota = Annotated[float | None, typer.Option(help="Share of the prefix cache that one tenant may fill.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from so many of the most likely tokens; 0 is all.")]
+
+def option(metavar: str, text: str, *names: str, **limits: Any) -> Any:
+    """A typer.Option whose help reads ``--name <metavar>  text``."""
+    return typer.Option(*names, metavar=f"<{metavar}>", help=text, **limits)
+
+
+MODEL_HELP = "A directory with config.json and safetensors files, a .gguf file, or smollm2; nothing is downloaded."
+Model = Annotated[str, option("path", MODEL_HELP, "--model", "-m")]
+Tp = Annotated[int, option("n", "Ranks: processes that the model is split over.", "--tp")]
+Dtype = Annotated[str, option("type", "float32, bfloat16, float16, or auto: as in the checkpoint.")]
+Device = Annotated[str, option("device", "cpu, cuda, or auto: cuda where there is one.")]
+Executor = Annotated[
+    str, option("name", "ray: each rank is a Ray actor; local: one rank, in this process, without Ray.")
+]
+MaxModelLen = Annotated[
+    int | None, option("n", "Most tokens of a request, prompt and output together; default: the model's own limit.")
+]
+KvMemory = Annotated[
+    str | None,
+    option(
+        "size", "KV cache of each rank: 512MiB, or 0.5 for half of what is free; default: 2GiB on cpu, 0.9 on cuda."
+    ),
+]
+CpusPerRank = Annotated[
+    float | None, option("n", "CPUs that each rank computes with; default: the cores divided by the ranks.")
+]
+Address = Annotated[
+    str | None, option("address", "The Ray cluster to join; default: RAY_ADDRESS, or a Ray started for this run.")
+]
+PipelineDepth = Annotated[int | None, option("n", "Steps in flight at the same time, 1 or 2; default: 2.")]
+MaxNumBatchedTokens = Annotated[
+    int | None, option("n", "Most tokens of a step, longer prompts are split; default: 1024.")
+]
+HostKvMemory = Annotated[
+    str | None, option("size", "Host memory of each rank for KV blocks that left the device: 4GiB; default: none.")
+]
+DiskKvPath = Annotated[
+    str | None, option("folder", "Where each rank keeps KV blocks that left its memory; default: nowhere.")
+]
+DiskKvLimit = Annotated[str | None, option("size", "Most that the files of each rank there may take; default: 16GiB.")]
+PrefixCaching = Annotated[bool, typer.Option(help="Requests with equal beginnings share what is computed of them.")]
+CacheQuota = Annotated[float | None, option("share", "Of the prefix cache, for each tenant: 0.5; default: no limit.")]
+MaxTokens = Annotated[int, option("n", "Most tokens to generate.")]
+Temperature = Annotated[float, option("number", "0 takes the most likely token each time; more is more random.")]
+TopP = Annotated[
+    float, option("number", "Sample only from the most likely tokens that together reach this probability.")
+]
+TopK = Annotated[int, option("n", "Sample only from this many of the most likely tokens; 0: from all.")]
+Seed = Annotated[int | None, option("n", "The same seed gives the same text.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -47,7 +74,7 @@ def engine_settings(
     pipeline_depth: int | None = None,
     max_num_batched_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """What ``LLM`` takes; an option that was not given is left to its default there."""
+    """The arguments of ``LLM``; an option that is None is left out, so that ``LLM``'s own default holds."""
     settings = {
         "tensor_parallel_size": tp,
         "dtype": dtype,
@@ -64,7 +91,7 @@ def engine_settings(
 
 
 ENGINE_PARAMETERS = ("model", *inspect.signature(engine_settings).parameters)
-"""Of commands: what is for an engine in this process."""
+"""Names of the commands' parameters that are for an engine in this process."""
 
 
 class FlagError(HeadwiseError):

@@ -25,33 +25,48 @@ from headwise.runtime.cli.options import (
     PrefixCaching,
     Tp,
     engine_settings,
+    option,
 )
 
 
 def serve(
     model: Model,
     tp: Tp = 1,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 50051,
-    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics there.")] = None,
-    metrics_host: Annotated[str, typer.Option(help="The address for it.")] = "127.0.0.1",
-    openai_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's API there.")] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: --model.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="The server's certificate, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key, PEM.")] = None,
-    tls_client_ca: Annotated[
-        Path | None, typer.Option(help="Let in only clients that this certificate signed.")
+    host: Annotated[str, option("address", "The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, option("port", "The port for gRPC; 0: any free one.", min=0, max=65535)] = 50051,
+    metrics_port: Annotated[
+        int | None,
+        option("port", "Serve Prometheus metrics there; 0: any free one; default: none.", min=0, max=65535),
     ] = None,
-    token_file: Annotated[Path | None, typer.Option(help='Lines of "TENANT TOKEN \\[admin]".')] = None,
-    insecure: Annotated[bool, typer.Option(help="Serve anybody who reaches a host that is not loopback.")] = False,
-    max_queued_requests: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 1024,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 128,
-    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds that requests get to end on SIGTERM.")] = 30.0,
-    stall_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a client may leave a stream unread.")] = 30.0,
+    metrics_host: Annotated[str, option("address", "The address to serve metrics on.")] = "127.0.0.1",
+    openai_port: Annotated[
+        int | None, option("port", "Serve OpenAI's API there; 0: any free one; default: none.", min=0, max=65535)
+    ] = None,
+    name: Annotated[str | None, option("name", "The model's name for clients; default: what --model says.")] = None,
+    tls_cert: Annotated[Path | None, option("file", "Encrypt with TLS: the server's certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, option("file", "The key of that certificate (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None, option("file", "Let in only clients with a certificate that this one (PEM) signed.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, option("file", 'Let in only clients with a token of this file; its lines: "TENANT TOKEN [admin]".')
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Serve anybody who reaches --host, without TLS or tokens."),
+    ] = False,
+    max_queued_requests: Annotated[int, option("n", "Most requests that may wait; more are refused.", min=1)] = 1024,
+    max_num_seqs: Annotated[int, option("n", "Most requests that are computed at the same time.", min=1)] = 128,
+    drain_timeout: Annotated[
+        float, option("seconds", "On SIGTERM, time for the requests that run to end.", min=0)
+    ] = 30.0,
+    stall_timeout: Annotated[float, option("seconds", "Time that a client may leave a stream unread.", min=0.1)] = 30.0,
     max_request_time: Annotated[
-        float, typer.Option(min=0.1, help="Seconds a request may take, queued or not.")
+        float, option("seconds", "Time that a request may take, its waiting included.", min=0.1)
     ] = 3600.0,
-    step_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a step may take in good health.")] = 8.0,
+    step_timeout: Annotated[
+        float, option("seconds", "Time of a step after which the server reports that it is not healthy.", min=0.1)
+    ] = 8.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -66,7 +81,11 @@ def serve(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model by gRPC until SIGTERM: then finish what runs. Prints one line when it is ready."""
+    """Serve a model by gRPC, and by OpenAI's API.
+
+    Prints one line on stdout when it is ready. On SIGTERM or Ctrl-C it takes no more requests, finishes those that run
+    and ends.
+    """
     from headwise.runtime.config import engine_config
     from headwise.runtime.server.serve import ServeOptions
     from headwise.runtime.server.serve import serve as run

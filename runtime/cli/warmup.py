@@ -9,7 +9,10 @@ from headwise.runtime.cli.printing import print_json
 
 
 def warmup(as_json: AsJson = False) -> None:
-    """Compile the CPU kernels of this machine now, so that no start waits for it."""
+    """Compile the CPU kernels ahead.
+
+    They are compiled once for a version of Headwise and a kind of CPU, and kept; otherwise the first start does it.
+    """
     from headwise.runtime.warmup import compile_kernels
     from headwise.workers.jit.kernel_cache import kernel_folder
 

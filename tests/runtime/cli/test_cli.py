@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from rich.text import Text
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -317,21 +319,32 @@ def test_help_lists_the_commands(headwise: Run) -> None:
     assert code == 0 and "--model" in out
 
 
-def test_help_shows_what_is_in_brackets(headwise: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = headwise("serve", "--help")
-    assert code == 0 and 'Lines of "TENANT TOKEN [admin]".' in out
-    code, out, _ = headwise("bench", "step", "--help")
-    assert code == 0 and "needs 'headwise[plot]'" in out
+def commands(command: Any, *path: str) -> list[Any]:
+    """A command and those below it, each with what is typed for it."""
+    below = getattr(command, "commands", {}).items()
+    return [
+        pytest.param(path, command, id=" ".join(path) or "headwise"),
+        *itertools.chain.from_iterable(commands(sub, *path, name) for name, sub in below),
+    ]
 
 
-def test_no_help_is_taken_for_markup() -> None:
-    commands = [typer.main.get_command(cli.app)]
-    texts = []
-    while commands:
-        command = commands.pop()
-        commands += getattr(command, "commands", {}).values()
-        texts += [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
-    assert len(texts) > 100
-    for text in filter(None, texts):
-        assert Text.from_markup(text).plain == text.replace("\\[", "[")
+@pytest.mark.parametrize(("path", "command"), commands(typer.main.get_command(cli.app)))
+def test_help_at_80_columns_cuts_nothing(
+    headwise: Run, monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...], command: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = headwise(*path, "--help")
+    usage, _, rest = out.partition("\n")
+    assert code == 0 and usage.startswith("Usage: ") and "…" not in out and "..." not in rest
+    assert max(map(len, out.splitlines())) <= 80
+    together = "".join(out.split())  # as no line break can be in the way
+    for name, sub in getattr(command, "commands", {}).items():
+        assert f"\n  {name} " in out and sub.get_short_help_str(200) in out
+    for parameter in command.params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert re.search(rf"(^|[ ,]){name}([ ,]|$)", out, re.MULTILINE), name
+        if parameter.metavar:
+            assert f"{max(parameter.opts, key=len)} {parameter.metavar}" in out
+        assert "".join((parameter.help or "").split()) in together
+        if parameter.param_type_name == "option" and not isinstance(parameter.default, bool | None):
+            assert "".join(f"[default: {parameter.default}".split()) in together
