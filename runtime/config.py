@@ -1,4 +1,4 @@
-"""EngineConfig: everything an engine can be told, in one typed tree, validated loudly."""
+"""EngineConfig: the settings of an engine, checked when it is made."""
 
 from __future__ import annotations
 
@@ -10,44 +10,63 @@ from headwise.runtime.kv.eviction import EvictionName
 from headwise.workers.errors import InvalidValueError
 
 DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
-"""By device: a fixed share of a machine that others use too, or nearly all of a GPU that nobody else does."""
+"""By device: a fixed size on a CPU, whose memory other programs use too; nearly all that is free on a GPU."""
 
 DEFAULT_MIXED_PREFILL_TOKENS: dict[str, int | None] = {"cpu": 64, "cuda": None}
-"""By device: a CPU's step time grows with every token, a GPU's hardly does before max_num_batched_tokens."""
+"""By device: a CPU's step takes longer with every token; a GPU's hardly does up to max_num_batched_tokens."""
 
 
 class EngineConfig(BaseModel):
-    """
+    """The settings of an engine, checked when it is made. All but ``model`` have a default.
+
+    A *rank* is one of the processes that a model is split over. A *KV block* holds the keys and values of a few tokens
+    (``block_size``) in a rank's memory. The *prefix cache* is the blocks that are kept for prompts that begin alike.
+
     Attributes:
-        model: a directory in Hugging Face form, a .gguf file, or a name that ``headwise.runtime.models.names`` knows.
-        tensor_parallel_size: ranks the model is split over; at most the number of query heads.
-        dtype: of weights, activations and KV; ``auto`` is the checkpoint's.
-        device: ``auto`` is ``cuda`` where there is one.
-        executor: ``ray`` has an actor a rank; ``local`` one rank in this process.
-        max_model_len: most tokens of one request, prompt and output; None is what the model was trained for.
-        block_size: tokens of a KV block.
-        kv_memory: what each rank may spend on KV: bytes, ``"2GiB"``, or a fraction of the memory that is free once
-            the weights are loaded; None is DEFAULT_KV_MEMORY.
-        num_blocks: never more KV blocks than this, whatever kv_memory affords.
-        max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks.
-        max_mixed_prefill_tokens: most prompt tokens of a step in which a stream gets a token, a bound on how long the
-            prompts of others hold that up; None is DEFAULT_MIXED_PREFILL_TOKENS.
-        max_num_seqs: most requests that run at once; never more than max_num_batched_tokens.
-        pipeline_depth: steps in flight at once; with 2, the next is submitted before the tokens of one are seen.
-        attention: the attention backend; None is the fastest that fits.
-        seed: of requests that bring none.
-        enable_prefix_caching: whether requests share the KV blocks of equal prompts, and find those of earlier ones.
-        prefix_eviction: which idle block goes first: ``lru``, the one unused for longest; ``cost_aware``, the one that
-            is worth least, by its recompute time and how often it was found.
-        cache_quota: the share of the cache, and of each tier, that requests with one cache_salt may fill; None is no
-            limit. It bounds what is kept, not what running requests need.
-        host_kv_memory: host memory each rank may fill with blocks that had to leave the device, such as ``"4GiB"``.
-        disk_kv_path: a folder where each rank keeps blocks that had to leave memory; the next engine with the same
-            model and settings finds them.
-        disk_kv_limit: the most that each rank's files there may take.
-        address: of the Ray to join; None joins RAY_ADDRESS, or starts one here.
-        cpus_per_rank: CPUs each rank asks Ray for and computes with; None is cores / ranks.
-        start_timeout: seconds until every rank must be placed.
+        model: the path of a directory with config.json and safetensors files, or of a .gguf file; or ``"smollm2"``.
+        tensor_parallel_size: ranks that the model is split over; at most its number of query heads. Default: 1.
+        dtype: of weights, activations and KV cache; ``"auto"``, the default, is the checkpoint's.
+        device: ``"cpu"`` or ``"cuda"``; ``"auto"``, the default, is ``"cuda"`` where there is one.
+        executor: ``"ray"``, the default, runs each rank as a Ray actor; ``"local"`` runs one rank in this process,
+            without Ray.
+        max_model_len: most tokens of one request, prompt and output together; None, the default, is what the model was
+            trained for.
+        block_size: tokens of a KV block. Default: 16.
+        kv_memory: memory of each rank for KV blocks: a number of bytes, a size such as ``"2GiB"``, or a fraction of
+            the memory that is free once the weights are loaded. None, the default, is ``"2GiB"`` on a CPU and 0.9 on a
+            GPU.
+        num_blocks: most KV blocks, even if kv_memory has room for more; None, the default, is no such limit.
+        max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks. Default: 1024.
+        max_mixed_prefill_tokens: most prompt tokens of a step that also generates a token of a stream. A low limit
+            keeps streams fluent while others' prompts are computed. None, the default, is 64 on a CPU and no limit on
+            a GPU.
+        max_num_seqs: most requests that run at the same time, and at most max_num_batched_tokens. Default: 128.
+        pipeline_depth: steps in flight at the same time, 1 or 2. With 2, the default, a step is submitted before the
+            tokens of the step before it are known.
+        attention: the attention backend, ``"reference"`` or ``"cpu"``; None, the default, is the fastest that can serve
+            the model.
+        seed: requests without a seed of their own get one that is derived from this. Default: 0.
+        enable_prefix_caching: whether requests use the KV blocks of requests that began with the same tokens.
+            Default: True.
+        prefix_eviction: which block of the prefix cache makes room when memory is full. ``"lru"``, the default, takes
+            the one unused for longest; ``"cost_aware"`` the one that is worth least, by the time to compute it again
+            and by how often it was used.
+        cache_quota: largest share, from 0 to 1, of the prefix cache and of each tier below it that requests with the
+            same cache_salt may fill. It limits what is kept, not what running requests need. None, the default, is no
+            limit.
+        host_kv_memory: host memory of each rank for KV blocks that left the device, in bytes or such as ``"4GiB"``.
+            None, the default, keeps none there.
+        disk_kv_path: a folder where each rank keeps KV blocks that left its memory, as files. The next engine with the
+            same model and settings finds them. None, the default, keeps none.
+        disk_kv_limit: most that the files of each rank there may take. Default: ``"16GiB"``.
+        address: the Ray cluster to join. None, the default, joins the one that RAY_ADDRESS names, or the one that this
+            process uses already, or starts one on this machine.
+        cpus_per_rank: CPUs that each rank asks Ray for and computes with; None, the default, is the machine's cores
+            divided by the ranks.
+        start_timeout: seconds until every rank must have a place in the Ray cluster. Default: 120.
+
+    Raises:
+        pydantic.ValidationError: a field is wrong; :func:`engine_config` raises InvalidValueError instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
@@ -79,10 +98,10 @@ class EngineConfig(BaseModel):
 
 
 def engine_config(**fields: Any) -> EngineConfig:
-    """The validated config.
+    """An EngineConfig of these fields.
 
     Raises:
-        InvalidValueError: of the first field that is wrong.
+        InvalidValueError: a field is wrong; names the first such one.
     """
     try:
         return EngineConfig(**fields)

@@ -1,4 +1,4 @@
-"""LLM: the driver API."""
+"""LLM: a model in a Python program, called directly; runtime/client.py asks a server instead."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from headwise.workers.plan import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """What is new of one sample of a stream.
+    """An increment of a stream: what one sample has gained since the increment before.
 
     Attributes:
-        text: never splits a character; None where the model has no tokenizer.
-        finish_reason: None but in the sample's last increment.
-        error: why, where the finish_reason is ``error``.
+        index: which of the request's ``n`` samples it belongs to.
+        text: whole characters only, so that it may be empty; None if the model has no tokenizer.
+        logprobs: of the increment's token, like an entry of CompletionOutput.logprobs; None if not asked for.
+        finish_reason: None except in the sample's last increment.
+        error: what went wrong, if the finish_reason is ``error``; else None.
     """
 
     request_id: str
@@ -49,11 +51,20 @@ class OutputDelta:
 
 
 class LLM:
-    """A model that is loaded and ready to generate. Thread-safe; close it, or use it as a context manager.
+    """A model that is loaded and ready to generate.
+
+    Close it, or use it as a context manager::
+
+        with LLM("smollm2") as llm:
+            [output] = llm.generate("The sky is", SamplingParams(temperature=0, max_tokens=64))
+            print(output.outputs[0].text)
+
+    Without SamplingParams a request samples at temperature 1.0 and ends after 16 tokens. Methods may be called from any
+    thread, and run side by side.
 
     Attributes:
-        model_path: the resolved directory in Hugging Face form.
-        config: what it was built with.
+        model_path: the model's directory; of a .gguf file, the directory with its conversion.
+        config: the settings it was built with.
     """
 
     def __init__(
@@ -88,14 +99,16 @@ class LLM:
         """Loads a model.
 
         Args:
-            model: a directory in Hugging Face form, a .gguf file, or ``"smollm2"``.
-            quiet: nothing on stderr.
+            model: the path of a directory with config.json and safetensors files, or of a .gguf file; or ``"smollm2"``,
+                the demo model. The name of a model on a hub is not a path: nothing is downloaded.
+            quiet: print nothing on stderr; by default progress and the size of the KV cache are shown there.
 
-        All others are those of :class:`~headwise.runtime.config.EngineConfig`, which says what they mean.
+        The other arguments are the fields of :class:`~headwise.runtime.config.EngineConfig`, which says what they mean.
 
         Raises:
-            InvalidValueError: a setting is out of its limits.
-            UnsupportedModelError, CheckpointError: the model cannot be served.
+            InvalidValueError: a setting is out of its limits, or nothing is at ``model``.
+            UnsupportedModelError: the model is not a Llama that Headwise can serve.
+            CheckpointError: the model's files are damaged or incomplete.
             GroupStartError, ShardGroupDied: the shards did not start.
         """
         self.config: EngineConfig = engine_config(
@@ -145,20 +158,22 @@ class LLM:
         cache_salt: str = "",
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes prompts.
+        """Completes prompts, and returns once all are done.
 
         Args:
-            prompts: text, a list of texts, a list of token ids, or a list of such lists.
-            sampling_params: one for all, or one for each.
-            cache_salt: the prefix cache is shared with requests that have the same salt, and no others.
-            use_tqdm: show a bar on stderr.
+            prompts: a text, a list of texts, a list of token ids, or a list of lists of token ids.
+            sampling_params: one for all prompts, or a list with one for each. None is ``SamplingParams()``: temperature
+                1.0, at most 16 tokens.
+            cache_salt: requests share the prefix cache only with requests that have the same salt.
+            use_tqdm: show a progress bar on stderr.
 
         Returns:
-            The outputs in the order of the prompts. One whose logits were not finite has the finish_reason ``error``.
+            The outputs in the order of the prompts. A request that failed alone, such as one whose logits were not
+            finite, is among them, with the finish_reason ``error``.
 
         Raises:
-            InvalidValueError: of the first prompt or parameter that is wrong; nothing is computed then.
-            ShardGroupDied: a shard died; nothing of this call is returned.
+            InvalidValueError: a prompt or a parameter is wrong; names the first such one. Nothing is computed then.
+            ShardGroupDied: a shard died; no output of this call is returned.
         """
         listed = _as_prompts(prompts)
         return self._run([self._inputs.token_ids(p) for p in listed], listed, sampling_params, cache_salt, use_tqdm)
@@ -171,7 +186,13 @@ class LLM:
         cache_salt: str = "",
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers conversations, each a list of ``{"role": …, "content": …}``; else as :meth:`generate`."""
+        """Answers conversations, by the model's chat template, and returns once all are done.
+
+        Args:
+            messages: a conversation, which is a list of ``{"role": …, "content": …}``, or a list of conversations.
+
+        The other arguments, the result and the errors are those of :meth:`generate`.
+        """
         single = not isinstance(messages, Sequence) or not messages or isinstance(messages[0], Mapping)
         listed: Sequence[Any] = [messages] if single else messages
         ids = [self._inputs.chat_token_ids(conversation) for conversation in listed]
@@ -186,16 +207,19 @@ class LLM:
         request_id: str | None = None,
         cache_salt: str = "",
     ) -> Iterator[OutputDelta]:
-        """Completes one prompt, or answers one conversation, bit by bit.
+        """Completes one prompt, or answers one conversation, and yields the output while it is generated.
+
+        Leaving the iterator before its end aborts the request. A sample that fails alone ends with the finish_reason
+        ``error``.
 
         Args:
-            request_id: for :meth:`abort`; no other that runs may have it.
-            cache_salt: as of :meth:`generate`.
-
-        Leaving the iterator early aborts the request. A sample that fails alone ends with the finish_reason ``error``.
+            sampling_params: None is ``SamplingParams()``: temperature 1.0, at most 16 tokens.
+            request_id: a name for :meth:`abort`, which no other request has while both run; None makes one up.
+            cache_salt: as in :meth:`generate`.
 
         Raises:
-            InvalidValueError: the prompt, a parameter or the request_id is wrong; the last at the first increment.
+            InvalidValueError: the prompt or a parameter is wrong. Of a request_id that is taken, only the first
+                increment raises it.
             ShardGroupDied: a shard died.
         """
         params = sampling_params or SamplingParams()
@@ -204,21 +228,22 @@ class LLM:
         return self._stream(list(self._inputs.requests(name, self._token_ids(prompt), params, number, cache_salt)))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request that another thread runs; its output so far has the finish_reason ``abort``."""
+        """Ends a request that another thread waits for; that thread gets the output so far, with the finish_reason
+        ``abort``. Does nothing if no such request runs."""
         self._loop.call(lambda engine: engine.abort(request_id))
 
     def pin_prefix(self, prompt: Prompt | Messages, ttl: float, *, cache_salt: str = "") -> int:
-        """Computes a prompt, or the start of a conversation, and keeps it in the prefix cache for a time.
+        """Computes a prompt, or the start of a conversation, and keeps its KV blocks in the prefix cache for a time.
 
         Args:
-            ttl: seconds.
-            cache_salt: of the requests that are to find it.
+            ttl: how long the blocks are kept, in seconds.
+            cache_salt: the salt of the requests that will use them.
 
         Returns:
-            How many tokens are kept: those of its full blocks.
+            How many tokens are kept: those of the prompt's full blocks.
 
         Raises:
-            InvalidValueError: the prompt or ttl is wrong, prefix caching is off, or more would be pinned than may be.
+            InvalidValueError: the prompt or ttl is wrong, prefix caching is off, or too many blocks would be pinned.
             ShardGroupDied: a shard died.
         """
         if not self.config.enable_prefix_caching:
@@ -249,24 +274,27 @@ class LLM:
         return pinned[0]
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
+        """Empties the prefix cache: on the device, in host memory and on disk, pinned blocks included. Running requests
+        go on."""
         self._loop.call(Engine.reset_prefix_cache)
 
     def subscribe_kv_events(self, capacity: int = 1024) -> Subscription:
-        """What changes in the prefix cache, as msgpack messages for routers; see ``headwise.runtime.kv.events``.
+        """Subscribes to the changes of the prefix cache: msgpack messages for routers, described in
+        ``headwise.runtime.kv.events``.
 
         Args:
-            capacity: messages that may wait unread; a reader further behind is told to take a snapshot.
+            capacity: messages that may wait unread. A reader that falls further behind is told to take a snapshot.
         """
         return self._loop.call(lambda engine: engine.events.subscribe(capacity))
 
     def kv_snapshot(self) -> bytes:
-        """Which blocks the prefix cache holds, as msgpack; see ``headwise.runtime.kv.events``."""
+        """The blocks that the prefix cache holds now, as msgpack, described in ``headwise.runtime.kv.events``."""
         return self._loop.call(lambda engine: engine.events.snapshot())
 
     def stats(self) -> dict[str, Any]:
-        """What the engine and its shards hold and have done, among it ``shard_pids``, ``kv_bytes_per_rank``, and the
-        seconds of :meth:`Engine.stats <headwise.runtime.engine.engine.Engine.stats>`."""
+        """What the engine and its shards hold and have done: the entries of
+        :meth:`Engine.stats <headwise.runtime.engine.engine.Engine.stats>`, and by rank ``shards``, ``shard_pids`` and
+        ``kv_bytes_per_rank``."""
 
         def read(engine: Engine) -> dict[str, Any]:
             shards = engine.call_shards("stats")  # first: it processes the steps in flight
@@ -278,7 +306,7 @@ class LLM:
         return stats
 
     def close(self) -> None:
-        """Ends everything that runs and leaves nothing behind. Idempotent."""
+        """Ends the requests that run, the shards, and a Ray that was started for them. Idempotent."""
         self._finalizer()
         atexit.unregister(self._finalizer)
 

@@ -50,13 +50,17 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of a prompt's ``n`` samples.
+    """One of the ``n`` samples of a prompt.
 
     Attributes:
-        text: None where the model has no tokenizer.
-        logprobs: for each token, the chosen and the most likely tokens by id; None when not asked for.
-        finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while it runs.
-        stop_reason: the stop token id or stop string that ended it; None for end-of-sequence.
+        index: which of the ``n`` samples, from 0.
+        text: the generated text; None if the model has no tokenizer.
+        token_ids: the generated tokens.
+        logprobs: for each generated token a dict of token id to Logprob, with the chosen token and the most likely
+            ones; None if not asked for.
+        finish_reason: why the sample ended: ``stop`` (end-of-sequence, a stop token or a stop string), ``length``
+            (max_tokens, or the model's context is full), ``abort``, or ``error``; None while it runs.
+        stop_reason: the stop token id or the stop string that ended it; None if something else did.
     """
 
     index: int
@@ -69,12 +73,15 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt and its samples, in order of their index.
+    """A prompt and what was generated for it.
 
     Attributes:
-        num_cached_tokens: prompt tokens whose KV was not computed but found in the prefix cache.
-        metrics: of the first sample.
-        error: why, where a finish_reason is ``error``.
+        prompt: the text of the prompt; None if it was given as tokens or messages.
+        prompt_token_ids: the tokens of the prompt.
+        outputs: the ``n`` samples, in order of their index.
+        num_cached_tokens: how many tokens of the prompt were found in the prefix cache, so that they were not computed.
+        metrics: times and counts of the first sample.
+        error: what went wrong, if a sample's finish_reason is ``error``; else None.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""How a request's tokens are chosen and when it ends; every limit on it is here, for every entrance."""
+"""SamplingParams: how a request's tokens are chosen and when its output ends, with the limits of every field."""
 
 from __future__ import annotations
 
@@ -13,49 +13,62 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling
 
 MAX_N = 64
-"""Samples of one prompt: each takes a row and its own KV blocks."""
+"""Samples of one prompt. Each takes a place in every step, and KV blocks of its own."""
 MAX_TEMPERATURE = 100.0
-"""Already close to uniform: it leaves a factor of 1.2 between two tokens whose logits differ by 20."""
+"""Already close to uniform: of two tokens whose logits differ by 20, one is only 1.2 times as likely as the other."""
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
-"""Wide enough for any use, and no finite logit overflows for lack of a bound."""
+"""Wide enough for any use, and narrow enough that no finite logit overflows."""
 MAX_ABS_PENALTY = 2.0
 """Of presence_penalty and frequency_penalty, as in OpenAI's API."""
 MAX_LOGPROBS = 20
-"""As in OpenAI's API; each token carries so many (id, value) pairs from the shards to the client."""
+"""As in OpenAI's API. With each token so many (id, value) pairs travel from the shards to the client."""
 MAX_LOGIT_BIAS, MAX_LOGIT_BIAS_ENTRIES = 100.0, 1024
-"""The value as in OpenAI's API: 100 in effect forces a token and -100 in effect bans it."""
+"""The value as in OpenAI's API: 100 practically forces a token, -100 practically bans it."""
 MAX_STOP, MAX_STOP_CHARACTERS = 16, 256
-"""Stop strings are searched at each token, and text that may begin one is held back from a stream."""
+"""Each token's text is searched for stop strings, and a stream holds back text that may be the start of one."""
 MAX_STOP_TOKEN_IDS = 128
 MAX_TOKENS = 1 << 24
-"""Beyond any model's context; :meth:`SamplingParams.check` applies the model's own."""
+"""More than any model's context; :meth:`SamplingParams.check` applies the limit of the model."""
 _SEED_BITS = 64
 
 
 @dataclass(frozen=True, init=False)
 class SamplingParams:
-    """How a request's tokens are chosen and when it ends; names, defaults and meanings as in vLLM. Immutable.
+    """How a request's tokens are chosen and when its output ends. Immutable.
+
+    Names, defaults and meanings are those of vLLM. Without arguments: temperature 1.0, at most 16 tokens.
 
     Attributes:
-        n: samples of the prompt. All but the first get a seed derived from the request's.
-        temperature: 0, or anything below 1e-5, takes the most likely token.
-        top_p: only the most likely tokens that together reach this probability; 1 is off.
-        top_k: only so many of the most likely tokens; 0 or -1 is off, kept as 0.
-        min_p: only tokens with at least this share of the most likely token's probability; 0 is off.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or output.
-        presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or per occurrence.
-        logit_bias: a dict of token id to the value added to its logit; kept as (id, value) pairs ordered by id.
-        logprobs: report the chosen token's log-probability and those of so many most likely ones; None reports nothing.
-        max_tokens: of the output; None is as many as the model's context has room for.
-        min_tokens: nothing ends the output before it has so many.
-        ignore_eos: end-of-sequence does not end the output.
-        stop: strings that end the output; a single one may stand for itself. Kept as a tuple.
-        stop_token_ids: token ids that end the output.
-        include_stop_str_in_output: keep the stop string or the stop token's text at the end of the output's text.
-        skip_special_tokens: leave special tokens out of the text.
-        seed: the same seed gives the same tokens, whatever else runs. None, or -1 as in vLLM, leaves it to the engine.
-        structured_outputs: what the output has to be, such as JSON of a schema; None is any text. It ends where that is
-            complete, so goes neither with min_tokens nor with ignore_eos.
+        n: how many outputs (samples) to generate for the prompt. Default: 1. The seeds of all but the first are derived
+            from the request's seed.
+        temperature: divides the logits, so that a higher one makes less likely tokens more likely. Default: 1.0. At 0,
+            or anything below 1e-5, the most likely token is taken each time.
+        top_p: sample only from the most likely tokens that together reach this probability. Default: 1, from all.
+        top_k: sample only from this many of the most likely tokens. Default: 0, from all; -1 means the same and is
+            kept as 0.
+        min_p: sample only from tokens with at least this share of the most likely token's probability. Default: 0, from
+            all.
+        repetition_penalty: for tokens in the prompt or the output, divides a positive logit and multiplies a negative
+            one. Default: 1, no penalty.
+        presence_penalty: subtracted once from the logits of tokens that are in the output. Default: 0.
+        frequency_penalty: subtracted from the logit of a token once for each time it is in the output. Default: 0.
+        logit_bias: a dict of token id to a value that is added to the token's logit; kept as (id, value) pairs ordered
+            by id. Default: none.
+        logprobs: how many of the most likely tokens to report with their log-probabilities, beside the chosen token.
+            Default: None, which reports nothing.
+        max_tokens: most tokens of the output. Default: 16. None is as many as the model's context has room for.
+        min_tokens: fewest tokens of the output. Before that, stop strings, stop tokens and end-of-sequence do not end
+            it. Default: 0.
+        ignore_eos: whether the output goes on after end-of-sequence. Default: False.
+        stop: a string that ends the output, or a list of such; kept as a tuple. Default: none.
+        stop_token_ids: token ids that end the output. Default: none.
+        include_stop_str_in_output: whether the output's text keeps the stop string, or the stop token's text, at its
+            end. Default: False.
+        skip_special_tokens: whether the text leaves special tokens out. Default: True.
+        seed: the same seed gives the same tokens, whatever other requests run. Default: None, which, like -1, leaves
+            the seed to the engine.
+        structured_outputs: what the output has to be, such as JSON of a schema. The output ends when that is complete,
+            so min_tokens and ignore_eos cannot be given too. Default: None, any text.
 
     Raises:
         InvalidValueError: an unknown name, a wrong type or a value outside its limit; names the field and the limit.
@@ -143,18 +156,19 @@ class SamplingParams:
                     )
 
     def clone(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, checked as if it were new."""
+        """A copy with some fields changed, which is checked like a new one."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return SamplingParams(**values | {"logit_bias": dict(self.logit_bias)} | changes)
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
-        """Check what depends on the model.
+        """Checks what depends on the model.
 
         Args:
-            max_model_len: tokens of prompt and output together.
+            vocab_size: number of token ids of the model.
+            max_model_len: most tokens of prompt and output together.
 
         Raises:
-            InvalidValueError: a token id is not in the vocabulary, or more tokens are asked for than the context holds.
+            InvalidValueError: a token id is not in the vocabulary, or max_tokens or min_tokens is over max_model_len.
         """
         for name, ids in (("logit_bias", [t for t, _ in self.logit_bias]), ("stop_token_ids", self.stop_token_ids)):
             if wrong := [token for token in ids if token >= vocab_size]:
@@ -166,13 +180,13 @@ class SamplingParams:
     def row_sampling(
         self, *, eos_token_ids: Collection[int], default_seed: int, index: int = 0, grammar: str = ""
     ) -> RowSampling:
-        """What the shards need to know to sample a row of this request.
+        """What the shards need to know to sample one of this request's ``n`` outputs.
 
         Args:
-            eos_token_ids: the model's; among the stop tokens unless ``ignore_eos``.
-            default_seed: for a request that brings no seed.
-            index: which of the ``n`` samples the row is.
-            grammar: of structured_outputs, in the shards' form.
+            eos_token_ids: the model's end-of-sequence tokens; they end the output unless ``ignore_eos`` is set.
+            default_seed: the seed if the request brings none.
+            index: which of the ``n`` outputs, from 0.
+            grammar: the grammar that structured_outputs was compiled to, empty if there is none.
         """
         eos = () if self.ignore_eos else eos_token_ids
         return RowSampling(
@@ -197,7 +211,8 @@ class SamplingParams:
 
 
 def _sample_seed(seed: int, index: int) -> int:
-    """An unsigned 64-bit key; that of a later sample is a hash, so that no two requests' samples run in step."""
+    """An unsigned 64-bit key. For index 1 and up it is a hash, so that the samples of two requests with neighbouring
+    seeds do not come out alike."""
     key = seed % (1 << _SEED_BITS)
     if index == 0:
         return key

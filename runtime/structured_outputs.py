@@ -1,4 +1,4 @@
-"""What an output has to be: JSON of a schema, one of some strings, or a text that a regex or a grammar describes."""
+"""StructuredOutputsParams: what an output has to be, such as JSON of a schema."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from headwise.workers.errors import InvalidValueError
 JsonText: TypeAlias = str
 
 MAX_GRAMMAR_BYTES = 128 << 10
-"""Of a schema, regex or grammar, or of all choices: five times what OpenAI's API takes of a schema's names."""
+"""Most bytes of a schema, a regex, a grammar, or all choices together: five times what OpenAI's API allows for the
+names in a schema."""
 MAX_CHOICES = 1024
 
 
 @dataclass(frozen=True, init=False)
 class StructuredOutputsParams:
-    """What the output has to be; exactly one of these is given. Names as in vLLM. Immutable.
+    """What an output has to be. Exactly one field is given; their names are those of vLLM. Immutable.
 
-    Compiling one may take 0.1 s: a string of 43,000 characters or an object of 1,000 properties passes, one of 60,000
-    or 1,500 does not.
+    Compiling a schema, a regex or a grammar may take 0.1 s. A string of 43,000 characters or an object of 1,000
+    properties compiles in that time; one of 60,000 characters or 1,500 properties does not, and is refused.
 
     Attributes:
-        json: a JSON schema, as a dict or as text; kept as text. Between the parts of the output there may be a blank,
-            or a line break with up to 40 blanks. See
-            https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md for what a schema may use.
-            Keywords that JSON Schema does not know, such as OpenAPI's ``nullable``, are ignored. Objects should have
-            ``"additionalProperties": false``: else further keys may come twice, or be one of ``properties`` in
-            another spelling (``"\\u0061"`` for ``"a"``) with any value. An object of more than 150 properties that
-            may be left out may end its output with an error.
-        regex: of the whole output, in the syntax of https://docs.rs/regex. As in JSON schemas, \\d and \\w are ASCII;
-            \\s is Unicode, and the dot does not match a line break. Refused are look-arounds, \\b, ^ and $ but at the
-            beginning and end, and the flag x.
+        json: a JSON schema, as a dict or as text; kept as text. What a schema may use is listed at
+            https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md. Keywords that JSON Schema does not
+            know, such as OpenAPI's ``nullable``, are ignored. Between the parts of the output there may be a blank, or
+            a line break with up to 40 blanks. Give objects ``"additionalProperties": false``: otherwise the output may
+            have further keys, which may come twice, or repeat one of ``properties`` in another spelling (``"\\u0061"``
+            for ``"a"``) with any value. An object with more than 150 optional properties may end the output with an
+            error.
+        regex: a regex of the whole output, in the syntax of https://docs.rs/regex. As in JSON schemas, \\d and \\w are
+            ASCII; \\s is Unicode, and the dot does not match a line break. Refused are look-arounds, \\b, the flag x,
+            and ^ and $ anywhere but at the beginning and the end.
         choice: strings, one of which is the output. Kept as a tuple.
-        grammar: a context-free one, in llguidance's Lark syntax or llama.cpp's GBNF. It must not name an end of
-            sequence (``</s>``, ``<[2]>``), which would end the output wherever it stands.
-        json_object: any JSON object.
+        grammar: a context-free grammar, in llguidance's Lark syntax or llama.cpp's GBNF. The grammar must not name an
+            end-of-sequence token (``</s>``, ``<[2]>``): the output would end wherever that token stands.
+        json_object: True for any JSON object.
 
     Raises:
-        InvalidValueError: none or several are given, or one has a wrong type, or is too long. Whether a grammar is
-            well-formed shows when it is compiled, before the request is taken.
+        InvalidValueError: none or several fields are given, or a value has a wrong type or is too long. Whether a
+            schema, a regex or a grammar can be used is checked later, when a request brings it.
     """
 
     json: JsonText | None
@@ -76,12 +77,12 @@ class StructuredOutputsParams:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The one that is given, by its name."""
+        """The field that is given, by its name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) not in (None, False)}
 
     @property
     def field(self) -> str:
-        """The name of the one that is given, for messages."""
+        """The name of the field that is given, as error messages have it."""
         return _name(next(iter(self.given)))
 
     def _set(self, **values: object) -> None:

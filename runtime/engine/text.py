@@ -56,9 +56,9 @@ class Detokenizer(Protocol):
 
 
 class TextStream:
-    """Turns one sample's tokens into text, piece by piece, and finds its stop strings.
+    """Turns the tokens of one sample into text, piece by piece, and looks for stop strings.
 
-    A piece never splits a character, and never holds what may still turn out to be the start of a stop string.
+    A piece holds whole characters only. Text that may turn out to be the start of a stop string is held back.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], include_stop: bool) -> None:
@@ -66,14 +66,17 @@ class TextStream:
         self._held = ""
 
     def add(self, token_ids: Sequence[int], searching: bool = True) -> tuple[str, str | None]:
-        """Returns the new text and the stop string that ends it, if one is complete now.
+        """Takes new tokens; returns the new text, and the stop string that ends the output, if one is complete now.
 
-        ``searching``: whether a stop string may end it yet; text let through before is not searched again.
+        Args:
+            searching: whether a stop string may end the output already. Text that was returned while it might not is
+                not searched later.
         """
         return self._search(self._detokenizer.add(token_ids), searching)
 
     def flush(self, searching: bool = True) -> tuple[str, str | None]:
-        """The rest, once no token will follow; what was held back may still complete a stop string."""
+        """Returns the text that was held back, once no token will follow. The last bytes may still complete a stop
+        string, which is then returned too."""
         piece, stop = self._search(self._detokenizer.flush(), searching)
         if stop is None:
             piece, self._held = piece + self._held, ""
