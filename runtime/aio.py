@@ -1,4 +1,4 @@
-"""AsyncLLM: an engine for asyncio programs. Each request is a stream with bounded memory."""
+"""AsyncLLM: a model in an asyncio program. Each request is a stream that holds a bounded number of increments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_BUFFERED = 64
 
 
 class QueueFullError(HeadwiseError):
-    """More requests wait than may; the engine is busy, and another time or another engine will do."""
+    """Too many requests wait: this engine is busy. Try again later, or ask another engine."""
 
     def __init__(self, waiting: int, limit: int) -> None:
         self.waiting, self.limit = waiting, limit
@@ -37,19 +37,26 @@ class QueueFullError(HeadwiseError):
 
 
 class AsyncLLM:
-    """An engine on its own thread, for one event loop: create it and call it there.
+    """A model that is loaded, for one asyncio event loop. Create it and call its methods in that loop's thread.
+
+    The engine runs on a thread of its own.
 
     Attributes:
-        inputs: the validator of what users hand in.
-        config, dtype: what it was built with.
-        failure: what ended the engine, once it has ended.
+        inputs: checks prompts and parameters, and makes requests of them.
+        config: the settings it was built with.
+        model_path: the model's directory.
+        dtype: the dtype of the weights, once ``auto`` is resolved.
+        failure: the error that ended the engine; None while the engine runs.
+        ended: is set when the engine has ended by itself.
     """
 
     def __init__(self, config: EngineConfig, *, max_queued_requests: int = 1024, quiet: bool = False) -> None:
-        """Loads a model, which takes a while: call it before anything is served.
+        """Loads a model. That takes seconds and blocks the event loop: do it before anything is served.
 
         Args:
-            max_queued_requests: requests that may wait, for the first time or again; each of ``n`` samples is one.
+            max_queued_requests: most requests that may wait, for the first time or again after a preemption. Each of
+                ``n`` samples counts as one. Default: 1024.
+            quiet: print nothing on stderr.
 
         Raises: as :class:`~headwise.runtime.llm.LLM`.
         """
@@ -69,7 +76,7 @@ class AsyncLLM:
 
     @property
     def engine(self) -> Engine:
-        """For what may be read from any thread; everything else goes through :meth:`call`."""
+        """The engine, for what may be read from any thread. Everything else goes through :meth:`call`."""
         return self._started.engine
 
     @property
@@ -79,32 +86,33 @@ class AsyncLLM:
 
     @property
     def num_streams(self) -> int:
-        """How many requests are served now."""
+        """How many requests run or wait now."""
         return len(self._streams)
 
     def next_number(self) -> int:
-        """Of a request, for its name and its seed."""
+        """The number of a new request, for its name and its default seed."""
         return next(self._numbers)
 
     async def off_loop(self, function: Callable[[], T], lane: Lane | None = None) -> T:
-        """Runs on a thread what checks a request, which may take a while.
+        """Runs a function that checks a request on another thread, so that the event loop does not wait for it.
 
         Args:
-            lane: of what may take long: such wait for each other, so that no other request waits for them.
+            lane: for checks that may take long; those of one lane run one after another. None is for quick checks,
+                which never wait for those of a lane.
         """
         executor = self._lanes[lane] if lane is not None else None
         return await asyncio.get_running_loop().run_in_executor(executor, function)
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta]]:
-        """Runs the samples of one request; yields what is new of them, until each has had its last delta.
+        """Runs the samples of one request; yields their new increments until each sample has had its last.
 
-        Leaving early, by a cancellation too, aborts what still runs. While nobody takes what it yields, the request is
-        paused after MAX_BUFFERED deltas a sample.
+        Leaving the stream early, by a cancellation too, aborts the samples that still run. While the caller does not
+        take what is yielded, the request is paused after MAX_BUFFERED increments a sample.
 
         Raises:
-            InvalidValueError: a request with this id still runs, or it has more samples than may ever wait.
-            QueueFullError: too many wait.
-            EngineStoppedError, ShardGroupDied: the engine ended.
+            InvalidValueError: a request with this id still runs, or there are more samples than may ever wait.
+            QueueFullError: too many requests wait.
+            EngineStoppedError, ShardGroupDied: the engine has ended.
         """
         request_id = requests[0].request_id
         if request_id in self._streams:
@@ -127,24 +135,24 @@ class AsyncLLM:
                 self._loop.post(lambda engine: engine.abort(request_id))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request; its stream gets the last deltas."""
+        """Ends a request; its stream yields the last increments, with the finish_reason ``abort``."""
         self._loop.post(lambda engine: engine.abort(request_id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Runs ``function`` on the engine's thread between two steps; raises what it raises.
+        """Runs ``function`` on the engine's thread, between two steps; returns or raises what ``function`` does.
 
         Raises:
-            EngineStoppedError, ShardGroupDied: the engine ended.
+            EngineStoppedError, ShardGroupDied: the engine has ended.
         """
         self._event_loop = asyncio.get_running_loop()
         return await asyncio.wrap_future(self.submit(function))
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
-        """As :meth:`call`, from any thread."""
+        """As :meth:`call`, but for any thread, and returns a future."""
         return self._loop.submit(function)
 
     def check_shards(self) -> None:
-        """Ends the engine if its shards have died while nothing ran, which no step has noticed."""
+        """Ends the engine if a shard has died. While no request runs, no step would notice that."""
         self._event_loop = asyncio.get_running_loop()
         death = self.engine.generation.group.death
         if death is not None and self.failure is None:
@@ -155,15 +163,15 @@ class AsyncLLM:
             self._loop.post(fail)
 
     async def stats(self) -> dict[str, Any]:
-        """What the engine holds and has done, without asking the shards."""
+        """What the engine holds and has done: ``Engine.stats``, without those of the shards."""
         return await self.call(Engine.stats)
 
     async def close(self) -> None:
-        """Ends everything that runs. Idempotent."""
+        """Ends the requests that run, the engine and its shards. Idempotent."""
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
-        """As :meth:`close`, where no event loop runs."""
+        """As :meth:`close`, for where no event loop runs."""
         for executor in self._lanes.values():
             executor.shutdown(cancel_futures=True)
         try:
@@ -172,7 +180,7 @@ class AsyncLLM:
             self._started.close()
 
     def hurry(self) -> None:
-        """Has :meth:`close`, now or later, wait only a moment for the step in progress."""
+        """From now on, :meth:`close` waits only a moment for the step in progress."""
         self._loop.hurry()
 
     def _add(self, engine: Engine, requests: Sequence[Request]) -> None:
@@ -183,7 +191,7 @@ class AsyncLLM:
             engine.add(request, self.inputs.text_stream(request.params), self._take)
 
     def _take(self, deltas: list[Delta]) -> None:
-        """On the engine's thread, once a step for all streams: wakes the event loop once."""
+        """Called on the engine's thread, once a step for all streams: the event loop is woken once a step."""
         self._new.append(deltas)
         # In this order: if more than one is there, whoever takes the others has not looked for the last time.
         if len(self._new) == 1 and self._event_loop is not None:
@@ -202,7 +210,7 @@ class AsyncLLM:
                     self._loop.post(partial(Engine.pause, request_id=delta.request.request_id, paused=True))
 
     def _fail(self, error: BaseException) -> None:
-        """On the engine's thread, which has ended."""
+        """Called on the engine's thread when the engine has ended."""
         self.engine.events.close()
 
         def tell() -> None:
@@ -218,7 +226,7 @@ class AsyncLLM:
 
 
 class _Stream:
-    """What one request's samples have produced and nobody has taken. Used on the event loop only."""
+    """The increments of one request's samples that the caller has not taken yet. Used on the event loop only."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = frozenset(requests)
@@ -240,7 +248,7 @@ class _Stream:
         self._ready.set()
 
     async def take(self) -> list[Delta]:
-        """Everything that is there, waiting for something if nothing is."""
+        """Everything that is there; waits until there is something."""
         await self._ready.wait()
         self._ready.clear()
         if not self._deltas and self._error is not None:

@@ -1,4 +1,4 @@
-"""The gRPC client of a Headwise server: :class:`AsyncClient`, and :class:`Client` for programs without asyncio."""
+"""The gRPC client of a Headwise server: :class:`Client`, and :class:`AsyncClient` for asyncio programs."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _FINISH = {
 
 
 class ServerError(HeadwiseError):
-    """A call failed.
+    """A call failed: the server refused it, ended it, or cannot be reached.
 
     Attributes:
         code: the gRPC status code.
-        field: of the request that was wrong, where one was.
-        retry_after_s: when to try again, where the server said so.
+        field: the field of the request that was wrong; empty if none was.
+        retry_after_s: in how many seconds to try again, if the server said so; else None.
     """
 
     def __init__(
@@ -56,8 +56,14 @@ class ServerError(HeadwiseError):
 
 @dataclass(frozen=True, slots=True)
 class Increment:
-    """What is new of one sample. ``text`` is None where the model has no tokenizer; ``logprobs`` has one entry a token:
-    its logprob, rank, and (token id, logprob) of the most likely ones."""
+    """What one sample of a stream has gained since the increment before.
+
+    Attributes:
+        index: which of the request's ``n`` samples, from 0.
+        text: whole characters only, so that it may be empty; None if the model has no tokenizer.
+        logprobs: an entry for each token, if asked for: its log-probability, its rank (1 is the most likely), and
+            (token id, log-probability) of the most likely tokens.
+    """
 
     index: int
     text: str | None
@@ -67,7 +73,16 @@ class Increment:
 
 @dataclass(slots=True)
 class Sample:
-    """One of a request's ``n`` outputs. ``stop_reason``: the stop string or token that ended it, if one did."""
+    """One of a request's ``n`` outputs.
+
+    Attributes:
+        index: which of the ``n``, from 0.
+        text: None if the model has no tokenizer.
+        logprobs: as in :class:`Increment`, for all tokens.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while it runs.
+        stop_reason: the stop string or the stop token id that ended it; None if something else did.
+        error: what went wrong, if the finish_reason is ``error``; else empty.
+    """
 
     index: int
     text: str | None = ""
@@ -80,7 +95,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Completion:
-    """A request's result. Times in seconds, from its arrival at the server."""
+    """The result of a request: its samples in order, counts of tokens, and times.
+
+    Attributes:
+        cached_tokens: tokens of the prompt that were found in the prefix cache.
+        completion_tokens: generated tokens of all samples.
+        queued_s, time_to_first_token_s, total_s: seconds from the request's arrival at the server until it was first
+            scheduled, until its first token, and until its end.
+    """
 
     request_id: str
     samples: list[Sample]
@@ -93,12 +115,15 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """Of the first sample."""
+        """The text of the first sample; empty if the model has no tokenizer."""
         return self.samples[0].text or ""
 
 
 class AsyncClient:
-    """A connection to a server, for one event loop; close it, or use it as an async context manager."""
+    """A connection to a server, for one asyncio event loop. Close it, or use it as an async context manager.
+
+    Every method but :meth:`close` raises ServerError if its call fails.
+    """
 
     def __init__(
         self,
@@ -114,13 +139,14 @@ class AsyncClient:
     ) -> None:
         """
         Args:
-            address: host:port.
-            token: sent with each call; only send it over TLS, or to this machine.
-            ca: a PEM file with the certificate that signed the server's; None trusts those of the system.
-            cert, key: PEM files of the client's own certificate, for servers that want one.
-            tls: whether to use TLS; given by any of the files too.
-            timeout: seconds for each call that brings none of its own; None waits for ever.
-            retries: how often a call is made again that found the server UNAVAILABLE before it sent anything.
+            address: ``host:port``.
+            token: is sent with each call. Without TLS it can be read on the way, so send it only to this machine then.
+            ca: a PEM file with the certificate that signed the server's; None trusts what the system trusts.
+            cert, key: PEM files with the client's own certificate and its key, for servers that ask for one.
+            tls: whether to connect by TLS. Default: if ca, cert or key is given.
+            timeout: seconds for each call that brings no timeout of its own. Default: None, no limit.
+            retries: how often a call is repeated that finds the server UNAVAILABLE, unless part of an answer has come.
+                Default: 3.
         """
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self._timeout, self._retries = timeout, retries
@@ -143,18 +169,22 @@ class AsyncClient:
         timeout: float | None = None,
         whole: bool = False,
     ) -> AsyncGenerator[Increment | Completion]:
-        """Completes a prompt, or answers a conversation, bit by bit; the last item is the :class:`Completion`.
+        """Completes a prompt, or answers a conversation: yields an Increment for each piece of the output, and at last
+        the Completion.
 
-        Leaving early ends the request.
+        Leaving the stream early ends the request.
 
         Args:
-            request_id: for :meth:`abort`; None makes one up.
-            timeout: seconds, for the whole request.
-            whole: one increment a sample, once it has ended; costs less.
+            prompt: text, token ids, or a conversation, which is a list of ``{"role": …, "content": …}``.
+            sampling_params: None is ``SamplingParams()``: temperature 1.0, at most 16 tokens.
+            request_id: a name for :meth:`abort`; None makes one up.
+            cache_salt: the request shares the prefix cache only with requests that have the same salt.
+            timeout: seconds for the whole request; None is the client's timeout.
+            whole: yield one Increment a sample, when it has ended; that costs less.
 
         Raises:
             ServerError: the call failed.
-            InvalidValueError: the prompt is neither text, tokens nor messages.
+            InvalidValueError: the prompt is neither text, token ids nor a conversation.
         """
         name = request_id or secrets.token_hex(12)
         request = _request(prompt, sampling_params or SamplingParams(), name, cache_salt)
@@ -184,7 +214,8 @@ class AsyncClient:
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> Completion:
-        """As :meth:`stream`, all at once."""
+        """Completes a prompt, or answers a conversation; returns the result. Arguments and errors are those of
+        :meth:`stream`."""
         items = [item async for item in self.stream(prompt, sampling_params, whole=True, **options)]
         return cast("Completion", items[-1])
 
@@ -194,11 +225,11 @@ class AsyncClient:
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> Completion:
-        """Answers a conversation: :meth:`generate` by another name."""
+        """As :meth:`generate`, for a conversation."""
         return await self.generate(messages, sampling_params, **options)
 
     async def tokenize(self, text: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """The model's tokens of text, or of a conversation."""
+        """The tokens of a text, or of a conversation by the model's chat template."""
         request = pb.TokenizeRequest()
         if isinstance(text, str):
             request.text = text
@@ -207,24 +238,30 @@ class AsyncClient:
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The tokens' text."""
+        """The text of tokens."""
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         return str((await self._call(self._stub.Detokenize, request)).text)
 
     async def abort(self, *request_ids: str) -> None:
-        """Ends requests; those who wait for them get what there is."""
+        """Ends requests; their callers get the output so far, with the finish_reason ``abort``."""
         await self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids))
 
     async def model(self) -> pb.GetModelResponse:
-        """What is served, and the limits of requests."""
+        """The model that is served, and the limits for requests."""
         return await self._call(self._stub.GetModel, pb.GetModelRequest())
 
     async def stats(self) -> pb.GetStatsResponse:
-        """What the engine holds and has done."""
+        """What the server's engine holds and has done."""
         return await self._call(self._stub.GetStats, pb.GetStatsRequest())
 
     async def kv_events(self, capacity: int = 0) -> AsyncGenerator[pb.SubscribeKvEventsResponse]:
-        """The snapshot and the messages of ``headwise.runtime.kv.events``."""
+        """Yields a snapshot of the prefix cache, and then its changes, as described in ``headwise.runtime.kv.events``.
+
+        Args:
+            capacity: messages that may wait unread before a new snapshot takes their place; 0 is the server's default.
+
+        Needs an admin's token where there are tokens.
+        """
         call = self._stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(capacity=capacity), metadata=self._metadata)
         try:
             async for response in call:
@@ -235,7 +272,8 @@ class AsyncClient:
             call.cancel()
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Has the server take no more requests, and waits until the running ones are done."""
+        """Tells the server to take no more requests; returns when those that run have ended. Needs an admin's token
+        where there are tokens."""
         await self._call(self._stub.Drain, pb.DrainRequest(), timeout)
 
     async def close(self) -> None:
@@ -262,9 +300,10 @@ class AsyncClient:
 
 
 class Client:
-    """As :class:`AsyncClient`, for programs without asyncio; thread-safe. Takes the same arguments.
+    """A connection to a server, for programs without asyncio. Close it, or use it as a context manager.
 
-    Closing it ends the calls of other threads, and any call on a closed one fails: UNAVAILABLE.
+    Takes the arguments of :class:`AsyncClient`, and has its methods but ``kv_events``, for any thread to call.
+    Closing the client ends the calls of other threads. A call on a closed client raises ServerError (UNAVAILABLE).
     """
 
     def __init__(self, address: str, **options: Any) -> None:

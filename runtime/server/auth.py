@@ -25,41 +25,45 @@ MIN_TOKEN_CHARACTERS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose requests a token stands for.
+    """A tenant: one of the parties that use a server. A token stands for a tenant.
 
     Attributes:
-        name: prefix caches are apart by it; empty where there are no tokens.
-        admin: may drain the server, and end the requests of others.
+        name: requests of different tenants share no cached blocks; empty on a server without tokens.
+        admin: may drain the server, read KV events and end the requests of other tenants.
     """
 
     name: str = ""
     admin: bool = False
 
     def cache_salt(self, salt: str) -> str:
-        """What requests of this tenant share the prefix cache by: no other tenant can have the same.
+        """The salt that a request gets of this tenant and of the salt that the client sent. No other tenant can have
+        the same.
 
         Raises:
-            InvalidValueError: the client's salt is too long, or no text.
+            InvalidValueError: the client's salt is too long, or not text.
         """
         check_salt(salt)
         return _digest(f"{self.name}\x1f{salt}").hex() if self.name else salt
 
 
 class Tokens:
-    """Knows tokens by their SHA-256 only, and compares in constant time."""
+    """The tokens of a server. Only their SHA-256 is kept, and they are compared in constant time."""
 
     def __init__(self, tenants: dict[bytes, Tenant]) -> None:
-        """Args: ``tenants``: by the SHA-256 of their token; empty lets everybody in, as an admin."""
+        """
+        Args:
+            tenants: by the SHA-256 of their token. Without any, everybody is let in, as an admin.
+        """
         self._tenants = tenants
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
     def tenant(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
-        """Of a call, by its metadata.
+        """The tenant of a call, by the call's metadata.
 
         Raises:
-            UnauthenticatedError: there is no ``authorization: Bearer …``, or nobody has that token.
+            UnauthenticatedError: there is no ``authorization: Bearer …``, or no tenant has that token.
         """
         if not self._tenants:
             return Tenant(admin=True)
@@ -77,7 +81,7 @@ class Tokens:
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Turns away calls without a valid token before their message is read; health may be asked by anybody."""
+    """Turns away calls without a valid token, before their message is read. Health needs no token."""
 
     def __init__(self, tokens: Tokens, on_refusal: Callable[[BaseException], None]) -> None:
         self._tokens, self._on_refusal = tokens, on_refusal
@@ -100,10 +104,10 @@ async def _turn_away(error: UnauthenticatedError, messages: object, context: Any
 
 
 def read_tokens(path: Path | None) -> Tokens:
-    """A file with a line for each token: tenant, token and, for administrators, ``admin``. # starts a comment.
+    """Reads a file with a line for each token: ``TENANT TOKEN``, or ``TENANT TOKEN admin``. # starts a comment.
 
     Raises:
-        InvalidValueError: the file cannot be read, or a line is not of that form; names the line, never the token.
+        InvalidValueError: the file cannot be read, or a line has another form; names the line, never the token.
     """
     if path is None:
         return Tokens({})

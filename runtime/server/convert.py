@@ -1,7 +1,7 @@
-"""Between the messages of proto/headwise/v1 and the runtime's own types.
+"""Converts between the messages of proto/headwise/v1 and the runtime's own types.
 
-Of a list that is too long only as much is taken over as the validator needs to see that: a message has room for
-millions of entries, which take a second to copy.
+Of a list that is too long, only as much is converted as the validator needs to see that it is: a message has room for
+millions of entries, which would take a second to copy.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
 
 
 def structured_outputs(message: pb.SamplingParams) -> StructuredOutputsParams | None:
-    """What a request's output has to be, if anything.
+    """What a request's output has to be; None if the request does not say.
 
     Raises:
-        InvalidValueError: it is malformed, or too long.
+        InvalidValueError: what it says is malformed or too long.
     """
     if not message.HasField("structured_outputs"):
         return None
@@ -91,10 +91,10 @@ def messages_message(conversation: Sequence[Mapping[str, str]]) -> pb.Messages:
 
 
 def prompt_ids(inputs: InputProcessor, request: pb.GenerateRequest) -> list[int]:
-    """The tokens of a request's prompt; text is tokenized, which may take a while.
+    """The tokens of a request's prompt. Text is tokenized, which may take a while.
 
     Raises:
-        InvalidValueError: there is none, or it is wrong.
+        InvalidValueError: the prompt is missing or wrong.
     """
     match request.WhichOneof("prompt"):
         case "text":
@@ -107,7 +107,7 @@ def prompt_ids(inputs: InputProcessor, request: pb.GenerateRequest) -> list[int]
 
 
 def increments(deltas: Sequence[Delta], with_text: bool) -> list[pb.GenerateIncrement]:
-    """One for each sample that has something new, whatever number of deltas it has."""
+    """One message for each sample that has new tokens, however many deltas it has."""
     found: dict[int, pb.GenerateIncrement] = {}
     for delta in deltas:
         if not delta.token_ids and not delta.text:
@@ -124,7 +124,7 @@ def increments(deltas: Sequence[Delta], with_text: bool) -> list[pb.GenerateIncr
 
 
 def result(requests: Sequence[Request]) -> pb.GenerateResult:
-    """Of a request whose samples have all ended."""
+    """The last message of a request whose samples have all ended."""
     metrics = requests[0].metrics
     message = pb.GenerateResult(
         request_id=requests[0].request_id,

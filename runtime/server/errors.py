@@ -1,4 +1,4 @@
-"""From the runtime's errors to gRPC statuses, with the details that clients can act on."""
+"""Converts the runtime's errors to gRPC statuses, with details that clients can act on."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ _logger = logging.getLogger(__name__)
 
 
 class UnavailableError(HeadwiseError):
-    """The server takes no requests: it drains, or its engine is gone."""
+    """The server takes no requests: it is draining, or its engine has ended."""
 
 
 class UnauthenticatedError(HeadwiseError):
-    """No token, or one that nobody has."""
+    """A call has no token, or a token that no tenant has."""
 
 
 class PermissionDeniedError(HeadwiseError):
-    """The token's tenant may not do that."""
+    """A tenant may not do what the call asks for."""
 
 
 class StalledError(HeadwiseError):
-    """The client did not read what it asked for."""
+    """A client did not read the answer to its call."""
 
 
 class LeftError(HeadwiseError):
-    """The client is gone."""
+    """A client is gone."""
 
 
 class StalledConnectionError(HeadwiseError):
-    """Too many streams of the client's connection stalled."""
+    """On one connection, too many streams were not read."""
 
 
 class CheckQueueFullError(HeadwiseError):
-    """Too many requests wait to be checked; another time will do."""
+    """Too many requests wait to be checked. Try again later."""
 
 
 class DeadlineError(HeadwiseError):
-    """The request took longer than one may."""
+    """A request took longer than a request may."""
 
 
 _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
@@ -74,21 +74,22 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """INTERNAL for what is no error of ours."""
+    """The status of an error; INTERNAL if Headwise did not raise it."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def trace(error: BaseException) -> str:
-    """Where an error, and what it came from, happened; not what they say, which may hold a prompt."""
+    """Where an error, and its causes, happened. Their messages are left out: they may hold a prompt."""
     lines = traceback.format_tb(error.__traceback__)
     cause = error.__cause__ or error.__context__
     return "".join(lines) + (f"{type(cause).__name__}:\n{trace(cause)}" if cause is not None else "")
 
 
 async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseException) -> NoReturn:
-    """Ends a call with the status of an error: a wrong field as BadRequest, when to come back as RetryInfo.
+    """Ends a call with the status of an error, and its details: a wrong field as BadRequest, when to try again as
+    RetryInfo.
 
-    Of an error that is not ours only the type is told; what it says may hold anything.
+    Of an error that Headwise did not raise only the type is sent: its message may hold anything.
     """
     code = code_of(error)
     message = str(error) if isinstance(error, HeadwiseError) else f"internal error: {type(error).__name__}"

@@ -1,4 +1,4 @@
-"""The OpenAI door: the gateway ``smg`` as a child process that lives and dies with the server."""
+"""OpenAI's API: the gateway ``smg`` as a child process, which starts and ends with the server."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def check_gateway() -> None:
 
 
 class Gateway:
-    """Runs ``smg launch`` against one engine, and starts it again should it end by itself."""
+    """Runs ``smg launch`` for one engine, and starts it again if it ends by itself."""
 
     def __init__(
         self, host: str, port: int, engine_port: int, model_path: Path, tls: tuple[Path, Path] | None = None
     ) -> None:
         """
         Args:
-            port: to serve OpenAI's HTTP on.
-            engine_port: of this process's gRPC, on loopback and without TLS.
-            tls: a certificate and its key, to serve HTTPS with.
+            port: where the gateway serves OpenAI's API.
+            engine_port: where this process serves gRPC for the gateway, on loopback and without TLS.
+            tls: a certificate and its key, to serve HTTPS with; None serves HTTP.
         """
         self._host, self.port = host, port or _free_port(host)
         self._tls = _unverified() if tls is not None else None
@@ -69,10 +69,10 @@ class Gateway:
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns once it answers.
+        """Starts the gateway; returns once it answers.
 
         Raises:
-            GatewayError: it ended, or did not answer within START_TIMEOUT_S.
+            GatewayError: the gateway ended, or did not answer within START_TIMEOUT_S.
         """
         await self._launch()
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -87,7 +87,7 @@ class Gateway:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """Ends it, by force if it does not end by itself. Idempotent."""
+        """Ends the gateway, by force if it does not end by itself. Idempotent."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             self._supervisor = None
@@ -102,7 +102,7 @@ class Gateway:
             await process.wait()
 
     def kill(self) -> None:
-        """Ends it by force, at once; :meth:`stop` is still to be called."""
+        """Ends the gateway by force, at once. Call :meth:`stop` after it."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
@@ -125,7 +125,7 @@ class Gateway:
                 _logger.error("the gateway could not be started: %s", error.strerror)
 
     async def _answers(self) -> bool:
-        """Whether it serves the engine's model: it lists it before it has its tokenizer."""
+        """Whether the gateway can serve the engine's model. It lists the model before it has the tokenizer."""
         with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
             reader, writer = await asyncio.open_connection(self._host, self.port, ssl=self._tls)
             try:
@@ -137,14 +137,14 @@ class Gateway:
 
 
 def _unverified() -> ssl.SSLContext:
-    """To ask a child on this host whether it is up, by whatever name its certificate has."""
+    """TLS without a check of the name: to ask a child on this host, whatever name its certificate has."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
 def _die_with_parent() -> None:
-    """In the child: however the server ends, the kernel ends its gateway."""
+    """Called in the child: the kernel ends the gateway when the server ends, however that happens."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

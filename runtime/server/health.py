@@ -1,4 +1,4 @@
-"""The health service's state: it follows the shards' lives and their progress, not just this process's."""
+"""The state of the health service: it follows the shards' lives and the engine's progress."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class HealthMonitor:
-    """Keeps the packaged health servicer up to date.
+    """Keeps the state of the health service up to date.
 
     Attributes:
-        servicer: grpc.health.v1, for the server; ``Check`` and ``Watch`` of "" and of each service's name.
+        servicer: grpc.health.v1 for the server: ``Check`` and ``Watch``, of "" (the server) and of each service's name.
     """
 
     def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float) -> None:
-        """Args: ``step_timeout_s``: how long a step may take before the engine counts as hung."""
+        """
+        Args:
+            step_timeout_s: how long a step may take, in seconds, before the engine counts as hung.
+        """
         self.servicer = _HealthServicer()
         self._sessions, self._services, self._step_timeout_s = sessions, ["", *services], step_timeout_s
         self._serving: bool | None = None
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Runs until it is cancelled."""
         while True:
             self._sessions.llm.check_shards()
             await self.set(self.problem() is None)
@@ -48,7 +51,7 @@ class HealthMonitor:
             await self.servicer.set(service, SERVING if serving else NOT_SERVING)
 
     def problem(self) -> str | None:
-        """Why no request should come here now; None if one may."""
+        """Why clients should send no request now; None if they may."""
         llm = self._sessions.llm
         if llm.failure is not None:
             return str(llm.failure)
@@ -58,7 +61,7 @@ class HealthMonitor:
 
 
 class _HealthServicer(health_aio.HealthServicer):
-    """Anybody may ask, so that anybody could keep the server busy with watching."""
+    """Limits the number of watching clients: health needs no token, so anybody could open any number of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +78,6 @@ class _HealthServicer(health_aio.HealthServicer):
 
 
 def is_hung(engine: Engine, step_timeout_s: float) -> bool:
-    """Whether a step makes no progress, or what is called between two."""
+    """Whether the current step, or a call between two steps, has taken longer than ``step_timeout_s``."""
     since = engine.busy_since
     return since is not None and time.monotonic() - since > step_timeout_s

@@ -1,4 +1,4 @@
-"""KV events on the server's event loop."""
+"""KV events (runtime/kv/events.py) on the server's event loop."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _INTERVAL_S = 0.02
 
 
 async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator[tuple[Kind, bytes]]:
-    """A snapshot, and then the messages, of which those right after a snapshot may tell what it holds already. Where
-    more than ``capacity`` waited there is another snapshot. See runtime/kv/events.py.
+    """Yields a snapshot, then the messages that follow. The first of them may tell changes that the snapshot already
+    has. When more than ``capacity`` messages wait, another snapshot takes their place. See runtime/kv/events.py.
 
     Raises:
         UnavailableError: the engine has ended.
@@ -44,7 +44,7 @@ async def _snapshot(llm: AsyncLLM) -> bytes:
 
 
 async def _subscribe(llm: AsyncLLM, capacity: int) -> Subscription:
-    """Closes it again if the caller is cancelled meanwhile."""
+    """Subscribes; closes the subscription again if the caller is cancelled meanwhile."""
     subscribed = llm.submit(lambda engine: engine.events.subscribe(capacity))
     try:
         return await asyncio.shield(asyncio.wrap_future(subscribed))

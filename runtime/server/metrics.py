@@ -1,4 +1,4 @@
-"""What an operator watches, for Prometheus."""
+"""The metrics of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """The server's own counts, and the engine's as they are when somebody asks."""
+    """The server's own counts, and the engine's counts as they are when Prometheus asks."""
 
     def __init__(self, engine_stats: Callable[[], dict[str, Any]]) -> None:
-        """Args: ``engine_stats``: gives ``Engine.stats()``; may be called from any thread."""
+        """
+        Args:
+            engine_stats: returns ``Engine.stats()``; may be called from any thread.
+        """
         self.registry = CollectorRegistry()
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
         self.inter_token = self._histogram("inter_token_latency_seconds", "Mean time between a request's tokens.")
@@ -34,7 +37,7 @@ class Metrics:
         self.registry.register(_EngineCollector(engine_stats))
 
     def observe(self, requests: Sequence[Request], duration_s: float) -> None:
-        """The samples of a request that has ended, by itself or because its client has left."""
+        """Counts the samples of a request that has ended, by itself or because its client has left."""
         self.duration.observe(duration_s)
         first = requests[0].metrics
         if not first.first_scheduled:
@@ -51,7 +54,7 @@ class Metrics:
                 self.inter_token.observe((metrics.finished - metrics.first_token) / (tokens - 1))
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
-        """Answers scrapes on a thread of its own; returns the port and what ends it."""
+        """Serves the metrics on a thread of its own; returns the port, and a function that ends it."""
         server, thread = start_http_server(port, host, self.registry)
 
         def stop() -> None:

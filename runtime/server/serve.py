@@ -1,4 +1,4 @@
-"""``headwise serve``: a server's life, from loading to draining."""
+"""``headwise serve``: the life of a server, from loading the model to draining."""
 
 from __future__ import annotations
 
@@ -55,20 +55,25 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """How a server is reached, and by whom.
+    """Where a server listens, who may use it, and its time limits.
 
     Attributes:
-        name: of the model, as clients see it.
-        port, metrics_port, openai_port: 0 takes a free one; None serves no metrics, and no OpenAI API.
-        metrics_host: where metrics are served, to anybody who reaches it.
-        tls_cert, tls_key: PEM files; with tls_client_ca clients must have a certificate that it signed.
-        token_file: see :func:`~headwise.runtime.server.auth.read_tokens`.
-        insecure: whether anybody who reaches a host that is not loopback may use the server.
-        drain_timeout_s: how long running requests may take to end once the server is told to stop.
-        stall_timeout_s: how long a client may leave a stream unread.
-        max_request_s: how long a request may take, queued or running.
-        step_timeout_s: how long a step may take before the server counts as not serving.
-        as_json: the line that says the server is ready is JSON.
+        name: the model's name for clients.
+        host, port: where gRPC is served; port 0 takes a free one. Default: 127.0.0.1:50051.
+        metrics_port: where Prometheus metrics are served; 0 takes a free port; None, the default, serves none.
+        metrics_host: the address of the metrics; everybody who reaches it may read them. Default: 127.0.0.1.
+        openai_port: where OpenAI's API is served, on ``host``; 0 takes a free port; None, the default, serves none.
+        tls_cert, tls_key: PEM files of the server's certificate and its key, to encrypt connections; None does not.
+        tls_client_ca: a PEM file; only clients with a certificate that it signed are let in. Needs tls_cert.
+        token_file: only clients with a token of this file are let in; see
+            :func:`~headwise.runtime.server.auth.read_tokens`.
+        insecure: whether a host that is not loopback may be served without TLS and tokens. Default: False.
+        max_queued_requests: most requests that may wait. Default: 1024.
+        drain_timeout_s: seconds for running requests to end, once the server is told to stop. Default: 30.
+        stall_timeout_s: seconds that a client may leave a stream unread. Default: 30.
+        max_request_s: seconds that a request may take, its waiting included. Default: 3600.
+        step_timeout_s: seconds that a step may take before the health service says NOT_SERVING. Default: 8.
+        as_json: whether the line that says that the server is ready is JSON. Default: False.
     """
 
     name: str
@@ -91,13 +96,16 @@ class ServeOptions:
 
 
 def serve(config: EngineConfig, options: ServeOptions) -> int:
-    """Loads the model and serves it until a signal, a Drain or the engine's death; returns the exit code.
+    """Loads the model and serves it until the server is told to stop, by a signal or Drain, or its engine ends.
 
     Returns:
-        0 once drained; 1 after a second signal, or if requests had to be ended; 3 if the engine ended by itself.
+        The exit code: 0 once drained; 1 after a second signal, or if requests had to be ended; 3 if the engine ended by
+        itself.
 
     Raises:
-        InvalidValueError: an option is wrong. As :class:`~headwise.runtime.llm.LLM` for what the engine needs.
+        InvalidValueError: an option is wrong.
+        UnsupportedModelError, CheckpointError, GroupStartError, ShardGroupDied: as of
+            :class:`~headwise.runtime.llm.LLM`.
     """
     _checked(options)  # before a model is loaded for nothing
     _configure_logging()
@@ -121,16 +129,16 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
 
 
 class Server:
-    """One engine behind one port. Everything but its creation happens on one event loop.
+    """One engine behind one port. After its creation, everything happens on one event loop.
 
     Attributes:
-        sessions: what runs.
+        sessions: the calls that run.
     """
 
     def __init__(self, llm: AsyncLLM, options: ServeOptions) -> None:
         """
         Raises:
-            InvalidValueError: the options' files cannot be used, or the server would be open to anybody.
+            InvalidValueError: a file that the options name cannot be used, or everybody could use the server.
         """
         self._llm, self._options = llm, options
         self._tokens, self._credentials = _checked(options)
@@ -140,7 +148,7 @@ class Server:
         self.sessions = Sessions(llm, metrics, self._tokens, options.stall_timeout_s, options.max_request_s)
 
     def stop(self) -> None:
-        """Drains and ends; called again, ends at once, whatever it is at."""
+        """Drains the server and ends it. A second call ends it at once, whatever it is doing."""
         if not self._stopping.is_set():
             self._stopping.set()
             return
@@ -150,10 +158,11 @@ class Server:
             self._gateway.kill()
 
     async def run(self, ready: Callable[[dict[str, Any]], None]) -> int:
-        """Serves until it is stopped or drained, or its engine ends; closes the engine and returns the exit code.
+        """Serves until the server is stopped or drained, or its engine ends. Closes the engine and returns the exit
+        code.
 
         Args:
-            ready: called once it serves, with what there is to know of it.
+            ready: called with the server's addresses and limits, once it serves.
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._llm.close)
@@ -226,7 +235,7 @@ class Server:
         return server
 
     async def _start(self, gateway: Gateway) -> None:
-        """Returns early if the server is stopped meanwhile, or its engine ends."""
+        """Waits for the gateway, but not once the server is stopped or its engine has ended."""
         starting = asyncio.create_task(gateway.start())
         over = [asyncio.create_task(event.wait()) for event in (self._stopping, self._llm.ended)]
         try:
@@ -255,7 +264,7 @@ class Server:
     def _bind(self, server: grpc.aio.Server) -> int:
         """
         Raises:
-            InvalidValueError: the address is taken, or is none of this host.
+            InvalidValueError: another process has the address, or this host does not have it.
         """
         host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
         address = f"{host}:{self._options.port}"
@@ -291,7 +300,7 @@ GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
 def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | None]:
-    """Who may come in, and how what they say is kept from others."""
+    """The tokens and the TLS credentials of the options."""
     tokens, credentials = read_tokens(options.token_file), _credentials(options)
     _check_exposure(options, tokens, credentials)
     if options.openai_port is not None:
@@ -350,7 +359,7 @@ def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callabl
 
 
 def _configure_logging() -> None:
-    """Requests as JSON lines, everything else as text, all of it on stderr."""
+    """Logs requests as JSON lines and everything else as text, all on stderr."""
     plain = logging.StreamHandler(sys.stderr)
     plain.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     lines = logging.StreamHandler(sys.stderr)
@@ -363,7 +372,7 @@ def _configure_logging() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """While the model loads, SIGTERM ends it as Ctrl-C does: with everything closed."""
+    """While the model loads, SIGTERM interrupts it like Ctrl-C, so that everything is closed."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""InferenceService: thin between the wire and the engine."""
+"""InferenceService: Headwise's gRPC API. Thin: it converts messages, and calls the sessions and the engine."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ _STATS = (
 
 
 def lane_of(request: Message, inputs: InputProcessor, structured: StructuredOutputsParams | None = None) -> Lane | None:
-    """Where :meth:`AsyncLLM.off_loop <headwise.runtime.aio.AsyncLLM.off_loop>` is to check a request."""
+    """The lane of :meth:`AsyncLLM.off_loop <headwise.runtime.aio.AsyncLLM.off_loop>` to check a request on."""
     if structured is not None and not inputs.knows_grammar(structured):
         return "grammar"
     return "text" if request.ByteSize() > _LARGE_BYTES else None
 
 
 class InferenceService(InferenceServiceServicer):
-    """Headwise's own API."""
+    """The service of proto/headwise/v1/inference.proto."""
 
     def __init__(self, sessions: Sessions, name: str) -> None:
-        """Args: ``name``: of the model, as clients see it."""
+        """
+        Args:
+            name: the model's name for clients.
+        """
         self._sessions, self._llm, self._name = sessions, sessions.llm, name
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
@@ -170,7 +173,7 @@ class InferenceService(InferenceServiceServicer):
 
 
 async def _whole(stream: AsyncGenerator[list[Delta]]) -> AsyncGenerator[list[Delta]]:
-    """The deltas of each sample, once it has ended."""
+    """Holds back the deltas of each sample until it has ended."""
     kept: dict[int, list[Delta]] = {}
     async for deltas in stream:
         for delta in deltas:

@@ -1,4 +1,4 @@
-"""Calls to generate: whose they are, whether more may come, and what is told of each, however it ends."""
+"""The calls to generate: which tenant each is of, whether more are let in, and how each is logged when it ends."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Call:
     """One call to generate, from its arrival to its end.
 
     Attributes:
-        tenant: whose it is.
-        engine_id: what the engine calls it.
+        tenant: the tenant that made it.
+        engine_id: the request's id in the engine, where ids of all tenants meet.
         requests: its samples, once they are checked.
     """
 
@@ -65,11 +65,11 @@ class Call:
 
     @property
     def request_id(self) -> str:
-        """As the client knows it."""
+        """The request's id as the client knows it."""
         return self.engine_id.partition(_SEPARATOR)[2]
 
     async def run(self) -> AsyncGenerator[list[Delta]]:
-        """What is new of its samples, until all have ended.
+        """Yields the new deltas of its samples, until all have ended.
 
         Raises: as :meth:`AsyncLLM.stream <headwise.runtime.aio.AsyncLLM.stream>`.
         """
@@ -83,17 +83,17 @@ class Call:
                 yield deltas
 
     def abort(self) -> None:
-        """Ends its samples, which get what there is of them."""
+        """Ends its samples; the client gets their output so far."""
         self._aborted = True
         self._llm.abort(self.engine_id)
 
 
 class Sessions:
-    """What runs, whose it is, and whether more may come. Shared by every service of a server.
+    """The calls that run, and whether more are let in. All services of a server share it.
 
     Attributes:
-        draining: no new request is let in.
-        drained: a client asked for it, and nothing runs any more.
+        draining: whether new requests are refused.
+        drained: is set when a client has asked to drain, and no call runs any more.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class Sessions:
     ) -> None:
         """
         Args:
-            stall_timeout_s: how long a client may leave a stream unread before its request is ended.
-            max_request_s: how long a request may take, from its arrival to its end.
+            stall_timeout_s: seconds that a client may leave a stream unread before its request is ended.
+            max_request_s: seconds that a request may take, from its arrival to its end.
         """
         self.llm, self.metrics, self.tokens = llm, metrics, tokens
         self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
@@ -116,7 +116,7 @@ class Sessions:
 
     @property
     def num_calls(self) -> int:
-        """How many calls run, or are being checked."""
+        """How many calls run or are being checked."""
         return len(self._calls)
 
     def tenant(self, context: Context) -> Tenant:
@@ -127,21 +127,21 @@ class Sessions:
         return self.tokens.tenant(context.invocation_metadata() or ())
 
     def drain(self) -> None:
-        """Lets no new request in."""
+        """Refuses new requests from now on."""
         self.draining = True
 
     async def idle(self) -> None:
-        """Returns once nothing runs."""
+        """Returns once no call runs."""
         await self._empty.wait()
 
     @asynccontextmanager
     async def call(self, context: Context, request_id: str) -> AsyncIterator[Call]:
-        """A call to generate, for as long as the block takes; what it raises becomes the call's status.
+        """A call to generate, for the length of the block. An error that the block raises becomes the call's status.
 
-        It is counted and logged, however it ends.
+        The call is counted and logged, however it ends.
 
         Args:
-            request_id: the client's, which may be empty.
+            request_id: the client's id for it, which may be empty.
         """
         call, code, failure = Call(self.llm), grpc.StatusCode.OK, None
         try:
@@ -166,10 +166,11 @@ class Sessions:
             await self._fail(context, failure)
 
     async def write(self, context: Context, message: object) -> None:
-        """
+        """Sends a message to the client.
+
         Raises:
-            StalledError: the client has not read for too long.
-            LeftError: it is gone.
+            StalledError: the client has not read for ``stall_timeout_s``.
+            LeftError: the client is gone.
         """
         try:
             await asyncio.wait_for(context.write(message), self.stall_timeout_s)
@@ -179,7 +180,7 @@ class Sessions:
             raise LeftError("the client has left") from None
 
     def refuse(self, error: BaseException) -> None:
-        """Counts and logs a call that was refused before anything of it was read."""
+        """Counts and logs a call that was refused before its message was read."""
         self._account(None, code_of(error))
 
     def abort(self, tenant: Tenant, request_id: str) -> None:
@@ -196,7 +197,8 @@ class Sessions:
         """Makes a call's requests off the event loop; see :meth:`AsyncLLM.off_loop`.
 
         Raises:
-            CheckQueueFullError: too many of the tenant's wait to be checked. As ``make``.
+            CheckQueueFullError: too many requests of the tenant wait to be checked.
+            InvalidValueError: and whatever else ``make`` raises.
         """
         waiting = call.tenant.name, lane
         if lane is not None and self._checking[waiting] >= MAX_CHECKING:
@@ -214,7 +216,7 @@ class Sessions:
     async def _limit(self) -> AsyncIterator[None]:
         """
         Raises:
-            DeadlineError: the block has taken as long as a request may.
+            DeadlineError: the block took longer than ``max_request_s``.
         """
         try:
             async with asyncio.timeout(self.max_request_s) as limit:
@@ -225,7 +227,7 @@ class Sessions:
             raise
 
     def _engine_id(self, tenant: Tenant, request_id: str) -> str:
-        """Tenants do not see each other's.
+        """The request's id in the engine, made of tenant and id, so that tenants cannot use or end each other's.
 
         Raises:
             InvalidValueError: the client's id is too long or not printable.
@@ -257,7 +259,7 @@ class Sessions:
             self._empty.set()
 
     async def _fail(self, context: Context, error: Exception) -> None:
-        """Where the client does not read, the status waits until it does, or closes the connection."""
+        """Sends the status of an error. If the client does not read, that waits until it does, or leaves."""
         peer, stalled = context.peer(), isinstance(error, StalledError)
         self._stalled[peer] += stalled
         try:

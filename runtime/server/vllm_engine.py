@@ -1,8 +1,8 @@
-"""The service that the gateway ``smg`` speaks to engines, so that OpenAI's clients reach this one.
+"""The service that the gateway ``smg`` asks, so that OpenAI's clients reach this engine.
 
-``vllm.grpc.engine.VllmEngine`` of the package smg-grpc-proto. The gateway turns chats into tokens and tokens into text;
-here fields of a proto3 message that are zero mean that they were not set. The gateway asks another engine again after
-INTERNAL, so a request that would fail there too is INVALID_ARGUMENT.
+It is ``vllm.grpc.engine.VllmEngine`` of the package smg-grpc-proto. The gateway turns chats into tokens and tokens into
+text. A proto3 field that is zero counts as not set. After INTERNAL the gateway asks another engine, so a request that
+would fail there too is refused with INVALID_ARGUMENT.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ _TOKENIZER_FILES = (
 
 
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
-    """What is not here is UNIMPLEMENTED."""
+    """The methods that the gateway uses; all others are UNIMPLEMENTED."""
 
     def __init__(self, sessions: Sessions, health: HealthMonitor, name: str) -> None:
-        """Args: ``name``: of the model, as clients see it."""
+        """
+        Args:
+            name: the model's name for clients.
+        """
         self._sessions, self._llm, self._health, self._name = sessions, sessions.llm, health, name
         self._started, self._last_request = time.monotonic(), 0.0
 
@@ -180,7 +183,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 def sampling_params(message: vllm_engine_pb2.SamplingParams) -> SamplingParams:
     """
     Raises:
-        InvalidValueError: a field is outside its limits, or asks for what this engine does not do.
+        InvalidValueError: a field is outside its limits, or asks for what Headwise cannot do.
     """
     if message.HasField("prompt_logprobs"):
         raise InvalidValueError("prompt_logprobs", message.prompt_logprobs, "only output tokens have logprobs here")
@@ -231,8 +234,8 @@ def _structured_outputs(message: vllm_engine_pb2.SamplingParams) -> StructuredOu
 
 
 def _responses(deltas: Sequence[Delta], streaming: bool) -> list[vllm_engine_pb2.GenerateResponse]:
-    """A chunk for each sample that has something new, if it is a stream; and what completes those that ended: in a
-    stream its last tokens again, else all of them.
+    """The messages for new deltas. In a stream: a chunk for each sample with new tokens. For each sample that has
+    ended, a last message: with its last tokens again in a stream, else with all its tokens.
 
     Raises:
         InvalidValueError: a sample failed.
@@ -294,10 +297,10 @@ def _logprobs(tokens: Sequence[int], found: Sequence[Any]) -> vllm_engine_pb2.Ou
 
 
 def _zip(folder: Path) -> bytes:
-    """The tokenizer's files of a model's folder.
+    """The tokenizer's files of a model's directory, as a zip file.
 
     Raises:
-        UnavailableError: there are none.
+        UnavailableError: the directory has none.
     """
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,6 +1,7 @@
 """KV events in the form of the gateway ``smg``, which routes a prompt to the engine that holds most of its blocks.
 
-It knows a block by its tokens, so unlike ours these events hold them; and so they tell of one namespace's blocks alone.
+The gateway knows a block by its tokens. So, unlike Headwise's own events, these hold the tokens, and tell only of the
+blocks of one namespace.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from headwise.runtime.server.kv_messages import kv_messages
 
 
 async def kv_batches(llm: AsyncLLM, namespace: bytes) -> AsyncGenerator[common_pb2.KvEventBatch]:
-    """The blocks that a namespace has on the device, as a snapshot of one chunk, and then what changes.
+    """Yields the blocks of a namespace that are on the device, as one batch, and then the changes.
 
-    Sequence numbers are those of ``runtime/kv/events.py``, plus one because here they start at 1. A subscriber that
+    Sequence numbers are those of ``runtime/kv/events.py`` plus one, because here they start at 1. A subscriber that
     fell behind gets another snapshot.
     """
     async with aclosing(kv_messages(llm)) as messages:
@@ -56,7 +57,8 @@ async def _batch(llm: AsyncLLM, namespace: bytes, sequence: int, events: Sequenc
 
 
 def _tokens(engine: Engine, namespace: bytes, digests: Sequence[bytes]) -> dict[bytes, bytes]:
-    """By digest; those that are gone meanwhile are left out, and are told of as removed soon."""
+    """The tokens of blocks, by digest. Blocks that have left the cache meanwhile are left out; a later event removes
+    them."""
     blocks = (engine.cached_block(digest) for digest in digests)
     return {block.digest: block.tokens for block in blocks if block is not None and block.namespace == namespace}
 
