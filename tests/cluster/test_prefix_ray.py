@@ -13,7 +13,7 @@ from headwise.runtime import LLM
 from headwise.runtime.engine.engine import Engine
 from tests.cluster.test_ray_group import nothing_left
 from tests.cluster.test_ray_group import one_ray as one_ray
-from tests.runtime.prefix.test_prefix_parity import (
+from tests.runtime.kv.test_prefix_parity import (
     GREEDY,
     SHAPE,
     always_restore,
