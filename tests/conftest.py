@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -17,7 +19,11 @@ from headwise.runtime.config import EngineConfig
 from headwise.runtime.models import resolve
 from headwise.workers.spec import ShardSpec
 from tests.checkpoints import SHAPES, write_checkpoint
+from tests.examples import FEW
 from tests.thread_group import ThreadShardGroup
+
+settings.register_profile(FEW, max_examples=20)  # of a test that asks for no number
+torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
 
 MakeLLM = Callable[..., LLM]
 
@@ -38,11 +44,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct, converted once a session, in a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return resolve("smollm2")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, converted once for all runs: in the cache where ``make demo`` looks for it too."""
+    return resolve("smollm2")
 
 
 @pytest.fixture

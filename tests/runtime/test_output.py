@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
+from tests.examples import examples
 from tests.runtime.inputs.test_tokenizer import TINY, TOKENIZERS
 
 BYTES = TOKENIZERS["byte_level"]
@@ -30,7 +31,7 @@ def feed(text: TextStream, ids: list[int]) -> tuple[list[str], str | None]:
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(ids=st.lists(st.integers(0, 280), max_size=50))
 def test_pieces_of_any_tokens_join_to_their_text(name: str, ids: list[int]) -> None:
     pieces, stop = feed(stream([], name=name), ids)
@@ -41,7 +42,7 @@ def test_pieces_of_any_tokens_join_to_their_text(name: str, ids: list[int]) -> N
 
 
 @pytest.mark.parametrize("include", [False, True])
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(
     text=st.text(alphabet="ab 😀é", max_size=30),
     stops=st.lists(st.text(alphabet="ab 😀é", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -58,7 +59,7 @@ def test_a_stop_string_ends_the_text_before_it(include: bool, text: str, stops: 
     assert not any(stop in before for stop in stops)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(ids=st.lists(st.integers(0, 260), max_size=40), data=st.data())
 def test_a_stop_string_in_random_tokens_is_always_found(ids: list[int], data: st.DataObject) -> None:
     whole = BYTES.decode(ids)

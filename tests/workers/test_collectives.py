@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from headwise.workers.collectives import (
 from headwise.workers.collectives.shared_memory import SLOT_BYTES
 from headwise.workers.collectives.spin import CONTROL_BYTES
 from headwise.workers.errors import InvalidValueError, PeerDiedError
+from tests.examples import examples
 
 DEADLINE_S = 30
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -153,7 +154,7 @@ def test_one_rank_keeps_its_tensors() -> None:
         group.all_gather(x, [1, 2])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     world_size=st.integers(1, 4),
     shape=st.lists(st.integers(0, 9), max_size=3),
@@ -172,7 +173,7 @@ def test_all_reduce_is_the_rank_order_sum(world_size: int, shape: list[int], dty
     assert all(same_bits(x, expected) for x in in_threads(world_size, act))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=4),
     lead=st.lists(st.integers(0, 5), max_size=2),

@@ -22,6 +22,7 @@ from headwise.workers.plan import (
     encode_output,
     encode_plan,
 )
+from tests.examples import examples
 
 rows = st.integers(0, 2**16)
 tokens = st.integers(0, 2**31 - 1)
@@ -146,19 +147,19 @@ def assert_value_error_or_nothing(data: bytes) -> None:
             continue
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.binary(max_size=200))
 def test_junk_bytes_raise_nothing_but_value_error(data: bytes) -> None:
     assert_value_error_or_nothing(data)
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (5, 7))))
 def test_foreign_messages_raise_nothing_but_value_error(message: Any) -> None:
     assert_value_error_or_nothing(msgpack.packb(message))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(plans, st.data())
 def test_a_cut_plan_is_refused(plan: StepPlan, data: st.DataObject) -> None:
     encoded = encode_plan(plan)

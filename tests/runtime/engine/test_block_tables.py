@@ -7,7 +7,6 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -26,6 +25,7 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowSampling
+from tests.examples import examples
 
 SIZE = 2
 NUM_BLOCKS = 12
@@ -377,6 +377,6 @@ class CollidingMachine(TablesMachine):
 
 
 for machine in (TablesMachine, CollidingMachine):
-    machine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+    machine.TestCase.settings = examples(300, stateful_step_count=50)
 TestTables = TablesMachine.TestCase
 TestColliding = CollidingMachine.TestCase

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.engine import engine as engine_module
@@ -25,11 +25,12 @@ from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
+from tests.examples import examples
 from tests.plain_group import POISON, VOCAB, Bench, Letters, PlainGroup, alone, make_request
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(data=st.data())
 def test_every_request_gets_the_tokens_it_would_get_alone(depth: int, data: st.DataObject) -> None:
     blocks = data.draw(st.integers(7, 20), "blocks")

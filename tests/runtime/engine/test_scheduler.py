@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.engine import scheduler as module
@@ -17,6 +17,7 @@ from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.plan import RowSampling, admit_bytes
+from tests.examples import examples
 
 BLOCK = 4
 
@@ -251,7 +252,7 @@ def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_everything_is_computed_once_and_everything_is_given_back(depth: int, data: st.DataObject) -> None:
     blocks, budget, mixed = data.draw(st.integers(6, 20)), data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer
@@ -22,6 +22,7 @@ from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES, 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.sampling.grammar import GrammarError, Grammars, allowed, compile_grammar, load_tokenizer
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
+from tests.examples import examples
 
 TOKENS = token_bytes()
 IDS = {data: token for token, data in TOKENS.items()}
@@ -130,7 +131,7 @@ def test_digits_and_letters_are_ascii(checker: GrammarChecker, tokenizer: LLToke
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(
         TEXT | st.sampled_from(['a"b', "\\", '\\"', "\n", "/", "\x00\x7f\x85", "CHOICE", "日\u2028", '" | "x']),
@@ -265,7 +266,7 @@ def test_a_hostile_grammar_is_refused_in_time(checker: GrammarChecker, name: str
     assert checker.grammar(StructuredOutputsParams(choice=[f"after {name}"]))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(["regex", "grammar", "json"]), st.text(max_size=30), st.randoms(use_true_random=False))
 def test_no_text_is_too_much_for_the_checker(
     shared: GrammarChecker, tokenizer: LLTokenizer, field: str, noise: str, chance: random.Random

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from headwise.workers.errors import CheckpointError, InvalidValueError
+from tests.examples import examples
 
 TEXTS = [
     "Hello world, how are you?",
@@ -88,7 +89,7 @@ CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=600, deadline=None)
+@examples(600)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
 def test_pieces_of_any_tokens_join_to_their_text(name: str, data: st.DataObject, cuts: list[int], skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
@@ -98,7 +99,7 @@ def test_pieces_of_any_tokens_join_to_their_text(name: str, data: st.DataObject,
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(text=st.text(alphabet="ahelo wé😀你日本\n▁.�<s>", max_size=60), cuts=CUTS)
 def test_pieces_of_text_never_split_a_character(name: str, text: str, cuts: list[int]) -> None:
     tokenizer = TOKENIZERS[name]
@@ -109,7 +110,7 @@ def test_pieces_of_text_never_split_a_character(name: str, text: str, cuts: list
     assert sum(piece.count("�") for piece in out) == whole.count("�")
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
 def test_smollm2_pieces_join_to_the_text(
     smollm2_tokenizer: Tokenizer, data: st.DataObject, cuts: list[int], skip: bool

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headwise.runtime.kv.blocks import BlockPool, IntegrityError, OutOfBlocksError, Use
+from tests.examples import examples
 
 NUM_BLOCKS = 8
 USES = st.sampled_from(list(Use))
@@ -107,7 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert [self.pool.count(block, use) for use in Use] == [self.uses[block, use] for use in Use]
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+PoolMachine.TestCase.settings = examples(60, stateful_step_count=50)
 TestPool = PoolMachine.TestCase
 
 

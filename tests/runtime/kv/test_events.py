@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -30,6 +30,7 @@ from headwise.runtime.kv.events import (
     decode_snapshot,
 )
 from headwise.workers.kv.transfer import Tier
+from tests.examples import examples
 
 Blocks = dict[str, dict[bytes, bytes]]
 ROOT = b"root"
@@ -155,7 +156,7 @@ class EventsMachine(RuleBasedStateMachine):
         assert decode_snapshot(self.events.snapshot()).blocks == self.truth
 
 
-EventsMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+EventsMachine.TestCase.settings = examples(150, stateful_step_count=50)
 TestEvents = EventsMachine.TestCase
 
 
@@ -427,7 +428,7 @@ def test_a_message_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         decode_events(msgpack.packb(GOOD))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.binary(max_size=60), at=st.integers(0, 80), cut=st.integers(0, 80))
 def test_any_bytes_are_a_message_or_a_value_error(data: bytes, at: int, cut: int) -> None:
     good = msgpack.packb(GOOD)

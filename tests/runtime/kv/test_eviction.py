@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.kv.eviction import POLICIES, CachedBlock, CostAware, EvictionName, EvictionPolicy, Lru
+from tests.examples import examples
 
 
 def block(parent: CachedBlock | None = None, hits: int = 0) -> CachedBlock:
@@ -134,7 +135,7 @@ def test_a_branch_keeps_its_stem() -> None:
 
 
 @pytest.mark.parametrize("name", ["lru", "cost_aware"])
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(seed=st.integers(0, 2**32))
 def test_every_idle_block_goes_once_and_none_before_its_children(name: EvictionName, seed: int) -> None:
     chance, policy = random.Random(seed), POLICIES[name]()

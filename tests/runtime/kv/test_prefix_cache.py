@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -19,6 +18,7 @@ from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
 from headwise.workers.errors import InvalidValueError
+from tests.examples import examples
 
 SIZE = 2
 NUM_BLOCKS = 12
@@ -372,7 +372,7 @@ class CrowdedMachine(CacheMachine):
 
 
 for machine in (CacheMachine, CollidingMachine, CrowdedMachine):
-    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+    machine.TestCase.settings = examples(100, stateful_step_count=50)
 TestCache = CacheMachine.TestCase
 TestColliding = CollidingMachine.TestCase
 TestCrowded = CrowdedMachine.TestCase

@@ -6,12 +6,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.kv.events import decode_snapshot
 from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
+from tests.examples import examples
 from tests.plain_group import POISON, Bench, PlainGroup, alone, make_request
 
 PREFIXES = ([1] * 12, [1] * 6 + [2] * 6, [3] * 12)
@@ -20,7 +21,7 @@ PREFIXES = ([1] * 12, [1] * 6 + [2] * 6, [3] * 12)
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("tiers", [(0, 0), (5, 0), (4, 9), (0, 6)])
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data())
 def test_every_request_gets_the_tokens_it_would_get_alone(
     depth: int, tiers: tuple[int, int], data: st.DataObject

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headwise.runtime.kv.blocks import IntegrityError
 from headwise.runtime.kv.tier_index import TierBlock, TierIndex
 from headwise.workers.kv.transfer import BlockKey, Tier
+from tests.examples import examples
 
 CAPACITY = 6
 NAMESPACES = (b"a", b"b", b"c")
@@ -111,7 +111,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert all(len(self.own(namespace)) <= self.share for namespace in NAMESPACES)
 
 
-IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+IndexMachine.TestCase.settings = examples(60, stateful_step_count=50)
 TestIndex = IndexMachine.TestCase
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from smg_grpc_proto.generated import vllm_engine_pb2
 
@@ -23,6 +23,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.model_config import load_model_config
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
+from tests.examples import examples
 
 MAX_MODEL_LEN = 128
 RANGES = {
@@ -101,7 +102,7 @@ def requests_or_a_field(make: Callable[[], list[Request]]) -> None:
         assert 0 < request.max_tokens <= MAX_MODEL_LEN - len(request.prompt_token_ids)
 
 
-fuzzing = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzzing = examples(300, suppress_health_check=[HealthCheck.too_slow])
 
 
 @fuzzing

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from headwise.workers.cpu import attention_simd as simd
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from tests.examples import examples
 
 NAN = float("nan")
 BORDERS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
@@ -119,7 +120,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rows, q_starts, head_dim, block_size, draw(st.integers(0, 2**31)))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(case=cases(), threads=st.sampled_from([1, 2]))
 def test_backends_agree_with_dense_attention(case: Case, threads: int) -> None:
     expected = case.dense()

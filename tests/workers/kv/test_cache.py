@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, num_blocks_for, parse_memory
+from tests.examples import examples
 
 LAYOUTS = pytest.mark.parametrize("transposed_keys", [False, True])
 
@@ -23,7 +24,7 @@ def small_cache(transposed_keys: bool, dtype: torch.dtype = torch.float32, **siz
     return KVCache(**shape, dtype=dtype, device="cpu", transposed_keys=transposed_keys)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     transposed_keys=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

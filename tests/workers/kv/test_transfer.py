@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers import plan
@@ -22,6 +22,7 @@ from headwise.workers.kv.transfer import (
     encode_job,
     encode_result,
 )
+from tests.examples import examples
 
 numbers = st.integers(0, 2**63)
 digests = st.binary(min_size=32, max_size=32)
@@ -37,7 +38,7 @@ jobs = st.builds(
 results = st.builds(TransferResult, numbers, st.lists(digests, max_size=4), st.floats(0, allow_infinity=False))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(job=jobs)
 def test_jobs_survive_the_codec(job: TransferJob) -> None:
     decoded = decode_job(encode_job(job))
@@ -45,13 +46,13 @@ def test_jobs_survive_the_codec(job: TransferJob) -> None:
     assert isinstance(decoded.op, Op) and isinstance(decoded.tier, Tier)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(result=results)
 def test_results_survive_the_codec(result: TransferResult) -> None:
     assert decode_result(encode_result(result)) == result
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.binary(max_size=60))
 def test_foreign_bytes_are_a_value_error(data: bytes) -> None:
     for decode in (decode_job, decode_result):

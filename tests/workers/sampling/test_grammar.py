@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 from torch import Tensor
@@ -24,11 +24,12 @@ from headwise.workers.sampling.grammar import Constraint, GrammarError, Grammars
 from headwise.workers.sampling.sampler import Sampler
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
+from tests.examples import examples
 from tests.workers.sampling.languages import Node, choice_grammar, is_open, languages, right_tokens
 
 TOKENS = token_bytes()
 IDS = {data: token for token, data in TOKENS.items()}
-SLOW = settings(max_examples=100, deadline=None)
+SLOW = examples(100)
 
 
 SAMPLINGS = st.builds(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,6 +19,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling, TokenLogprobs
 from headwise.workers.sampling import sampler as module
 from headwise.workers.sampling.sampler import Sampler, greedy, uniform
+from tests.examples import examples
 
 Floats = NDArray[np.float64]
 
@@ -150,7 +151,7 @@ def cases(draw: st.DrawFn) -> tuple[list[float], RowSampling, list[int], list[in
     return logits, sampling, draw(st.lists(token, max_size=6)), draw(st.lists(token, max_size=6))
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(cases())
 @example(([0.0, 0.0, 0.0], RowSampling(temperature=1.0, top_k=1, seed=1), [], []))
 def test_any_row_is_what_the_slow_sampler_says(case: tuple[list[float], RowSampling, list[int], list[int]]) -> None:
