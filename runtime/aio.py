@@ -76,7 +76,7 @@ class AsyncLLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine, for what may be read from any thread. Everything else goes through :meth:`call`."""
+        """The engine, for what may be read from any thread. Everything else goes through :meth:`run`."""
         return self._started.engine
 
     @property
@@ -122,7 +122,7 @@ class AsyncLLM:
             raise InvalidValueError("n", len(requests), limit)
         stream = self._streams[request_id] = _Stream(requests)
         try:
-            await self.call(lambda engine: self._add(engine, requests))
+            await self.run(lambda engine: self._add(engine, requests))
             while stream.running:
                 deltas = await stream.take()
                 if stream.paused:
@@ -138,7 +138,7 @@ class AsyncLLM:
         """Ends a request; its stream yields the last increments, with the finish_reason ``abort``."""
         self._loop.post(lambda engine: engine.abort(request_id))
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
+    async def run(self, function: Callable[[Engine], T]) -> T:
         """Runs ``function`` on the engine's thread, between two steps; returns or raises what ``function`` does.
 
         Raises:
@@ -148,7 +148,7 @@ class AsyncLLM:
         return await asyncio.wrap_future(self.submit(function))
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
-        """As :meth:`call`, but for any thread, and returns a future."""
+        """As :meth:`run`, but for any thread, and returns a future."""
         return self._loop.submit(function)
 
     def check_shards(self) -> None:
@@ -164,7 +164,7 @@ class AsyncLLM:
 
     async def stats(self) -> dict[str, Any]:
         """What the engine holds and has done: ``Engine.stats``, without those of the shards."""
-        return await self.call(Engine.stats)
+        return await self.run(Engine.stats)
 
     async def close(self) -> None:
         """Ends the requests that run, the engine and its shards. Idempotent."""

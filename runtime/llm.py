@@ -230,7 +230,7 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """Ends a request that another thread waits for; that thread gets the output so far, with the finish_reason
         ``abort``. Does nothing if no such request runs."""
-        self._loop.call(lambda engine: engine.abort(request_id))
+        self._loop.run(lambda engine: engine.abort(request_id))
 
     def pin_prefix(self, prompt: Prompt | Messages, ttl: float, *, cache_salt: str = "") -> int:
         """Computes a prompt, or the start of a conversation, and keeps its KV blocks in the prefix cache for a time.
@@ -276,7 +276,7 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache: on the device, in host memory and on disk, pinned blocks included. Running requests
         go on."""
-        self._loop.call(Engine.reset_prefix_cache)
+        self._loop.run(Engine.reset_prefix_cache)
 
     def subscribe_kv_events(self, capacity: int = 1024) -> Subscription:
         """Subscribes to the changes of the prefix cache: msgpack messages for routers, described in
@@ -285,11 +285,11 @@ class LLM:
         Args:
             capacity: messages that may wait unread. A reader that falls further behind is told to take a snapshot.
         """
-        return self._loop.call(lambda engine: engine.events.subscribe(capacity))
+        return self._loop.run(lambda engine: engine.events.subscribe(capacity))
 
     def kv_snapshot(self) -> bytes:
         """The blocks that the prefix cache holds now, as msgpack, described in ``headwise.runtime.kv.events``."""
-        return self._loop.call(lambda engine: engine.events.snapshot())
+        return self._loop.run(lambda engine: engine.events.snapshot())
 
     def stats(self) -> dict[str, Any]:
         """What the engine and its shards hold and have done: the entries of
@@ -300,7 +300,7 @@ class LLM:
             shards = engine.call_shards("stats")  # first: it processes the steps in flight
             return engine.stats() | {"shards": shards}
 
-        stats = self._loop.call(read)
+        stats = self._loop.run(read)
         stats["shard_pids"] = [shard["pid"] for shard in stats["shards"]]
         stats["kv_bytes_per_rank"] = [shard["kv_bytes"] for shard in stats["shards"]]
         return stats
@@ -387,7 +387,7 @@ class LLM:
         running = len(requests)
         try:
             try:
-                self._loop.call(add)
+                self._loop.run(add)
             except InvalidValueError:
                 running = 0
                 raise

@@ -27,13 +27,14 @@ class EngineLoop:
     """Steps an engine while it has work and sleeps while it has none. Thread-safe."""
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
-        """Args: ``on_failure``: gets the error that ended the loop, on its thread, before any call fails with it."""
+        """Args: ``on_failure``: gets the error that ended the loop, on its thread, before it reaches a caller of
+        :meth:`run`."""
         self._engine, self._on_failure = engine, on_failure
-        self._calls: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._functions: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended: BaseException | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="headwise-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="headwise-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -41,18 +42,18 @@ class EngineLoop:
         """The engine, for code that runs on its thread."""
         return self._engine
 
-    def call(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
+    def run(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
         """Runs ``function`` on the engine's thread between two steps and returns what it returns.
 
         Raises:
             EngineStoppedError: the loop was closed, or the engine failed.
             ShardGroupDied: a shard died; the loop has ended.
-            TimeoutError: no answer in time; the call may still be made.
+            TimeoutError: no answer in time; the function may still run.
         """
         return self.submit(function).result(timeout_s)
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
-        """As :meth:`call`, but the answer is the future's. One that is cancelled in time is not made.
+        """As :meth:`run`, but the answer is the future's. A function whose future is cancelled in time does not run.
 
         Raises:
             EngineStoppedError, ShardGroupDied: the loop has ended.
@@ -61,19 +62,19 @@ class EngineLoop:
         with self._lock:
             if self._ended is not None:
                 raise self._ended
-            self._calls.put((function, future))
+            self._functions.put((function, future))
         return future
 
     def post(self, function: Callable[[Engine], object]) -> None:
-        """As :meth:`call`, but waits for nothing and raises nothing; after the loop's end, does nothing.
+        """As :meth:`run`, but waits for nothing and raises nothing; after the loop's end, does nothing.
 
         Takes no lock: it may run anywhere, in a finalizer on the engine's own thread too.
         """
-        self._calls.put((function, Future()))
+        self._functions.put((function, Future()))
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the loop after the step in progress. Idempotent."""
-        self._calls.put(None)
+        self._functions.put(None)
         # A forgotten LLM may be collected on the engine's thread, which cannot wait for itself.
         if threading.current_thread() is not self._thread:
             self._over.wait(timeout_s)
@@ -83,9 +84,9 @@ class EngineLoop:
         """Has :meth:`close`, now or later, wait only a moment for the step in progress, which may never end."""
         self._over.set()
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         try:
-            while self._take_calls():
+            while self._run_functions():
                 if self._engine.has_work:
                     self._engine.busy_since = time.monotonic()
                     self._engine.step()
@@ -101,26 +102,26 @@ class EngineLoop:
         finally:
             self._over.set()
 
-    def _take_calls(self) -> bool:
-        """Makes the calls that wait, or waits for one if the engine has nothing to do; False once closed."""
+    def _run_functions(self) -> bool:
+        """Runs the functions that wait, or waits for one if the engine has nothing to do; False once closed."""
         while True:
             try:
-                item = self._calls.get(block=not self._engine.has_work)
+                item = self._functions.get(block=not self._engine.has_work)
             except queue.Empty:
                 return True
             if item is None:
                 return False
-            self._make(*item)
+            self._run_one(*item)
 
-    def _make(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
+    def _run_one(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
-            return  # whoever called has left, as a client does whose deadline is over
+            return  # nobody waits for it any more, as when a client's deadline is over
         self._engine.busy_since = time.monotonic()
         try:
             result = function(self._engine)
         except Exception as error:
             future.set_exception(error)
-            if isinstance(error, ShardGroupDied):  # not the call's mistake: every other caller must learn of it too
+            if isinstance(error, ShardGroupDied):  # not the function's mistake: everybody who waits must learn of it
                 raise
         else:
             future.set_result(result)
@@ -131,7 +132,7 @@ class EngineLoop:
         self._on_failure(error)
         with self._lock:
             self._ended = error
-            while not self._calls.empty():
-                item = self._calls.get()
+            while not self._functions.empty():
+                item = self._functions.get()
                 if item is not None and item[1].set_running_or_notify_cancel():
                     item[1].set_exception(error)

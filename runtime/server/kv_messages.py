@@ -40,7 +40,7 @@ async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator
 
 
 async def _snapshot(llm: AsyncLLM) -> bytes:
-    return await llm.call(lambda engine: engine.events.snapshot())
+    return await llm.run(lambda engine: engine.events.snapshot())
 
 
 async def _subscribe(llm: AsyncLLM, capacity: int) -> Subscription:

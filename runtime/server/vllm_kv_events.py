@@ -50,7 +50,7 @@ async def _snapshot(
 
 async def _batch(llm: AsyncLLM, namespace: bytes, sequence: int, events: Sequence[KvEvent]) -> common_pb2.KvEventBatch:
     digests = [digest for event in events if isinstance(event, Stored) for digest in event.digests]
-    tokens = await llm.call(lambda engine: _tokens(engine, namespace, digests)) if digests else {}
+    tokens = await llm.run(lambda engine: _tokens(engine, namespace, digests)) if digests else {}
     batch = common_pb2.KvEventBatch(sequence_number=sequence + 1, timestamp=time.time())
     batch.events.extend(converted for event in events for converted in _convert(event, tokens))
     return batch

@@ -44,7 +44,7 @@ def test_ranks_in_processes_restore_from_host_and_disk(checkpoint: Callable[...,
     with llm(**tiers) as first:
         assert [tokens(first.generate(prompt, GREEDY))[0] for prompt in prompts] == expected
         settle(first)
-        first._loop.call(Engine.check_integrity)
+        first._loop.run(Engine.check_integrity)
         found = prefix_stats(first)["tiers"]
         assert found["host"]["hit_tokens"] > 0 and found["disk"]["hit_tokens"] > 0
         assert found["disk"]["damaged"] == found["disk"]["refused"] == 0

@@ -280,7 +280,7 @@ def test_a_stream_may_be_collected_on_the_engines_own_thread(llm: LLM) -> None:
     """The garbage collector runs on whichever thread it likes; the engine must not wait for itself."""
     stream = llm.stream([5] * 40, GREEDY.clone(max_tokens=400))
     next(stream)
-    llm._loop.call(lambda engine: stream.close(), timeout_s=DEADLINE_S)
+    llm._loop.run(lambda engine: stream.close(), timeout_s=DEADLINE_S)
     assert llm.stats()["num_running"] == 0
 
 

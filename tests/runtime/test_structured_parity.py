@@ -165,7 +165,7 @@ def test_a_mixed_batch_gives_what_each_gives_alone(
         outputs = llm.generate(prompts(len(MIXED)), MIXED)
         assert results(outputs) == expected(make, alone)
     assert any(output.num_cached_tokens for output in outputs) == caching
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
 
 
 @pytest.mark.parametrize(("tp", "depth", "caching"), [(1, 1, True), (1, 2, False), (2, 2, True), (3, 1, False)])
@@ -176,7 +176,7 @@ def test_preemption(
     assert results(llm.generate(prompts(len(MIXED)), MIXED)) == expected(make, alone)
     stats = llm.stats()
     assert stats["num_preemptions"] > 0 and stats["num_free_blocks"] == 10
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
 
 
 def test_what_is_free_is_the_same_beside_what_is_not(make: Callable[..., LLM]) -> None:
@@ -214,7 +214,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(
                 assert sample.finish_reason == "error" and "abab".startswith(sample.text) and sample.text
     stats = llm.stats()
     assert stats["num_free_blocks"] == stats["num_blocks"]
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
 
 
 @pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2)])
@@ -240,7 +240,7 @@ def test_a_grammar_that_the_shard_cannot_compile_ends_its_requests_alone(
         assert failed.error == f"the grammar cannot be compiled on this host: {unreadable}"
     stats = llm.stats()
     assert stats["num_free_blocks"] == stats["num_blocks"]
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
 
 
 def test_what_ends_other_outputs_ends_these(make: Callable[..., LLM]) -> None:

@@ -64,9 +64,9 @@ def setup() -> Iterator[Setup]:
 
 
 def test_calls_run_on_the_loops_thread_and_answer(setup: Setup) -> None:
-    thread = setup.loop.call(lambda _: threading.current_thread(), DEADLINE_S)
+    thread = setup.loop.run(lambda _: threading.current_thread(), DEADLINE_S)
     assert thread is not threading.current_thread() and thread.name == "headwise-engine"
-    setup.loop.call(setup.give(3), DEADLINE_S)
+    setup.loop.run(setup.give(3), DEADLINE_S)
     assert setup.engine.idle.wait(DEADLINE_S)
     assert setup.engine.thread is thread
 
@@ -76,17 +76,17 @@ def test_an_error_in_a_call_reaches_its_caller_and_nobody_else(setup: Setup) -> 
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        setup.loop.call(fail, DEADLINE_S)
-    assert setup.loop.call(lambda _: "yes", DEADLINE_S) == "yes"
+        setup.loop.run(fail, DEADLINE_S)
+    assert setup.loop.run(lambda _: "yes", DEADLINE_S) == "yes"
     assert setup.failures == []
 
 
 def test_calls_are_made_between_steps(setup: Setup) -> None:
-    setup.loop.call(setup.give(10**9), DEADLINE_S)
-    first = setup.loop.call(lambda engine: engine.todo, DEADLINE_S)
-    second = setup.loop.call(lambda engine: engine.todo, DEADLINE_S)
+    setup.loop.run(setup.give(10**9), DEADLINE_S)
+    first = setup.loop.run(lambda engine: engine.todo, DEADLINE_S)
+    second = setup.loop.run(lambda engine: engine.todo, DEADLINE_S)
     assert first >= second
-    setup.loop.call(setup.give(0), DEADLINE_S)
+    setup.loop.run(setup.give(0), DEADLINE_S)
 
 
 def test_many_threads_call_at_once(setup: Setup) -> None:
@@ -95,17 +95,17 @@ def test_many_threads_call_at_once(setup: Setup) -> None:
         return threading.get_ident()
 
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: setup.loop.call(add, DEADLINE_S), range(200)))
+        answers = list(pool.map(lambda _: setup.loop.run(add, DEADLINE_S), range(200)))
     assert len(set(answers)) == 1
 
 
 def test_a_failing_step_ends_the_loop_for_everyone(setup: Setup) -> None:
-    setup.loop.call(setup.give(5, fail_at=2), DEADLINE_S)
+    setup.loop.run(setup.give(5, fail_at=2), DEADLINE_S)
     setup.join()
     assert setup.failures == [DIED]
     for _ in range(2):
         with pytest.raises(ShardGroupDied):
-            setup.loop.call(lambda _: None, DEADLINE_S)
+            setup.loop.run(lambda _: None, DEADLINE_S)
 
 
 def test_calls_that_wait_when_the_loop_ends_fail_with_its_error(setup: Setup) -> None:
@@ -117,12 +117,12 @@ def test_calls_that_wait_when_the_loop_ends_fail_with_its_error(setup: Setup) ->
         engine.todo, engine.fail_at = 1, 0
 
     with ThreadPoolExecutor(2) as pool:
-        held = pool.submit(setup.loop.call, hold, DEADLINE_S)
+        held = pool.submit(setup.loop.run, hold, DEADLINE_S)
         assert inside.wait(DEADLINE_S)
-        setup.loop._calls.put(None)  # the end stands before the call that comes now
-        late = pool.submit(setup.loop.call, lambda _: "never", DEADLINE_S)
+        setup.loop._functions.put(None)  # the end stands before the call that comes now
+        late = pool.submit(setup.loop.run, lambda _: "never", DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
-        while setup.loop._calls.qsize() < 2 and time.monotonic() < deadline:
+        while setup.loop._functions.qsize() < 2 and time.monotonic() < deadline:
             threading.Event().wait(0.001)
         go.set()
         held.result(DEADLINE_S)
@@ -135,7 +135,7 @@ def test_a_dead_group_found_in_a_call_ends_the_loop(setup: Setup) -> None:
         raise DIED
 
     with pytest.raises(ShardGroupDied):
-        setup.loop.call(read, DEADLINE_S)
+        setup.loop.run(read, DEADLINE_S)
     setup.join()
     assert setup.failures == [DIED]
 
@@ -143,41 +143,41 @@ def test_a_dead_group_found_in_a_call_ends_the_loop(setup: Setup) -> None:
 def test_post_does_not_wait_and_does_not_raise(setup: Setup) -> None:
     done = threading.Event()
     # From the loop's own thread too, where call() would wait for itself.
-    setup.loop.call(lambda _: setup.loop.post(lambda _: done.set()), DEADLINE_S)
+    setup.loop.run(lambda _: setup.loop.post(lambda _: done.set()), DEADLINE_S)
     assert done.wait(DEADLINE_S)
     setup.loop.post(lambda _: 1 / 0)
-    assert setup.loop.call(lambda _: "alive", DEADLINE_S) == "alive"
+    assert setup.loop.run(lambda _: "alive", DEADLINE_S) == "alive"
     setup.loop.close()
     setup.loop.post(lambda _: None)
 
 
 def test_close_joins_and_may_be_repeated(setup: Setup) -> None:
-    setup.loop.call(setup.give(10**9), DEADLINE_S)
+    setup.loop.run(setup.give(10**9), DEADLINE_S)
     setup.loop.close(DEADLINE_S)
     assert not setup.loop._thread.is_alive() and setup.engine.todo > 0
     setup.loop.close(DEADLINE_S)
     with pytest.raises(EngineStoppedError):
-        setup.loop.call(lambda _: None)
+        setup.loop.run(lambda _: None)
     assert len(setup.failures) == 1 and isinstance(setup.failures[0], EngineStoppedError)
 
 
 def test_close_on_the_loops_own_thread_does_not_wait_for_itself(setup: Setup) -> None:
-    setup.loop.call(lambda _: setup.loop.close(), DEADLINE_S)
+    setup.loop.run(lambda _: setup.loop.close(), DEADLINE_S)
     setup.join()
 
 
 def test_a_call_past_its_timeout(setup: Setup) -> None:
     go = threading.Event()
     with pytest.raises(TimeoutError):
-        setup.loop.call(lambda _: go.wait(DEADLINE_S), timeout_s=0.01)
+        setup.loop.run(lambda _: go.wait(DEADLINE_S), timeout_s=0.01)
     go.set()
-    assert setup.loop.call(lambda _: "alive", DEADLINE_S) == "alive"
+    assert setup.loop.run(lambda _: "alive", DEADLINE_S) == "alive"
 
 
 def test_an_idle_loop_uses_no_cpu(setup: Setup) -> None:
-    setup.loop.call(setup.give(1), DEADLINE_S)
+    setup.loop.run(setup.give(1), DEADLINE_S)
     assert setup.engine.idle.wait(DEADLINE_S)
     thread_time = lambda _: time.thread_time()  # noqa: E731
-    before = setup.loop.call(thread_time, DEADLINE_S)
+    before = setup.loop.run(thread_time, DEADLINE_S)
     threading.Event().wait(0.5)
-    assert setup.loop.call(thread_time, DEADLINE_S) - before < 0.05
+    assert setup.loop.run(thread_time, DEADLINE_S) - before < 0.05

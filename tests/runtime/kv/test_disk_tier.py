@@ -81,8 +81,8 @@ def check(llm: LLM, prompts: list[list[int]], expected: list[list[list[int]]]) -
             assert tokens(outputs) == [answer]
             assert outputs[0].outputs[0].finish_reason == "length"
             found += cached(outputs)
-    wait_until(lambda: not llm._loop.call(lambda engine: engine.has_work))
-    llm._loop.call(Engine.check_integrity)
+    wait_until(lambda: not llm._loop.run(lambda engine: engine.has_work))
+    llm._loop.run(Engine.check_integrity)
     disk: dict[str, Any] = prefix_stats(llm)["tiers"]["disk"]
     return disk, found[: len(prompts)]
 

@@ -64,7 +64,7 @@ def settle(llm: LLM) -> None:
         return -1 if engine.has_work else engine.generation.ledger._next_id
 
     deadline, before = time.monotonic() + DEADLINE_S, -1
-    while (now := llm._loop.call(jobs)) < 0 or now != before:
+    while (now := llm._loop.run(jobs)) < 0 or now != before:
         assert time.monotonic() < deadline
         if now >= 0:
             before = now
@@ -128,7 +128,7 @@ def test_random_prompts_that_start_alike(
     stats = prefix_stats(on)
     assert stats["hit_tokens"] > 0 and prefix_stats(off)["hit_tokens"] == 0
     assert bool(stats["evictions"].get("room")) == (blocks is not None)
-    on._loop.call(Engine.check_integrity)
+    on._loop.run(Engine.check_integrity)
 
 
 @pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2), (3, 1)])
@@ -186,7 +186,7 @@ def test_preemption(pair: Callable[..., tuple[LLM, LLM]], tp: int, depth: int, e
     assert stats["num_preemptions"] > 0 and stats["num_free_blocks"] == 24
     assert off.stats()["num_preemptions"] == 0
     assert stats["prefix_cache"]["hit_tokens"] > 0
-    on._loop.call(Engine.check_integrity)
+    on._loop.run(Engine.check_integrity)
 
 
 @pytest.mark.parametrize(("tp", "depth"), [(1, 2), (2, 1)])
@@ -255,7 +255,7 @@ def test_every_second_request_is_restored(
     assert found["host"]["max_blocks"] == 13
     assert found["host"]["damaged"] == found["disk"]["damaged"] == found["disk"]["refused"] == 0
     settle(on)
-    on._loop.call(Engine.check_integrity)
+    on._loop.run(Engine.check_integrity)
 
 
 Hashes = dict[tuple[bytes, int, int, int, str], bytes]
@@ -308,14 +308,14 @@ def test_what_is_restored_is_what_was_evicted(
     [request] = llm._inputs.requests("any", prompt, GREEDY, 0)
     assert isinstance(request.token_blocks, TokenBlocks)
     digests = request.token_blocks.digests
-    before = llm._loop.call(lambda engine: kv_hashes(engine, digests))
+    before = llm._loop.run(lambda engine: kv_hashes(engine, digests))
     heads = 3  # all ranks' together
     assert len(before) == len(set(before.values())) == 9 * 2 * heads * 2
-    llm._loop.call(empty_device)
+    llm._loop.run(empty_device)
     [again] = llm.generate(prompt, GREEDY)
     assert again.metrics.num_cached_tokens == again.metrics.num_restored_tokens == 144
     assert again.outputs[0].token_ids == output.outputs[0].token_ids
-    assert llm._loop.call(lambda engine: kv_hashes(engine, digests)) == before
+    assert llm._loop.run(lambda engine: kv_hashes(engine, digests)) == before
     found = prefix_stats(llm)["tiers"]
     assert (found["disk"]["hit_tokens"] > 0) == ("disk" in tiers) if "disk" in tiers else "disk" not in found
 
@@ -334,7 +334,7 @@ def test_a_conversation_with_the_demo_model(smollm2: Path, thread_llm: MakeLLM) 
             messages.append({"role": "user", "content": question})
             if turn == 2 and "host_kv_memory" in settings:
                 settle(llm)
-                llm._loop.call(empty_device)
+                llm._loop.run(empty_device)
             [output] = llm.chat(messages, params)
             answers[-1].append(output.outputs[0].text)
             messages.append({"role": "assistant", "content": output.outputs[0].text or ""})
@@ -385,7 +385,7 @@ def test_blocks_of_a_request_that_fails_are_served_to_nobody(
             assert tokens(outputs[::2]) == [[[]]] * 3
         assert outputs[2].num_cached_tokens == 0
     assert llm.stats()["num_free_blocks"] == 48
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
 
 
 class FlippingGroup(ThreadShardGroup):
@@ -426,4 +426,4 @@ def test_who_waited_for_blocks_that_turn_out_bad_computes_them(
     for _ in range(2):
         assert tokens(llm.generate(prompts, GREEDY)) == expected
     assert llm.stats()["num_free_blocks"] == 32
-    llm._loop.call(Engine.check_integrity)
+    llm._loop.run(Engine.check_integrity)
