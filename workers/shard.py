@@ -155,9 +155,9 @@ class Shard:
 
     def stored_blocks(self) -> list[tuple[bytes, bytes, bytes, bytes]]:
         """(digest, namespace, parent, tokens) of the newest blocks on disk, oldest first, as many as fit a message."""
-        entries = self._disk.entries() if self._disk is not None else []
+        keys = self._disk.stored_keys() if self._disk is not None else []
         fitting = (MAX_MESSAGE_BYTES - 1024) // (112 + 4 * self._spec.block_size)  # three digests, tokens, framing
-        newest = entries[-min(fitting, MAX_STORED_BLOCKS) :]
+        newest = keys[-min(fitting, MAX_STORED_BLOCKS) :]
         return [(key.digest, key.namespace, key.parent, key.tokens) for key in newest]
 
     def stats(self) -> dict[str, Any]:

@@ -123,46 +123,6 @@ class KVCache:
                     k_LKSD.copy_(moved[:, 0])
                     v_LKSD.copy_(moved[:, 1])
 
-    def export_block(self, layer: int, head: int, block: int) -> tuple[Tensor, Tensor]:
-        """A copy of one head's keys and values in one block, each contiguous [block_size, head_dim].
-
-        Raises:
-            InvalidValueError: layer, head or block is out of range.
-        """
-        k_SD, v_SD = self._block(layer, head, block)
-        return k_SD.clone(memory_format=torch.contiguous_format), v_SD.clone(memory_format=torch.contiguous_format)
-
-    def import_block(self, layer: int, head: int, block: int, k_SD: Tensor, v_SD: Tensor) -> None:
-        """The inverse of :meth:`export_block`; the tensors may be on another device.
-
-        Raises:
-            InvalidValueError: layer, head or block is out of range, or a tensor has another shape or dtype.
-        """
-        into_k, into_v = self._block(layer, head, block)
-        for name, x_SD, into in (("k_SD", k_SD, into_k), ("v_SD", v_SD, into_v)):
-            if x_SD.shape != into.shape or x_SD.dtype != into.dtype:
-                wanted = f"must be {into.dtype} of shape {tuple(into.shape)}"
-                raise InvalidValueError(name, (x_SD.dtype, tuple(x_SD.shape)), wanted)
-            into.copy_(x_SD)
-
-    def copy_block(self, src: int, dst: int) -> None:
-        """Copy one block onto another, in every layer and head.
-
-        Raises:
-            InvalidValueError: a block is out of range.
-        """
-        _check_index("src", src, self.num_blocks)
-        _check_index("dst", dst, self.num_blocks)
-        self.keys[:, dst] = self.keys[:, src]
-        self.values[:, dst] = self.values[:, src]
-
-    def _block(self, layer: int, head: int, block: int) -> tuple[Tensor, Tensor]:
-        _check_index("layer", layer, self.num_layers)
-        _check_index("head", head, self.num_kv_heads)
-        _check_index("block", block, self.num_blocks)
-        k_LKSD, v_LKSD = self._standard(block)
-        return k_LKSD[layer, head], v_LKSD[layer, head]
-
     def _standard(self, block: int) -> tuple[Tensor, Tensor]:
         """Views of a block, each [num_layers, kv heads, block_size, head_dim] in either layout."""
         k_LKSD = self.keys[:, block]
@@ -170,7 +130,8 @@ class KVCache:
 
     def _check_moved(self, blocks: Sequence[int], name: str, x: Tensor) -> None:
         for block in blocks:
-            _check_index("block", block, self.num_blocks)
+            if not 0 <= block < self.num_blocks:
+                raise InvalidValueError("block", block, f"must be at least 0 and less than {self.num_blocks}")
         shape = (len(blocks), *self.block_shape)
         if x.shape != shape or x.dtype != self.dtype or x.device.type != "cpu":
             wanted = f"must be {self.dtype} of shape {shape} in host memory"
@@ -192,13 +153,6 @@ class KVCache:
 def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one block, all layers together."""
     return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
-
-
-def num_blocks_for(
-    budget_bytes: int, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """How many blocks fit in a budget; 0 if none does."""
-    return max(0, budget_bytes) // bytes_per_block(num_layers, num_kv_heads, block_size, head_dim, dtype)
 
 
 def parse_memory(text: str | int | float, total: int) -> int:
@@ -251,8 +205,3 @@ def _copy(into: Tensor, x: Tensor) -> None:
     that copies, and libgomp lets the waiting threads of several teams sleep instead of spin, the steps' among them."""
     integer = _INTEGERS[x.dtype.itemsize]
     np.copyto(into.view(integer).numpy(), x.view(integer).numpy())
-
-
-def _check_index(name: str, index: int, size: int) -> None:
-    if not 0 <= index < size:
-        raise InvalidValueError(name, index, f"must be at least 0 and less than {size}")

@@ -1,4 +1,4 @@
-"""The index of a folder of KV blocks: a log in msgpack of what was stored there and what was dropped again.
+"""The journal of a folder of KV blocks: a record in msgpack for each block that was stored there or dropped again.
 
 Nothing is forced to the medium (no fsync): a kill loses nothing that was written, and after a power cut sizes and
 checksums tell what is left.
@@ -21,7 +21,7 @@ import msgpack
 from headwise.workers.kv.transfer import BlockKey
 
 FORMAT = ("headwise-kv", 1)
-"""What an index begins with; the number changes with the form of the index or of the block files."""
+"""What a journal begins with; the number changes with the form of the journal or of the block files."""
 
 MAX_RECORD_BYTES = 1 << 16
 """The largest record that is read; a block of 4,096 tokens makes one of 16 KiB."""
@@ -31,13 +31,13 @@ _SPARE_RECORDS = 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """What the index knows of one block file; ``checksum`` is the file's SHA-256."""
+    """What the journal says of one block file; ``checksum`` is the file's SHA-256."""
 
     key: BlockKey
     checksum: bytes
 
 
-class BlockIndex:
+class Journal:
     """One record to announce format and identity, then one for each block stored or dropped.
 
     A record is (body, CRC-32 of the body); a body is (digest, namespace, parent, tokens, checksum) or (digest,).
@@ -51,9 +51,9 @@ class BlockIndex:
         self._rewrite_at = 0
 
     def read(self) -> dict[bytes, StoredBlock]:
-        """What is stored by digest, oldest first; of a damaged index, what comes before the damage.
+        """What is stored by digest, oldest first; of a damaged journal, what comes before the damage.
 
-        Empty if there is no index, or none of this format and identity: then the first append begins a new one.
+        Empty if there is no journal, or none of this format and identity: then the first append begins a new one.
         """
         blocks: dict[bytes, StoredBlock] = {}
         with suppress(OSError, ValueError, TypeError, msgpack.UnpackException):
@@ -76,7 +76,7 @@ class BlockIndex:
     def append_stored(self, block: StoredBlock) -> None:
         """
         Raises:
-            OSError: it cannot be written; the index is as it was.
+            OSError: it cannot be written; the journal is as it was.
         """
         self._append(_stored(block))
 
@@ -89,10 +89,10 @@ class BlockIndex:
         return self._num_records > max(4 * num_blocks + _SPARE_RECORDS, self._rewrite_at)
 
     def rewrite(self, blocks: Iterable[StoredBlock]) -> None:
-        """Replace the index by one that holds just these blocks, at once or not at all.
+        """Replace the journal by one that holds just these blocks, at once or not at all.
 
         Raises:
-            OSError: it cannot be written; the index is as it was.
+            OSError: it cannot be written; the journal is as it was.
         """
         temporary = self._path.with_suffix(".tmp")
         records = [_record((*FORMAT, self._identity)), *(_record(_stored(block)) for block in blocks)]

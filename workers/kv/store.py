@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.journal import FORMAT, BlockIndex, StoredBlock, write_all
+from headwise.workers.kv.journal import FORMAT, Journal, StoredBlock, write_all
 from headwise.workers.kv.transfer import BlockKey
 
 MAX_STORED_BLOCKS = 300_000
@@ -93,9 +93,9 @@ class DiskStore:
     """One rank's blocks as files ``<path>/rank-<r>-of-<n>/<ab>/<digest in hex, ab...>.kv``.
 
     A file is what it has to begin with (format, identity, key, payload length), the payload, and the SHA-256 of both.
-    It is written under another name and renamed. The index (see :mod:`~headwise.workers.kv.journal`) follows: a
-    file that is not in it, or does not say what it says, is deleted. One thread at a time; :meth:`entries` and
-    ``len`` may be called from any.
+    It is written under another name and renamed. Then the journal (see :mod:`~headwise.workers.kv.journal`) gets a
+    record of the file; at the next start a file without a record, or of another size, is deleted. One thread at a
+    time; :meth:`stored_keys` and ``len`` may be called from any.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class DiskStore:
             raise _unusable(path, error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._index = BlockIndex(self._folder / "index", self._identity)
-            listed = self._index.read()
+            self._journal = Journal(self._folder / "journal", self._identity)
+            listed = self._journal.read()
             self._blocks = self._keep(dict(list(listed.items())[-max_blocks:]))
         except BlockingIOError as error:
             self._lock.close()
@@ -141,15 +141,15 @@ class DiskStore:
             self._lock.close()
             raise _unusable(path, error) from error
         try:
-            self._index.rewrite(self._blocks.values())
+            self._journal.rewrite(self._blocks.values())
         except OSError as error:
-            _logger.warning("disk_kv_path=%r: the index cannot be written: %s", str(path), error)
+            _logger.warning("disk_kv_path=%r: the journal cannot be written: %s", str(path), error)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def entries(self) -> list[BlockKey]:
-        """What is stored, oldest first."""
+    def stored_keys(self) -> list[BlockKey]:
+        """The keys of the stored blocks, oldest first."""
         with self._mutex:
             return [block.key for block in self._blocks.values()]
 
@@ -171,7 +171,7 @@ class DiskStore:
                 for part in (header, payload, block.checksum):
                     write_all(file, part)
             os.replace(temporary, path)
-            self._index.append_stored(block)
+            self._journal.append_stored(block)
         except OSError:
             _unlink(temporary)
             self.drop(key.digest)
@@ -197,14 +197,14 @@ class DiskStore:
         with self._mutex:
             known = self._blocks.pop(digest, None)
         if known is not None:
-            # Should this fail, the next run finds an entry without a file, and drops it then.
+            # Should this fail, the next run finds a record without a file, and drops it then.
             with suppress(OSError):
-                self._index.append_dropped(digest)
+                self._journal.append_dropped(digest)
             self._compact()
 
     def close(self) -> None:
         """Lets another engine have the folder; what is stored stays. Idempotent. No other call may be running."""
-        self._index.close()
+        self._journal.close()
         self._lock.close()
 
     def _read(self, block: StoredBlock, payload: memoryview) -> bool:
@@ -223,13 +223,13 @@ class DiskStore:
         return checksum.digest() == read == block.checksum
 
     def _compact(self) -> None:
-        if self._index.should_rewrite(len(self._blocks)):
+        if self._journal.should_rewrite(len(self._blocks)):
             with suppress(OSError):
-                self._index.rewrite(self._blocks.values())
+                self._journal.rewrite(self._blocks.values())
 
     def _keep(self, listed: dict[bytes, StoredBlock]) -> dict[bytes, StoredBlock]:
         """Those of the listed blocks whose file is there, in order. Deletes every other file of ours, no others."""
-        _unlink(self._folder / "index.tmp")
+        _unlink(self._folder / "journal.tmp")
         found: set[bytes] = set()
         for path in self._files():
             match = _FILE.fullmatch(path.name)
@@ -273,7 +273,7 @@ class DiskStore:
 
 
 def disk_block_bytes(payload_bytes: int, block_size: int) -> int:
-    """The most that one block takes up on disk, in bytes: its file in whole pages, and its share of the index.
+    """The most that one block takes up on disk, in bytes: its file in whole pages, and its share of the journal.
 
     Args:
         payload_bytes: of the block's keys and values, see :func:`~headwise.workers.kv.cache.bytes_per_block`.

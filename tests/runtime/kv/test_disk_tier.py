@@ -18,7 +18,7 @@ import pytest
 from headwise.runtime import LLM
 from headwise.runtime.engine.engine import Engine
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv import journal as kv_index
+from headwise.workers.kv import journal
 from headwise.workers.kv import store as kv_store
 from tests.conftest import MakeLLM
 from tests.runtime.kv.test_prefix_parity import (
@@ -249,26 +249,26 @@ def test_files_that_are_damaged_under_an_engine(
 
 
 @pytest.mark.parametrize("harm", ["deleted", "garbage", "empty", "half", "flipped", "folder"])
-def test_an_index_that_was_damaged(
+def test_a_journal_that_was_damaged(
     engine: Callable[..., LLM], prompts: list[list[int]], expected: list[list[list[int]]], tmp_path: Path, harm: str
 ) -> None:
     fill(engine(), prompts, expected)
-    index = tmp_path / "kv" / "rank-0-of-1" / "index"
-    data = index.read_bytes()
-    index.unlink()
+    path = tmp_path / "kv" / "rank-0-of-1" / "journal"
+    data = path.read_bytes()
+    path.unlink()
     if harm == "folder":
-        index.mkdir()
+        path.mkdir()
     elif harm != "deleted":
         flipped = bytearray(data)
         flipped[len(data) // 2] ^= 1
         harmed = {"garbage": random.Random(1).randbytes(5000), "empty": b"", "half": data[: len(data) // 2]}
-        index.write_bytes(harmed.get(harm, bytes(flipped)))
+        path.write_bytes(harmed.get(harm, bytes(flipped)))
     llm = engine()
     stored = prefix_stats(llm)["tiers"]["disk"]["blocks"]
     assert stored > 0 if harm in ("half", "flipped") else stored == 0
-    assert stored == len(block_files(tmp_path / "kv")), "what the index does not know is deleted"
+    assert stored == len(block_files(tmp_path / "kv")), "what the journal does not know is deleted"
     disk, _ = check(llm, prompts, expected)
-    # Where there can be no index nothing is kept, and nothing else is wrong.
+    # Where there can be no journal nothing is kept, and nothing else is wrong.
     assert disk["damaged"] == 0 and (disk["hit_tokens"] > 0) == (harm != "folder") == (disk["refused"] == 0)
 
 
@@ -328,7 +328,7 @@ def test_files_put_in_place_of_another_models(
     expected: list[list[list[int]]],
     tmp_path: Path,
 ) -> None:
-    """The names and the index are right, what is in the files is not."""
+    """The names and the journal are right, what is in the files is not."""
     fill(engine(), prompts, expected)
     foreign = checkpoint(SHAPE, tie_word_embeddings=True)
     llm = thread_llm(foreign, num_blocks=12, max_model_len=128, disk_kv_path=tmp_path / "foreign")
@@ -372,7 +372,7 @@ def test_a_full_disk(
 ) -> None:
     llm = engine(tp, **({"host_kv_memory": 8 * block_bytes(tp)} if host else {}))
     room = [200_000 // tp]
-    write_all = kv_index.write_all
+    write_all = journal.write_all
 
     def write(file: Any, data: bytes | memoryview) -> None:
         room[0] -= len(data)
@@ -381,7 +381,7 @@ def test_a_full_disk(
         write_all(file, data)
 
     monkeypatch.setattr(kv_store, "write_all", write)
-    monkeypatch.setattr(kv_index, "write_all", write)
+    monkeypatch.setattr(journal, "write_all", write)
     disk, _ = check(llm, prompts, expected)
     assert disk["refused"] > 0 and disk["damaged"] == 0
     room[0] = 1 << 40

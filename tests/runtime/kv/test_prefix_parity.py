@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from headwise.runtime import LLM, RequestOutput, SamplingParams, start
@@ -271,9 +272,11 @@ def kv_hashes(engine: Engine, digests: list[bytes]) -> Hashes:
         for rank, shard in enumerate(group.shards):
             kv = shard._kv_cache
             assert kv is not None
-            for layer in range(kv.num_layers):
+            block = torch.empty(1, *kv.block_shape, dtype=kv.dtype)
+            kv.read_blocks([node.block], block)
+            for layer, kv_2KSD in enumerate(block[0]):
                 for head in range(kv.num_kv_heads):
-                    for name, x_SD in zip("KV", kv.export_block(layer, head, node.block), strict=True):
+                    for name, x_SD in zip("KV", kv_2KSD[:, head], strict=True):
                         data = x_SD.numpy().tobytes()
                         found[digest, rank, layer, head, name] = hashlib.sha256(data).digest()
     return found

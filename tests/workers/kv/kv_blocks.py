@@ -60,5 +60,5 @@ def file_of(path: Path, number: int) -> Path:
 
 
 def files(path: Path) -> set[Path]:
-    """The files there are, but for the lock and the index."""
-    return {p for p in (path / "rank-1-of-2").rglob("*") if p.is_file() and p.name not in ("lock", "index")}
+    """The files there are, but for the lock and the journal."""
+    return {p for p in (path / "rank-1-of-2").rglob("*") if p.is_file() and p.name not in ("lock", "journal")}

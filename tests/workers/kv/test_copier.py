@@ -119,7 +119,7 @@ def test_what_the_disk_does_not_take_is_told_and_not_there(tiers: Tiers, monkeyp
     monkeypatch.setattr(os, "replace", replace)
     for op, blocks in ((Op.SAVE, [0, 1, 2]), (Op.DEMOTE, [])):
         assert tiers.run(op, Tier.DISK, keys, blocks) == [keys[1].digest]
-        assert tiers.disk.entries() == [keys[0], keys[2]] and len(tiers.host) == 3
+        assert tiers.disk.stored_keys() == [keys[0], keys[2]] and len(tiers.host) == 3
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_closing_ends_what_is_queued(tiers: Tiers) -> None:
     jobs = [tiers.submit(Op.SAVE, Tier.DISK, [key_of(n)], [n % 8]) for n in range(20)]
     assert tiers.copier.close(DEADLINE_S) and tiers.copier.close()
     assert [tiers.result().id for _ in jobs] == jobs
-    assert [key.digest for key in tiers.disk.entries()] == [key_of(n).digest for n in range(20)]
+    assert [key.digest for key in tiers.disk.stored_keys()] == [key_of(n).digest for n in range(20)]
     tiers.submit(Op.SAVE, Tier.DISK, [key_of(30)], [0])
     assert tiers.results.empty() and len(tiers.disk) == 20
 
@@ -250,4 +250,4 @@ def test_closing_abandons_what_takes_too_long(tiers: Tiers, monkeypatch: pytest.
     assert not tiers.copier.close(0.05)
     go.set()
     assert tiers.copier.close()
-    assert tiers.results.empty() and tiers.disk.entries() == [key_of(0)]
+    assert tiers.results.empty() and tiers.disk.stored_keys() == [key_of(0)]

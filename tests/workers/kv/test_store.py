@@ -75,13 +75,13 @@ def test_a_store_finds_its_blocks_again_oldest_first(tmp_path: Path) -> None:
         store.drop(key_of(2).digest)
         store.drop(key_of(9).digest)
         expected = [key_of(n) for n in (3, 0, 1)]
-        assert store.entries() == expected
+        assert store.stored_keys() == expected
     for _ in range(2):
         with opened(tmp_path) as store:
-            assert store.entries() == expected and len(store) == 3
+            assert store.stored_keys() == expected and len(store) == 3
             assert all(holds(store, key) for key in expected) and not holds(store, key_of(2))
     with opened(tmp_path, max_blocks=2) as store:
-        assert store.entries() == expected[1:]
+        assert store.stored_keys() == expected[1:]
     assert files(tmp_path) == {file_of(tmp_path, 0), file_of(tmp_path, 1)}
 
 
@@ -119,7 +119,7 @@ def test_the_size_on_disk_has_a_bound(tmp_path: Path) -> None:
             store.put(BlockKey(key.digest, key.namespace, key.parent, b"t" * 4 * block_size), torch.zeros(payload // 4))
         folder = tmp_path / f"{block_size}-{payload}" / "rank-0-of-1"
         used = sum(file.stat().st_blocks * 512 for file in folder.rglob("*.kv"))
-        used += (folder / "index").stat().st_size * 4  # it may grow so much before it is written anew
+        used += (folder / "journal").stat().st_size * 4  # it may grow so much before it is written anew
         store.close()
         assert 0.4 * 64 * disk_block_bytes(payload, block_size) < used <= 64 * disk_block_bytes(payload, block_size)
 
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_a_miss_and_goes(tmp_path: Path, damage: Callable[[Pat
             store.close()
             store = DiskStore(tmp_path, 1, 2, b"identity", PAYLOAD)
         assert not holds(store, key_of(1))
-        assert store.entries() == [key_of(0), key_of(2)] and all(holds(store, key) for key in store.entries())
+        assert store.stored_keys() == [key_of(0), key_of(2)] and all(holds(store, key) for key in store.stored_keys())
         assert not file_of(tmp_path, 1).is_file()
         if damage is not make_it_a_folder:
             put(store, 1)
@@ -228,7 +228,7 @@ def test_a_read_error_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", fail)
             assert not holds(store, key_of(0))
-        assert store.entries() == [key_of(1)] and holds(store, key_of(1))
+        assert store.stored_keys() == [key_of(1)] and holds(store, key_of(1))
 
 
 def test_another_identity_deletes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_another_identity_deletes_what_is_ours_and_nothing_else(tmp_path: Path) 
     foreign = [folder / "notes.txt", folder / "ab" / "notes.kv", folder / "cd" / f"{name}.kv", folder / f"{name}.kv"]
     foreign += [folder / "AB" / f"{name}.kv", tmp_path / "ab" / f"{name}.kv", folder / "ab" / f"{name}.kv.bak"]
     elsewhere = tmp_path / "elsewhere" / f"ef{'0' * 62}.kv"
-    ours = [folder / "ab" / f"{name}.kv", folder / "ab" / f"{name}.tmp", folder / "index.tmp"]
+    ours = [folder / "ab" / f"{name}.kv", folder / "ab" / f"{name}.tmp", folder / "journal.tmp"]
     for file in (*foreign, *ours, elsewhere):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"x")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv import journal as kv_index
+from headwise.workers.kv import journal
 from headwise.workers.kv.store import DiskStore
 from tests.workers.kv.kv_blocks import PAYLOAD, block_of, file_of, files, holds, key_of, opened, put
 
@@ -73,7 +73,7 @@ def work(store: DiskStore) -> None:
 
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_disk_that_is_full_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool) -> None:
-    monkeypatch.setattr(kv_index, "_SPARE_RECORDS", -20)  # writes it anew all the time
+    monkeypatch.setattr(journal, "_SPARE_RECORDS", -20)  # writes it anew all the time
     number, reached, kept = 0, True, set()
     while reached:
         number += 1
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path, monkeypatch: pytest.Mo
                 continue
             work(store)
             reached = bool(calls.failed)
-        left = store.entries()
+        left = store.stored_keys()
         kept.add(len(left))
         assert all(holds(store, key) for key in left)
         if calls.failed != "unlink":
@@ -95,14 +95,14 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path, monkeypatch: pytest.Mo
         put(store, 8)  # there is space again
         store.close()
         with opened(path) as store:
-            assert store.entries() == [*left, key_of(8)] and all(holds(store, key) for key in store.entries())
+            assert store.stored_keys() == [*left, key_of(8)] and all(holds(store, key) for key in store.stored_keys())
             assert len(files(path)) == len(left) + 1
     assert number > 30 and kept == ({0, 1, 2, 3, 4} if lasting else {3, 4})
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_process_that_ends_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_index, "_SPARE_RECORDS", -20)
+    monkeypatch.setattr(journal, "_SPARE_RECORDS", -20)
     number, reached, kept = 0, True, set()
     while reached:
         number += 1
@@ -120,9 +120,9 @@ def test_a_process_that_ends_at_any_write(tmp_path: Path, monkeypatch: pytest.Mo
         if store is not None:
             store.close()
         with opened(path) as store:
-            left = store.entries()
+            left = store.stored_keys()
             kept.add(len(left))
-            assert all(holds(store, key) for key in left) and store.entries() == left
+            assert all(holds(store, key) for key in left) and store.stored_keys() == left
             assert files(path) == {file_of(path, n) for n in range(5) if key_of(n) in left}
     assert number > 30 and kept == {0, 1, 2, 3, 4}
 
@@ -138,12 +138,12 @@ def test_a_device_that_is_full(tmp_path: Path) -> None:
                 put(store, number)
             assert not temporary.is_symlink() and not holds(store, key_of(number))
         put(store, 1)
-        assert store.entries() == [key_of(1)] and holds(store, key_of(1))
+        assert store.stored_keys() == [key_of(1)] and holds(store, key_of(1))
 
 
 def fill(path: Path) -> None:
     """Put blocks until the disk takes no more, which must happen; then everything is as it should be."""
-    kv_index._SPARE_RECORDS = 10
+    journal._SPARE_RECORDS = 10
     stored = []
     with opened(path) as store:
         for number in range(3000):
@@ -152,12 +152,12 @@ def fill(path: Path) -> None:
             except OSError:
                 break
             stored.append(key_of(number))
-        assert stored and store.entries() == stored and all(holds(store, key) for key in stored)
+        assert stored and store.stored_keys() == stored and all(holds(store, key) for key in stored)
         assert len(files(path)) == len(stored) < 3000
         for key in stored[::2]:
             store.drop(key.digest)
     with opened(path) as store:
-        assert store.entries() == stored[1::2] and all(holds(store, key) for key in stored[1::2])
+        assert store.stored_keys() == stored[1::2] and all(holds(store, key) for key in stored[1::2])
         put(store, 5000)
         assert holds(store, key_of(5000))
     print("filled")
@@ -215,7 +215,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
                 writer.kill()
         store = DiskStore(tmp_path, 1, 2, b"identity", BIG)
         out = torch.zeros(BIG // 4)
-        left = store.entries()
+        left = store.stored_keys()
         assert len(left) >= 4
         for key in left:
             assert store.get(key, out) and bool((out == int(key.tokens[: len(key.tokens) // 4])).all())
