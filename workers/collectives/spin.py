@@ -11,7 +11,6 @@ two slots a rank need one flag an operation and no second one to say that the da
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numba
@@ -20,6 +19,7 @@ from llvmlite import ir
 from numba import extending
 
 from headwise.workers.jit.kernel_cache import kernel
+from headwise.workers.jit.native import load_acquire, now_ns, sched_yield, store_release
 
 # Numba's hints describe its classes; inside a compiled function the same names mean machine types.
 _numba: Any = numba
@@ -38,35 +38,9 @@ DONE, LATE, MISMATCH = 0, 1, 2
 _YIELDS_FOR_NS = 10_000_000
 _RETURNS_AFTER_NS = 50_000_000
 _NAP_US = 100
-_CLOCK_MONOTONIC = time.CLOCK_MONOTONIC
 
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 _memcpy = types.ExternalFunction("memcpy", types.intp(types.intp, types.intp, types.uintp))
-_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _load_acquire(typing_context: Any, address: Any) -> Any:
-    """The int64 at an address, read anew each time: a plain read in a waiting loop is hoisted out of it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(pointer, "acquire", 8)
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _store_release(typing_context: Any, address: Any, value: Any) -> Any:
-    """Write the int64 at an address, after everything this thread wrote before."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store_atomic(arguments[1], pointer, "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -78,25 +52,18 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @kernel
-def _now_ns(scratch: int) -> int:
-    _clock_gettime(_CLOCK_MONOTONIC, scratch)
-    timespec = carray(_pointer(scratch), 2, dtype=np.int64)
-    return int(timespec[0] * 1_000_000_000 + timespec[1])
-
-
-@kernel
 def _await_flag(flag: int, sequence: int, spins: int, may_yield: bool, scratch: int) -> bool:
     """Wait until a flag has come to ``sequence``; False after _RETURNS_AFTER_NS without it."""
     for _ in range(spins):
-        if _load_acquire(flag) >= sequence:
+        if load_acquire(flag) >= sequence:
             return True
-    start = _now_ns(scratch)
-    while _load_acquire(flag) < sequence:
-        waited = _now_ns(scratch) - start
+    start = now_ns(scratch)
+    while load_acquire(flag) < sequence:
+        waited = now_ns(scratch) - start
         if waited > _RETURNS_AFTER_NS:
             return False
         if may_yield and waited < _YIELDS_FOR_NS:
-            _sched_yield()
+            sched_yield()
         else:
             _usleep(_NAP_US)
     return True
@@ -144,13 +111,13 @@ def step(
     own = memory + rank * CONTROL_BYTES
     if not again:
         _memcpy(slots + rank * slot_bytes, address, num_bytes)
-        _store_release(own + SIGNATURES + 8 * parity, signature)
-        _store_release(own + SEQUENCE, sequence)
+        store_release(own + SIGNATURES + 8 * parity, signature)
+        store_release(own + SEQUENCE, sequence)
     for peer in range(world_size):
         control = memory + peer * CONTROL_BYTES
         if not _await_flag(control + SEQUENCE, sequence, spins, not again, own + CLOCK):
             return LATE + 4 * peer
-        if _load_acquire(control + SIGNATURES + 8 * parity) != signature:
+        if load_acquire(control + SIGNATURES + 8 * parity) != signature:
             return MISMATCH + 4 * peer
     if num_sums > 0:
         _sum_f32(slots, slot_bytes, world_size, address, num_sums)

@@ -16,9 +16,9 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, overload
 
 import llvmlite
 import llvmlite.binding
@@ -43,13 +43,25 @@ _held: list[IO[str]] = []
 _listeners: list[Callable[[], None]] = []
 
 
-def kernel(function: Callable[..., Any], *, signature: Any = None, **options: Any) -> Any:
-    """``numba.njit`` of a function, compiled without Python's lock and kept in Headwise's own folder.
+@overload
+def kernel(function: Callable[..., Any], *, signature: Any = None, **options: Any) -> Any: ...
+
+
+@overload
+def kernel(*, signature: Any = None, **options: Any) -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def kernel(function: Callable[..., Any] | None = None, *, signature: Any = None, **options: Any) -> Any:
+    """Decorates a function to compile: ``@kernel``, or with options ``@kernel(parallel=True)``.
+
+    ``numba.njit``, but compiled without Python's lock and kept in Headwise's own folder.
 
     Args:
         signature: compile for this one at once, at import; None compiles for the arguments of each call.
         options: more of ``numba.njit``'s, such as ``parallel=True`` or ``fastmath``.
     """
+    if function is None:
+        return partial(kernel, signature=signature, **options)
     options = {"nogil": True, "error_model": "numpy"} | options
     folder = kernel_folder()
     with _decorating:

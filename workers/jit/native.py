@@ -16,7 +16,6 @@ from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.vectors import FLOAT, I64, INT, at, cgutils, define, load, store
 
 _types: Any = numba.types
-_carray: Any = numba.carray  # type: ignore[attr-defined]
 
 sched_yield = _types.ExternalFunction("sched_yield", _types.int32())
 """Let another thread have the core."""
@@ -81,10 +80,8 @@ pause = define(_emit_pause, ())
 """Tell the core that this is a waiting loop."""
 
 
-def _now_ns(timespec: int) -> int:
+@kernel
+def now_ns(timespec: int) -> int:
     """The monotonic clock; ``timespec`` is the address of 16 bytes to use."""
     _clock_gettime(_CLOCK_MONOTONIC, timespec)
     return int(load_int(timespec, 0) * 1_000_000_000 + load_int(timespec, 1))
-
-
-now_ns = kernel(_now_ns)

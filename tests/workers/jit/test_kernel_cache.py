@@ -127,6 +127,20 @@ def test_forms_of_one_function_are_kept_apart(folder: Path) -> None:
         assert bool(made.stats.cache_hits) == (count == 3)
 
 
+@pytest.mark.usefixtures("folder")
+def test_it_decorates_with_and_without_options() -> None:
+    @kernel
+    def double(x: float) -> float:
+        return 2 * x
+
+    @kernel(fastmath=True)
+    def halve(x: float) -> float:
+        return x / 2
+
+    assert double(3.0) == 6 and halve(3.0) == 1.5
+    assert halve.targetoptions["fastmath"] and "fastmath" not in double.targetoptions
+
+
 def test_a_signature_is_compiled_at_once_and_is_the_only_one(folder: Path) -> None:
     made = kernel(_total, signature="float64(float64[::1])")
     assert len(list(folder.rglob("*.nbc"))) == 1
