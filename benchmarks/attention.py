@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from headwise.workers.backends import create_backend
+from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.model.attention import AttentionBatch
 
 BLOCK_SIZE = 16
 DECODES = ((1, 1024), (1, 4096), (8, 256), (32, 256), (32, 1024))
@@ -50,12 +51,12 @@ def main() -> None:
 
 def measure_decode(args: argparse.Namespace, batch: int, context: int) -> Result:
     """One token for each row, all layers: milliseconds, and GB/s of keys and values read."""
-    backend, step = prepare(args, [(1, context)] * batch, args.layers)
+    attention = prepare(args, [(1, context)] * batch, args.layers)
     q_THD = random_queries(args, batch)
 
     def decode() -> None:
         for layer in range(args.layers):
-            backend.attend(layer, q_THD, step)
+            attention.attend(layer, q_THD)
 
     read = 2 * 4 * batch * context * args.kv_heads * args.head_dim * args.layers
     source = torch.ones(read // 4)
@@ -74,14 +75,14 @@ def measure_decode(args: argparse.Namespace, batch: int, context: int) -> Result
 
 def measure_prefill(args: argparse.Namespace, queries: int, context: int) -> Result:
     """One chunk of one row, one layer: milliseconds, and GFLOP/s that the causal mask leaves."""
-    backend, step = prepare(args, [(queries, context)], 1)
+    attention = prepare(args, [(queries, context)], 1)
     q_THD = random_queries(args, queries)
     q_1HTD = q_THD.transpose(0, 1)[None].contiguous()
     k_1KCD, v_1KCD = torch.randn(2, 1, args.kv_heads, context, args.head_dim)
     mask_TC = None if queries == context else torch.ones(queries, context).tril(context - queries).bool()
 
     def prefill() -> None:
-        backend.attend(0, q_THD, step)
+        attention.attend(0, q_THD)
 
     def torch_prefill() -> None:
         scaled_dot_product_attention(
@@ -101,32 +102,21 @@ def measure_prefill(args: argparse.Namespace, queries: int, context: int) -> Res
     return result
 
 
-def prepare(
-    args: argparse.Namespace, rows: list[tuple[int, int]], num_layers: int
-) -> tuple[AttentionBackend, AttentionBatch]:
-    """A backend over a full cache whose blocks lie in random order, and the batch of (queries, context) rows."""
-    queries_B, contexts_B = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
-    blocks_B = torch.div(contexts_B + BLOCK_SIZE - 1, BLOCK_SIZE, rounding_mode="floor")
-    num_blocks = int(blocks_B.sum())
-    cache = KVCache(num_layers, num_blocks, args.kv_heads, BLOCK_SIZE, args.head_dim, torch.float32, "cpu", True)
+def prepare(args: argparse.Namespace, rows: list[tuple[int, int]], num_layers: int) -> CpuAttention:
+    """Attention over a full cache whose blocks lie in random order, at a step of (queries, context) rows."""
+    queries, contexts = zip(*rows, strict=True)
+    blocks = [-(-context // BLOCK_SIZE) for context in contexts]
+    cache = KVCache(num_layers, sum(blocks), args.kv_heads, BLOCK_SIZE, args.head_dim, torch.float32, "cpu", True)
     cache.keys.normal_()
     cache.values.normal_()
-    blocks = torch.split(torch.randperm(num_blocks).int(), blocks_B.tolist())
-    slots = []
-    for blocks_N, (queries, context) in zip(blocks, rows, strict=True):
-        positions_T = torch.arange(context - queries, context)
-        slots.append(blocks_N.long()[positions_T // BLOCK_SIZE] * BLOCK_SIZE + positions_T % BLOCK_SIZE)
-    batch = AttentionBatch(
-        torch.cat([torch.zeros(1, dtype=torch.int32), queries_B.cumsum(0).int()]),
-        contexts_B,
-        torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True),
-        torch.cat(slots),
-        int(queries_B.max()),
-        int(contexts_B.max()),
-    )
-    group = args.query_heads // args.kv_heads
-    q_starts = tuple(range(0, args.query_heads + 1, group))
-    return create_backend("cpu", cache, q_starts, args.head_dim**-0.5, args.threads), batch
+    tables_BN, order = np.zeros((len(rows), max(blocks)), np.int32), np.random.default_rng(0).permutation(sum(blocks))
+    for table_N, stop, count in zip(tables_BN, np.cumsum(blocks), blocks, strict=True):
+        table_N[:count] = order[stop - count : stop]
+    q_starts = tuple(range(0, args.query_heads + 1, args.query_heads // args.kv_heads))
+    attention = CpuAttention(cache, q_starts, args.head_dim**-0.5, args.threads)
+    starts_B1 = np.cumsum([0, *queries], dtype=np.int32)
+    attention.begin(AttentionBatch(starts_B1, np.array(contexts, np.int32), tables_BN))
+    return attention
 
 
 def random_queries(args: argparse.Namespace, num_tokens: int) -> Tensor:

@@ -1,41 +1,68 @@
-"""Which attention backend computes on a device."""
+"""What computes a shard's steps, by device and dtype: one line a backend."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
+from headwise.workers.collectives import Collectives
 from headwise.workers.cpu.attention import CpuAttention
+from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend
+from headwise.workers.model.checkpoint import ShardWeights
+from headwise.workers.model.model import Model
+from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.partition import ShardPartition
 from headwise.workers.reference.attention import ReferenceAttention
+from headwise.workers.reference.llama import Llama
+from headwise.workers.reference.ops import ReferenceOps
 
-_BACKENDS: dict[str, type[AttentionBackend]] = {"reference": ReferenceAttention, "cpu": CpuAttention}
+
+class Backend(NamedTuple):
+    """The classes of one backend.
+
+    Attributes:
+        model: makes the model, of its configuration, this rank's partition and weights, the group's collectives, the
+            most tokens of a row, and how many CPU threads it may use.
+        attention: what that model attends with; says which caches it works on, and how their keys are to lie.
+        torch_computes: whether torch's threads are to compute; otherwise they would stand in the way of others.
+    """
+
+    model: Callable[[ModelConfig, ShardPartition, ShardWeights, Collectives, int, int], Model]
+    attention: type[AttentionBackend]
+    torch_computes: bool
 
 
-def create_backend(
-    name: str, cache: KVCache, q_starts: tuple[int, ...], scale: float, num_threads: int = 1
-) -> AttentionBackend:
-    """The backend of that name, ``"reference"`` or ``"cpu"``; see :class:`AttentionBackend` for the arguments.
+def find_backend(name: str | None, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> Backend:
+    """The backend of a name, or for None the first one that works on such a cache.
 
     Raises:
-        InvalidValueError: no such backend, or it cannot work on this cache.
+        InvalidValueError: there is no backend of that name.
     """
-    return _backend(name)(cache, q_starts, scale, num_threads)
+    if name is None:
+        return next(b for b in BACKENDS.values() if b.attention.supports(device, dtype, block_size, head_dim))
+    if name not in BACKENDS:
+        raise InvalidValueError("attention", name, f"must be one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
-def default_backend(device: torch.device | str, dtype: torch.dtype, block_size: int, head_dim: int) -> str:
-    """The fastest backend that can work on such a cache."""
-    fits = torch.device(device).type == "cpu" and CpuAttention.supports(dtype, block_size, head_dim)
-    return "cpu" if fits else "reference"
+def _reference(
+    config: ModelConfig,
+    partition: ShardPartition,
+    weights: ShardWeights,
+    collectives: Collectives,
+    max_model_len: int,
+    num_threads: int,
+) -> Llama:
+    """Computes with the threads that torch was given."""
+    return Llama(config, partition, weights, collectives, max_model_len, ReferenceOps(), ReferenceAttention)
 
 
-def transposed_keys(name: str) -> bool:
-    """Whether the cache for this backend is to be built with ``transposed_keys``."""
-    return bool(_backend(name).transposed_keys)
-
-
-def _backend(name: str) -> type[AttentionBackend]:
-    if name not in _BACKENDS:
-        raise InvalidValueError("attention_backend", name, f"must be one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[name]
+BACKENDS = {
+    "cpu": Backend(CpuLlama, CpuAttention, torch_computes=False),
+    "reference": Backend(_reference, ReferenceAttention, torch_computes=True),
+}
+"""By name, the fastest first."""

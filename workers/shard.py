@@ -10,9 +10,8 @@ from typing import Any
 import msgpack
 import torch
 
-from headwise.workers.backends import create_backend, default_backend, transposed_keys
+from headwise.workers.backends import find_backend
 from headwise.workers.collectives import Collectives
-from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.kv.copier import Copier
@@ -23,7 +22,6 @@ from headwise.workers.model.model import Model
 from headwise.workers.model.model_config import load_model_config
 from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
-from headwise.workers.reference.llama import Llama
 from headwise.workers.runner import Runner
 from headwise.workers.sampling.grammar import Grammars
 from headwise.workers.sampling.sampler import Sampler
@@ -62,12 +60,9 @@ class Shard:
         self._host: HostStore | None = None
         self._disk: DiskStore | None = None
         self._copier: Copier | None = None
-        self._backend = spec.attention or default_backend(
-            self._device, self._dtype, spec.block_size, self._config.head_dim
-        )
+        self._backend = find_backend(spec.attention, self._device, self._dtype, spec.block_size, self._config.head_dim)
         if self._device.type == "cpu":
-            # The compiled layers have threads of their own, and torch's would stand in their way between two steps.
-            torch.set_num_threads(1 if self._backend == "cpu" else num_threads)
+            torch.set_num_threads(num_threads if self._backend.torch_computes else 1)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads and prepares this rank's weights. ``progress`` gets (layers done, layers).
@@ -78,8 +73,7 @@ class Shard:
         directory = Path(self._spec.model_dir)
         weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
         parts = (self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
-        # The compiled layers attend by themselves, with the cpu backend's kernels; the others are plain torch.
-        self._model = CpuLlama(*parts, self._num_threads) if self._backend == "cpu" else Llama(*parts)
+        self._model = self._backend.model(*parts, self._num_threads)
 
     def affordable_blocks(self) -> int:
         """How many KV blocks ``kv_memory`` pays for on this rank.
@@ -114,25 +108,18 @@ class Shard:
         self._kv_cache = KVCache(
             num_layers=self._config.num_layers,
             num_blocks=num_blocks,
-            num_kv_heads=heads.kv_stop - heads.kv_start,
+            num_kv_heads=heads.num_kv,
             block_size=spec.block_size,
             head_dim=self._config.head_dim,
             dtype=self._dtype,
             device=self._device,
-            transposed_keys=transposed_keys(self._backend),
+            transposed_keys=bool(self._backend.attention.transposed_keys),
         )
-        attention = create_backend(
-            self._backend,
-            self._kv_cache,
-            q_starts=heads.q_starts,
-            scale=self._config.head_dim**-0.5,
-            num_threads=self._num_threads,
-        )
+        self._model.attach(self._kv_cache)
         if self._collectives.rank == 0:
             self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
         self._runner = Runner(
             self._model,
-            attention,
             Sampler(self._config.vocab_size, spec.max_num_seqs, self._device, self._grammars),
             self._collectives,
             vocab_sizes=[stop - start for start, stop in (p.vocab for p in self._partitions)],
@@ -140,6 +127,7 @@ class Shard:
             max_num_seqs=spec.max_num_seqs,
             max_model_len=spec.max_model_len,
             device=self._device,
+            num_threads=self._num_threads,
         )
         self._open_tiers(self._kv_cache)
 
@@ -215,7 +203,7 @@ class Shard:
         heads = self._partition.heads
         return bytes_per_block(
             num_layers=self._config.num_layers,
-            num_kv_heads=heads.kv_stop - heads.kv_start,
+            num_kv_heads=heads.num_kv,
             block_size=self._spec.block_size,
             head_dim=self._config.head_dim,
             dtype=self._dtype,

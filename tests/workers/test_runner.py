@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +37,18 @@ def test_a_prompt_in_chunks_samples_once_and_as_a_whole(shard: Shard) -> None:
     last = shard.step(StepPlan(2, computes=[(1, 7)]))
     assert first.tokens == []
     assert [token for _, token in last.tokens] == [token for _, token in whole.tokens]
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_finished(shard: Shard) -> None:
+    tokens, runner = list(range(3, 23)), shard._runner
+    assert runner is not None
+    expected = [shard.step(StepPlan(0, admits=[admit(0, tokens, [0, 1])], computes=[(0, 20)]))]
+    expected += [shard.step(StepPlan(step, computes=[(0, 1)])) for step in (1, 2)]
+    launched = [runner.launch(StepPlan(3, admits=[admit(1, tokens, [5, 2])], computes=[(1, 20)]))]
+    launched += [runner.launch(StepPlan(step, computes=[(1, 1)])) for step in (4, 5)]
+    found = [runner.finish(step) for step in launched]
+    assert [output.step for output in found] == [3, 4, 5]
+    assert [token for output in found for _, token in output.tokens] == [o.tokens[0][1] for o in expected]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,7 @@ class Others(Solo):
 def test_ranks_agree_on_the_best_token(others: list[tuple[float, int]], token: int | None, finite: bool) -> None:
     runner = object.__new__(Runner)
     runner._collectives, runner._vocab_start = Others(*others), 0
-    runner._attention = SimpleNamespace(num_threads=1)
-    tokens, ok = runner._greedy(torch.tensor([[0.0, 1.0, -3.0]]))
-    assert ok.tolist() == [finite]
-    assert token is None or tokens.tolist() == [token]
+    runner._num_threads = 1
+    result = runner._greedy(torch.tensor([[0.0, 1.0, -3.0]]))
+    assert result.finite_B.tolist() == [finite]
+    assert token is None or result.tokens_B.tolist() == [token]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.workers.cpu.pointwise_simd import best
-from headwise.workers.cpu.team import launching
+from headwise.workers.cpu.team import launching, usable_threads
 from headwise.workers.jit.kernel_cache import kernel
 
 
@@ -23,16 +23,16 @@ def argmax(logits_BV: Tensor, num_threads: int) -> Tensor:
     ids_B = np.empty(len(logits_BV), np.int64)
     rows, width = logits_BV.shape
     arguments = (logits_BV.data_ptr(), logits_BV.stride(0), rows, width, ids_B)
-    threads = min(num_threads, rows)
+    threads = min(usable_threads(num_threads), rows)
     with launching(threads):
-        (_best_parallel if threads > 1 else _best_serial)(*arguments)
+        (_find_best_in_threads if threads > 1 else _find_best_alone)(*arguments)
     return torch.from_numpy(ids_B)
 
 
-def _best_rows(logits: int, stride: int, rows: int, width: int, ids_B: Any) -> None:
+def _find_best(logits: int, stride: int, rows: int, width: int, ids_B: Any) -> None:
     for b in numba.prange(rows):
         ids_B[b] = best(logits + 4 * stride * b, width)
 
 
-_best_serial = kernel(_best_rows)
-_best_parallel = kernel(_best_rows, parallel=True)
+_find_best_alone = kernel(_find_best)
+_find_best_in_threads = kernel(_find_best, parallel=True)

@@ -1,44 +1,22 @@
 """The compiled loops of the CPU attention backend.
 
 The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and combining its
-parts is Flash-Decoding (Dao et al., 2023). Arguments that many kernels share:
-
-    items, tables, q_starts: see cpu_plan.py; with sizes they are the ``arrays``.
-    sizes: int64 [KV heads, block size, head dim, token stride of o, query rows of an item at most, blocks].
-    q, k, v: (address, token stride, head stride) of a step's queries, keys and values.
-    layer: the addresses of a layer's keys and values in the cache.
-    scratch: the address of scratch_floats() floats for a thread, aligned to 64 bytes.
-    parts: the address of part_floats() floats for each part; with scratch, its bytes a thread and the number of parts
-        the ``memory``.
-
-Addresses are bytes; strides and offsets count floats.
+parts is Flash-Decoding (Dao et al., 2023). Items, tiles, runs, chunks, query rows and parts are those of
+attention_plan.py. Addresses are bytes; strides and offsets count floats.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from headwise.workers.cpu import attention_simd as simd
-from headwise.workers.cpu.attention_plan import (
-    CHUNK_ROWS,
-    FIRST_POSITION,
-    FIRST_TOKEN,
-    KEY_END,
-    KEY_START,
-    KV_HEAD,
-    NUM_PARTS,
-    NUM_TOKENS,
-    PART,
-    ROW,
-    RUN_KEYS,
-    TILE_KEYS,
-    TILE_RUNS,
-)
+from headwise.workers.cpu.attention_plan import CHUNK_ROWS, RUN_KEYS, TILE_KEYS, TILE_RUNS, Sizes
 from headwise.workers.cpu.pointwise_simd import add_scaled, copy, fill, scaled, scatter
-from headwise.workers.cpu.team import barrier, clear, join, next_job
+from headwise.workers.cpu.team import Team, clear, join, meet, take_job
 from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.native import load_float, store_float, store_int
 
@@ -46,157 +24,199 @@ _ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
 _RUNS_BYTES = _ADDRESS_BYTES * TILE_RUNS
 
 
-def scratch_floats(max_rows: int, head_dim: int) -> int:
+class Work(NamedTuple):
+    """The attention of a step.
+
+    Attributes:
+        items, tables_BN, num_parts: see :class:`~headwise.workers.cpu.attention_plan.StepItems`.
+        scale: float32, of the scores, which are powers of 2.
+        scratch: the address of ``scratch_bytes`` for each thread: scratch_floats(), aligned to 64 bytes.
+        parts: the address of part_floats() floats for each part.
+    """
+
+    items: NDArray[Any]
+    tables_BN: NDArray[np.int32]
+    num_parts: int
+    scale: np.float32
+    scratch: int
+    scratch_bytes: int
+    parts: int
+
+
+class Heads(NamedTuple):
+    """The address of the first head of the first token, and how far apart tokens and heads lie."""
+
+    address: int
+    token_stride: int
+    head_stride: int
+
+
+class LayerKV(NamedTuple):
+    """The addresses of a layer's keys and values in the cache."""
+
+    keys: int
+    values: int
+
+
+class Scratch(NamedTuple):
+    """The addresses of what a thread works in for one item.
+
+    Attributes:
+        runs: of keys, then of values, of the tile; next_runs: of the tile after it.
+        scores: of a chunk, [CHUNK_ROWS, TILE_KEYS]; alpha: what its sums so far are to be multiplied with.
+        highest: the highest score so far of each query row; total: its sum of weights, in _LANES parts.
+        packed: the queries as chunks of [head_dim, rows of the chunk]; output: [query rows, head_dim].
+    """
+
+    runs: int
+    next_runs: int
+    scores: int
+    alpha: int
+    highest: int
+    total: int
+    packed: int
+    output: int
+
+
+def scratch_floats(sizes: Sizes) -> int:
     """What a thread needs: the addresses of two tiles, scores and factors of a chunk, sums, queries and outputs."""
-    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + max_rows * (1 + _LANES + 2 * head_dim)
+    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + sizes.max_rows * (1 + _LANES + 2 * sizes.head_dim)
 
 
-def part_floats(max_rows: int, head_dim: int) -> int:
+def part_floats(sizes: Sizes) -> int:
     """What a part leaves: unnormalized outputs, the highest score and the sum of weights of each query row."""
-    return max_rows * (head_dim + 2)
+    return sizes.max_rows * (sizes.head_dim + 2)
 
 
-def _write_token(k: int, v: int, slot: int, sizes: Any, layer: Any, k_stride: int, v_stride: int) -> None:
-    """Put one token's keys and values, whose heads are a stride apart, at its slot."""
-    heads, block_size, head_dim = sizes[0], sizes[1], sizes[2]
-    block = slot // block_size
-    offset = slot - block * block_size
-    for head in range(heads):
-        base = (block * heads + head) * block_size * head_dim
-        key, value = k + _FLOAT_BYTES * head * k_stride, v + _FLOAT_BYTES * head * v_stride
-        scatter(key, layer[0] + _FLOAT_BYTES * (base + offset), block_size, head_dim)
-        copy(value, layer[1] + _FLOAT_BYTES * (base + offset * head_dim), head_dim)
+@kernel(parallel=True)
+def attend_in_threads(work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads, team: int, threads: int) -> None:
+    clear(team, threads)
+    for _ in numba.prange(threads):
+        attend_alone(work, sizes, q, kv, o, team, threads)
 
 
-def _write_tokens(slots: Any, sizes: Any, k: Any, v: Any, layer: Any) -> None:
-    """Put a step's keys and values at their slots, in one thread."""
-    for t in range(len(slots)):
-        key, value = k[0] + _FLOAT_BYTES * k[1] * t, v[0] + _FLOAT_BYTES * v[1] * t
-        write_token(key, value, slots[t], sizes, layer, k[2], v[2])
+@kernel
+def attend_alone(work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads, team: int, threads: int) -> None:
+    """Attend as one of a team, whose memory is at an address."""
+    member = join(team, threads)
+    if member.member >= 0:
+        attend(member, work, sizes, q, kv, o)
 
 
-def _attend(team: Any, arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any) -> None:
+@kernel
+def attend(team: Team, work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads) -> None:
     """One or two stages of a team: its members attend for the items, longest first, then combine parts."""
-    items, tables, q_starts, sizes = arrays
-    scratch, scratch_bytes, parts, num_parts = memory
-    own = scratch + team.member * scratch_bytes
+    items = work.items
+    scratch = divide_scratch(work.scratch + team.member * work.scratch_bytes, sizes)
     last, done = len(items) - 1, 0
-    i = next_job(team, len(items), 0)
+    i = take_job(team, len(items), 0)
     while i >= 0:
         done += 1
-        after = next_job(team, len(items), done)
+        after = take_job(team, len(items), done)
         next_item = items[after if after >= 0 else last]
-        attend_item(items[i], next_item, tables, q_starts, sizes, q, layer, scale, o, own, parts)
+        attend_item(work, sizes, items[i], next_item, q, kv, o, scratch)
         i = after
-    barrier(team)
-    if num_parts > 0:
-        combine_parts(items, q_starts, sizes, o, parts, team.member, team.size)
-        barrier(team)
+    meet(team)
+    if work.num_parts > 0:
+        combine_parts(work, sizes, o, team.member, team.size)
+        meet(team)
 
 
-def _attend_alone(arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any, address: int, threads: int) -> None:
-    team = join(address, threads)
-    if team.member >= 0:
-        attend(team, arrays, q, layer, scale, o, memory)
+@kernel
+def write_token(keys: int, values: int, head_stride: int, slot: int, sizes: Sizes, kv: LayerKV) -> None:
+    """Put one token's keys and values, given by the addresses of their first heads, at its slot."""
+    block = slot // sizes.block_size
+    offset = slot - block * sizes.block_size
+    for head in range(sizes.kv_heads):
+        base = (block * sizes.kv_heads + head) * sizes.block_size * sizes.head_dim
+        key, value = keys + _FLOAT_BYTES * head * head_stride, values + _FLOAT_BYTES * head * head_stride
+        scatter(key, kv.keys + _FLOAT_BYTES * (base + offset), sizes.block_size, sizes.head_dim)
+        copy(value, kv.values + _FLOAT_BYTES * (base + offset * sizes.head_dim), sizes.head_dim)
 
 
-def _attend_in_threads(
-    arrays: Any, q: Any, layer: Any, scale: Any, o: int, memory: Any, address: int, threads: int
-) -> None:
-    clear(address, threads)
-    for _ in numba.prange(threads):
-        attend_alone(arrays, q, layer, scale, o, memory, address, threads)
+@kernel
+def divide_scratch(address: int, sizes: Sizes) -> Scratch:
+    scores = address + 4 * _RUNS_BYTES
+    alpha = scores + _FLOAT_BYTES * CHUNK_ROWS * TILE_KEYS
+    # max_rows is a multiple of 16, so each piece starts on a cache line.
+    highest = alpha + _FLOAT_BYTES * 16
+    total = highest + _FLOAT_BYTES * sizes.max_rows
+    packed = total + _FLOAT_BYTES * sizes.max_rows * _LANES
+    output = packed + _FLOAT_BYTES * sizes.max_rows * sizes.head_dim
+    return Scratch(address, address + 2 * _RUNS_BYTES, scores, alpha, highest, total, packed, output)
 
 
-def _attend_item(
-    item: Any,
-    next_item: Any,
-    tables: Any,
-    q_starts: Any,
-    sizes: Any,
-    q: Any,
-    layer: Any,
-    scale: Any,
-    o: int,
-    scratch: int,
-    parts: int,
+@kernel
+def attend_item(
+    work: Work, sizes: Sizes, item: Any, next_item: Any, q: Heads, kv: LayerKV, o: Heads, scratch: Scratch
 ) -> None:
     """Attend for one item, and fetch the next one's first tile ahead."""
-    head_dim, max_rows = sizes[2], sizes[4]
-    num_rows = item[NUM_TOKENS] * (q_starts[item[KV_HEAD] + 1] - q_starts[item[KV_HEAD]])
-    runs, next_runs = scratch, scratch + 2 * _RUNS_BYTES
-    chunk_scratch = next_runs + 2 * _RUNS_BYTES
-    # max_rows is a multiple of 16, so each piece starts on a cache line.
-    highest = chunk_scratch + _FLOAT_BYTES * (CHUNK_ROWS * TILE_KEYS + 16)
-    total = highest + _FLOAT_BYTES * max_rows
-    packed = total + _FLOAT_BYTES * max_rows * _LANES
-    output = packed + _FLOAT_BYTES * max_rows * head_dim
-    state = (packed, output, highest, total, chunk_scratch)
-
-    pack_queries(item, q_starts, head_dim, q, scale, packed)
-    fill(highest, num_rows, np.float32(-np.inf))
-    fill(total, num_rows * _LANES, np.float32(0.0))
-    fill(output, num_rows * head_dim, np.float32(0.0))
-    locate_runs(item, item[KEY_START], tables, sizes, layer, next_runs)
-    for key in range(item[KEY_START], item[KEY_END], TILE_KEYS):
+    tables_BN = work.tables_BN
+    num_rows = item.num_tokens * item.num_heads
+    runs, next_runs = scratch.runs, scratch.next_runs
+    pack_queries(item, sizes, q, work.scale, scratch.packed)
+    fill(scratch.highest, num_rows, np.float32(-np.inf))
+    fill(scratch.total, num_rows * _LANES, np.float32(0.0))
+    fill(scratch.output, num_rows * sizes.head_dim, np.float32(0.0))
+    locate_runs(item, item.key_start, tables_BN, sizes, kv, next_runs)
+    for key in range(item.key_start, item.key_end, TILE_KEYS):
         runs, next_runs = next_runs, runs
-        if key + TILE_KEYS < item[KEY_END]:
-            locate_runs(item, key + TILE_KEYS, tables, sizes, layer, next_runs)
+        if key + TILE_KEYS < item.key_end:
+            locate_runs(item, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
         else:
-            locate_runs(next_item, next_item[KEY_START], tables, sizes, layer, next_runs)
-        attend_tile(item, key, q_starts, sizes, runs, next_runs, state)
-    store_outputs(item, q_starts, sizes, state, o, parts)
+            locate_runs(next_item, next_item.key_start, tables_BN, sizes, kv, next_runs)
+        attend_tile(item, key, sizes, runs, next_runs, scratch)
+    store_outputs(item, sizes, scratch, o, work.parts)
 
 
-def _pack_queries(item: Any, q_starts: Any, head_dim: int, q: Any, scale: Any, packed: int) -> None:
+@kernel
+def pack_queries(item: Any, sizes: Sizes, q: Heads, scale: Any, packed: int) -> None:
     """Lay the item's query rows out as chunks of [head_dim, rows of the chunk], multiplied with the scale."""
-    first, last = q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]
-    num_rows = item[NUM_TOKENS] * (last - first)
+    num_rows = item.num_tokens * item.num_heads
     m = 0
-    for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
-        for head in range(first, last):
+    for token in range(item.first_token, item.first_token + item.num_tokens):
+        for head in range(item.first_head, item.first_head + item.num_heads):
             chunk = m // CHUNK_ROWS * CHUNK_ROWS
             rows = min(CHUNK_ROWS, num_rows - chunk)
-            source, target = q[1] * token + q[2] * head, chunk * head_dim + m - chunk
-            for d in range(head_dim):
-                store_float(packed, target + d * rows, load_float(q[0], source + d) * scale)
+            source, target = q.token_stride * token + q.head_stride * head, chunk * sizes.head_dim + m - chunk
+            for d in range(sizes.head_dim):
+                store_float(packed, target + d * rows, load_float(q.address, source + d) * scale)
             m += 1
 
 
-def _locate_runs(item: Any, key: int, tables: Any, sizes: Any, layer: Any, runs: int) -> None:
+@kernel
+def locate_runs(item: Any, key: int, tables_BN: Any, sizes: Sizes, kv: LayerKV, runs: int) -> None:
     """Store the addresses of a tile's runs of keys, then of values; runs past the item's end repeat the first."""
-    heads, block_size, head_dim = sizes[0], sizes[1], sizes[2]
     for run in range(TILE_RUNS):
         at = key + run * RUN_KEYS
-        if at >= item[KEY_END]:
+        if at >= item.key_end:
             at = key
-        block = at // block_size
-        offset = at - block * block_size
-        base = (tables[item[ROW], block] * heads + item[KV_HEAD]) * block_size * head_dim
-        store_int(runs, run, layer[0] + _FLOAT_BYTES * (base + offset))
-        store_int(runs, TILE_RUNS + run, layer[1] + _FLOAT_BYTES * (base + offset * head_dim))
+        block = at // sizes.block_size
+        offset = at - block * sizes.block_size
+        base = (tables_BN[item.row, block] * sizes.kv_heads + item.kv_head) * sizes.block_size * sizes.head_dim
+        store_int(runs, run, kv.keys + _FLOAT_BYTES * (base + offset))
+        store_int(runs, TILE_RUNS + run, kv.values + _FLOAT_BYTES * (base + offset * sizes.head_dim))
 
 
-def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next_runs: int, state: Any) -> None:
+@kernel
+def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, scratch: Scratch) -> None:
     """Let the item's query rows see the tile that starts at a key."""
-    packed, output, highest, total, scores = state
-    block_size, head_dim = sizes[1], sizes[2]
-    group = q_starts[item[KV_HEAD] + 1] - q_starts[item[KV_HEAD]]
-    num_rows = item[NUM_TOKENS] * group
-    alpha = scores + _FLOAT_BYTES * CHUNK_ROWS * TILE_KEYS
-    first_sees = item[FIRST_POSITION] - key + 1
+    head_dim, group = sizes.head_dim, item.num_heads
+    scores, alpha = scratch.scores, scratch.alpha
+    num_rows = item.num_tokens * group
+    first_sees = item.first_position - key + 1
     for chunk in range(0, num_rows, CHUNK_ROWS):
         rows = min(CHUNK_ROWS, num_rows - chunk)
-        num_keys = min(TILE_KEYS, item[KEY_END] - key, first_sees + (chunk + rows - 1) // group)
+        num_keys = min(TILE_KEYS, item.key_end - key, first_sees + (chunk + rows - 1) // group)
         if num_keys <= 0:
             continue
         at = _FLOAT_BYTES * chunk * head_dim
-        simd.scores(rows, packed + at, runs, next_runs, block_size, head_dim, scores)
+        simd.scores(rows, scratch.packed + at, runs, next_runs, sizes.block_size, head_dim, scores)
         for i in range(rows):
             m = chunk + i
             sees = min(num_keys, first_sees + m // group)
-            row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, total + _FLOAT_BYTES * _LANES * m
-            simd.softmax_row(row_scores, sees, highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
+            row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, scratch.total + _FLOAT_BYTES * _LANES * m
+            simd.softmax_row(row_scores, sees, scratch.highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
         values, next_values = runs + _RUNS_BYTES, next_runs + _RUNS_BYTES
         column = 0
         while column < head_dim:
@@ -204,71 +224,61 @@ def _attend_tile(item: Any, key: int, q_starts: Any, sizes: Any, runs: int, next
             width = simd.COLUMNS_AT_ONCE
             while width > left:
                 width //= 2
-            into = output + at + _FLOAT_BYTES * column
+            into = scratch.output + at + _FLOAT_BYTES * column
             simd.add_values(rows, width, scores, alpha, values, next_values, head_dim, column, num_keys, into)
             column += width
 
 
-def _store_outputs(item: Any, q_starts: Any, sizes: Any, state: Any, o: int, parts: int) -> None:
+@kernel
+def store_outputs(item: Any, sizes: Sizes, scratch: Scratch, o: Heads, parts: int) -> None:
     """Put the item's outputs into o, or what is to be combined into its part."""
-    _packed, output, highest, total, _scores = state
-    head_dim, o_stride, max_rows = sizes[2], sizes[3], sizes[4]
-    part = parts + item[PART] * _FLOAT_BYTES * max_rows * (head_dim + 2)
+    head_dim, max_rows = sizes.head_dim, sizes.max_rows
+    part = parts + item.part * _FLOAT_BYTES * max_rows * (head_dim + 2)
     row_bytes = _FLOAT_BYTES * head_dim
     m = 0
-    for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
-        for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
+    for token in range(item.first_token, item.first_token + item.num_tokens):
+        for head in range(item.first_head, item.first_head + item.num_heads):
             weight = np.float32(0.0)
             for lane in range(_LANES):
-                weight += load_float(total, m * _LANES + lane)
-            if item[PART] < 0:
-                target = o + _FLOAT_BYTES * (token * o_stride + head * head_dim)
-                scaled(output + row_bytes * m, target, head_dim, np.float32(1.0) / weight)
+                weight += load_float(scratch.total, m * _LANES + lane)
+            if item.part < 0:
+                target = o.address + _FLOAT_BYTES * (token * o.token_stride + head * o.head_stride)
+                scaled(scratch.output + row_bytes * m, target, head_dim, np.float32(1.0) / weight)
             else:
-                copy(output + row_bytes * m, part + row_bytes * m, head_dim)
-                store_float(part, max_rows * head_dim + m, load_float(highest, m))
+                copy(scratch.output + row_bytes * m, part + row_bytes * m, head_dim)
+                store_float(part, max_rows * head_dim + m, load_float(scratch.highest, m))
                 store_float(part, max_rows * (head_dim + 1) + m, weight)
             m += 1
 
 
-def _combine_parts(items: Any, q_starts: Any, sizes: Any, o: int, parts: int, member: int, members: int) -> None:
+@kernel
+def combine_parts(work: Work, sizes: Sizes, o: Heads, member: int, members: int) -> None:
     """Make one output of the parts of each context that was divided: this member's share of the items."""
-    head_dim, o_stride, max_rows = sizes[2], sizes[3], sizes[4]
-    stride = _FLOAT_BYTES * max_rows * (head_dim + 2)
+    items = work.items
+    part_bytes = _FLOAT_BYTES * sizes.max_rows * (sizes.head_dim + 2)
     for i in range(member, len(items), members):
         item = items[i]
-        if item[PART] < 0 or item[KEY_START] > 0:
+        if item.part < 0 or item.key_start > 0:
             continue
-        m = 0
-        for token in range(item[FIRST_TOKEN], item[FIRST_TOKEN] + item[NUM_TOKENS]):
-            for head in range(q_starts[item[KV_HEAD]], q_starts[item[KV_HEAD] + 1]):
-                target = o + _FLOAT_BYTES * (token * o_stride + head * head_dim)
-                combine_row(parts + item[PART] * stride, stride, item[NUM_PARTS], m, head_dim, max_rows, target)
+        first, m = work.parts + item.part * part_bytes, 0
+        for token in range(item.first_token, item.first_token + item.num_tokens):
+            for head in range(item.first_head, item.first_head + item.num_heads):
+                target = o.address + _FLOAT_BYTES * (token * o.token_stride + head * o.head_stride)
+                combine_row(first, part_bytes, item.num_parts, m, sizes, target)
                 m += 1
 
 
-def _combine_row(first: int, stride: int, num_parts: int, m: int, head_dim: int, max_rows: int, o: int) -> None:
+@kernel
+def combine_row(first: int, part_bytes: int, num_parts: int, m: int, sizes: Sizes, o: int) -> None:
+    """Query row m of the parts that follow each other from the address of the first, into o."""
+    head_dim, max_rows = sizes.head_dim, sizes.max_rows
     highest, total = np.float32(-np.inf), np.float32(0.0)
     for part in range(num_parts):
-        highest = max(highest, load_float(first + part * stride, max_rows * head_dim + m))
+        highest = max(highest, load_float(first + part * part_bytes, max_rows * head_dim + m))
     fill(o, head_dim, np.float32(0.0))
     for part in range(num_parts):
-        base = first + part * stride
+        base = first + part * part_bytes
         factor = simd.exp2_of(load_float(base, max_rows * head_dim + m) - highest)
         total += factor * load_float(base, max_rows * (head_dim + 1) + m)
         add_scaled(base + _FLOAT_BYTES * m * head_dim, o, head_dim, factor)
     scaled(o, o, head_dim, np.float32(1.0) / total)
-
-
-write_token = kernel(_write_token)
-write_tokens = kernel(_write_tokens)
-attend = kernel(_attend)
-attend_alone = kernel(_attend_alone)
-attend_in_threads = kernel(_attend_in_threads, parallel=True)
-attend_item = kernel(_attend_item)
-pack_queries = kernel(_pack_queries)
-locate_runs = kernel(_locate_runs)
-attend_tile = kernel(_attend_tile)
-store_outputs = kernel(_store_outputs)
-combine_parts = kernel(_combine_parts)
-combine_row = kernel(_combine_row)

@@ -1,7 +1,8 @@
 """The vector code of the CPU attention kernels, as LLVM intrinsics that Numba functions call.
 
-Tiles, runs, chunks and query rows are those of cpu_plan.py: 6 rows x 4 vectors of accumulators, 4 vectors of keys and
-one query element fill 29 of AVX-512's 32 registers. Addresses are bytes as int64; strides and offsets count floats.
+Tiles, runs, chunks and query rows are those of attention_plan.py: 6 rows x 4 vectors of accumulators, 4 vectors of
+keys and one query element fill 29 of AVX-512's 32 registers. Addresses are bytes as int64; strides and offsets count
+floats.
 """
 
 from __future__ import annotations

@@ -12,15 +12,17 @@ Addresses are bytes as int64. Rows of floats have widths rounded up to 16, the r
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-from headwise.workers.cpu.attention_kernels import attend, write_token
+from headwise.workers.cpu.attention_kernels import Heads, LayerKV, Work, attend, write_token
+from headwise.workers.cpu.attention_plan import Sizes
 from headwise.workers.cpu.linear import multiply
 from headwise.workers.cpu.pointwise_simd import add_norm, copy, fill, turn
-from headwise.workers.cpu.team import barrier, clear, join, lap
+from headwise.workers.cpu.team import Team, clear, join, meet, record_lap
 from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.native import load_int
 
@@ -41,6 +43,8 @@ class Shape(NamedTuple):
         qkv_width, attn_width, act_width, logit_width: of rows of qkv, attention's output, the MLP's inner
             activations and logits.
         vocab_start, vocab_stop: the rows of the embedding that this rank owns.
+        eps: of the norms.
+        threads: most members of the team.
     """
 
     num_layers: int
@@ -55,6 +59,8 @@ class Shape(NamedTuple):
     logit_width: int
     vocab_start: int
     vocab_stop: int
+    eps: np.float32
+    threads: int
 
 
 class Buffers(NamedTuple):
@@ -75,155 +81,132 @@ class Buffers(NamedTuple):
     act: int
     logits: int
     scratch: int
-    scratch_bytes: int
     team: int
 
 
 class Step(NamedTuple):
-    """What holds for one step.
+    """The tokens of a step, see :class:`~headwise.workers.model.model.StepInput`."""
 
-    Attributes:
-        threads: most members of its team.
-        tokens: rows of the buffers that it uses.
-        eps: of the norms.  scale: of attention's scores, for powers of 2.
-    """
-
-    threads: int
-    tokens: int
-    eps: Any
-    scale: Any
+    tokens_RL: NDArray[np.int64]
+    rows_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    slots_T: NDArray[np.int64]
+    logit_tokens_B: NDArray[np.int64]
 
 
-def _embed(team: Any, shape: Any, buffers: Any, token_ids: Any) -> None:
+@kernel(parallel=True)
+def run_phases_in_threads(
+    first: int, last: int, shape: Shape, buffers: Buffers, step: Step, work: Work, sizes: Sizes
+) -> None:
+    clear(buffers.team, shape.threads)
+    for _ in numba.prange(shape.threads):
+        run_phases(first, last, shape, buffers, step, work, sizes)
+
+
+@kernel
+def run_phases(first: int, last: int, shape: Shape, buffers: Buffers, step: Step, work: Work, sizes: Sizes) -> None:
+    """The phases [first, last) of a step, as one of a team."""
+    team = join(buffers.team, shape.threads)
+    if team.member < 0:
+        return
+    record_lap(team, buffers.times, -1)
+    for phase in range(first, last):
+        layer = buffers.layers + (phase - 1) // 2 * LAYER_WORDS * 8
+        if phase == 0:
+            embed(team, shape, buffers, step)
+        elif phase == 2 * shape.num_layers + 1:
+            compute_logits(team, shape, buffers, step)
+        elif phase % 2 == 1:
+            run_attention_half(team, shape, buffers, step, work, sizes, layer)
+        else:
+            run_mlp_half(team, shape, buffers, len(step.rows_T), layer)
+
+
+@kernel
+def embed(team: Team, shape: Shape, buffers: Buffers, step: Step) -> None:
     row_bytes = 4 * shape.padded_width
-    for t in range(team.member, len(token_ids), team.size):
+    for t in range(team.member, len(step.rows_T), team.size):
         residual, delta = buffers.residual + t * row_bytes, buffers.delta + t * row_bytes
         # All of the delta: what pads it may hold a NaN of the step before, which would get into every sum.
         fill(residual, shape.padded_width, np.float32(0.0))
         fill(delta, shape.padded_width, np.float32(0.0))
-        token = token_ids[t]
+        token = step.tokens_RL[step.rows_T[t], step.positions_T[t]]
         if shape.vocab_start <= token < shape.vocab_stop:
             copy(buffers.embed + (token - shape.vocab_start) * 4 * shape.width, delta, shape.width)
-    barrier(team)
-    lap(team, buffers.times, _EMBED)
+    end_stage(team, buffers, _EMBED)
 
 
-def _norm(team: Any, shape: Any, buffers: Any, rows: int, weight: int, eps: Any) -> None:
+@kernel
+def run_attention_half(
+    team: Team, shape: Shape, buffers: Buffers, step: Step, work: Work, sizes: Sizes, layer: int
+) -> None:
+    tokens = len(step.rows_T)
+    kv = LayerKV(load_int(layer, _KEYS), load_int(layer, _VALUES))
+    q = Heads(buffers.qkv, shape.qkv_width, shape.head_dim)
+    attn = Heads(buffers.attn, shape.attn_width, shape.head_dim)
+    qkv_linear, o_linear = load_int(layer, _QKV_AT), load_int(layer, _O_AT)
+    add_and_norm(team, shape, buffers, tokens, load_int(layer, _ATTN_NORM))
+    multiply_rows(team, buffers, qkv_linear, buffers.x, tokens, buffers.qkv, shape.qkv_width, _QKV)
+    rotate_and_write(team, shape, buffers, step, sizes, kv)
+    attend(team, work, sizes, q, kv, attn)
+    record_lap(team, buffers.times, _ATTENTION)
+    multiply_rows(team, buffers, o_linear, buffers.attn, tokens, buffers.delta, shape.padded_width, _O)
+
+
+@kernel
+def run_mlp_half(team: Team, shape: Shape, buffers: Buffers, tokens: int, layer: int) -> None:
+    gate_up, down = load_int(layer, _GATE_UP_AT), load_int(layer, _DOWN_AT)
+    add_and_norm(team, shape, buffers, tokens, load_int(layer, _MLP_NORM))
+    multiply_rows(team, buffers, gate_up, buffers.x, tokens, buffers.act, shape.act_width, _GATE_UP)
+    multiply_rows(team, buffers, down, buffers.act, tokens, buffers.delta, shape.padded_width, _DOWN)
+
+
+@kernel
+def compute_logits(team: Team, shape: Shape, buffers: Buffers, step: Step) -> None:
+    """Only the rows that need logits go through the last norm and the vocabulary."""
+    wanted = len(step.logit_tokens_B)
+    row_bytes, vectors = 4 * shape.padded_width, shape.padded_width // 16
+    for b in range(wanted * team.member // team.size, wanted * (team.member + 1) // team.size):
+        at, x = step.logit_tokens_B[b] * row_bytes, buffers.x + b * row_bytes
+        add_norm(buffers.residual + at, buffers.delta + at, buffers.final_norm, vectors, shape.width, shape.eps, x)
+    end_stage(team, buffers, _NORM)
+    multiply_rows(team, buffers, buffers.lm_head, buffers.x, wanted, buffers.logits, shape.logit_width, _LM_HEAD)
+
+
+@kernel
+def add_and_norm(team: Team, shape: Shape, buffers: Buffers, tokens: int, weight: int) -> None:
     """residual += delta; x = norm(residual)."""
-    for t in range(rows * team.member // team.size, rows * (team.member + 1) // team.size):
+    vectors = shape.padded_width // 16
+    for t in range(tokens * team.member // team.size, tokens * (team.member + 1) // team.size):
         at = t * 4 * shape.padded_width
-        vectors = shape.padded_width // 16
-        add_norm(buffers.residual + at, buffers.delta + at, weight, vectors, shape.width, eps, buffers.x + at)
-    barrier(team)
-    lap(team, buffers.times, _NORM)
+        add_norm(buffers.residual + at, buffers.delta + at, weight, vectors, shape.width, shape.eps, buffers.x + at)
+    end_stage(team, buffers, _NORM)
 
 
-def _write(team: Any, shape: Any, buffers: Any, positions: Any, slots: Any, sizes: Any, layer: Any) -> None:
+@kernel
+def rotate_and_write(team: Team, shape: Shape, buffers: Buffers, step: Step, sizes: Sizes, kv: LayerKV) -> None:
     """Turn queries and keys to their positions and put keys and values into the cache."""
     head_dim, heads, kv_heads = shape.head_dim, shape.heads, shape.kv_heads
-    half, head_bytes, tokens = head_dim // 2, 4 * head_dim, len(slots)
+    half, head_bytes, tokens = head_dim // 2, 4 * head_dim, len(step.rows_T)
     for t in range(tokens * team.member // team.size, tokens * (team.member + 1) // team.size):
         row = buffers.qkv + t * 4 * shape.qkv_width
-        angles = positions[t] * 4 * half
+        angles = step.positions_T[t] * 4 * half
         for head in range(heads + kv_heads):
             turn(row + head * head_bytes, buffers.cos + angles, buffers.sin + angles, half)
         key, value = row + heads * head_bytes, row + (heads + kv_heads) * head_bytes
-        write_token(key, value, slots[t], sizes, layer, head_dim, head_dim)
-    barrier(team)
-    lap(team, buffers.times, _WRITE)
+        write_token(key, value, head_dim, step.slots_T[t], sizes, kv)
+    end_stage(team, buffers, _WRITE)
 
 
-def _product(team: Any, buffers: Any, linear: int, x: int, rows: int, out: int, out_stride: int, part: int) -> None:
-    multiply(linear, x, rows, out, out_stride, buffers.scratch + team.member * buffers.scratch_bytes, team)
-    barrier(team)
-    lap(team, buffers.times, part)
-
-
-def _attention_half(
-    team: Any, shape: Any, buffers: Any, step: Any, layer: int, positions: Any, slots: Any, arrays: Any, memory: Any
+@kernel
+def multiply_rows(
+    team: Team, buffers: Buffers, linear: int, x: int, rows: int, out: int, out_stride: int, part: int
 ) -> None:
-    kv = (load_int(layer, _KEYS), load_int(layer, _VALUES))
-    q = (buffers.qkv, shape.qkv_width, shape.head_dim)
-    norm(team, shape, buffers, step.tokens, load_int(layer, _ATTN_NORM), step.eps)
-    qkv, o = load_int(layer, _QKV_AT), load_int(layer, _O_AT)
-    product(team, buffers, qkv, buffers.x, step.tokens, buffers.qkv, shape.qkv_width, _QKV)
-    write(team, shape, buffers, positions, slots, arrays[3], kv)
-    attend(team, arrays, q, kv, step.scale, buffers.attn, memory)
-    lap(team, buffers.times, _ATTENTION)
-    product(team, buffers, o, buffers.attn, step.tokens, buffers.delta, shape.padded_width, _O)
+    multiply(linear, x, rows, out, out_stride, buffers.scratch, team)
+    end_stage(team, buffers, part)
 
 
-def _mlp_half(team: Any, shape: Any, buffers: Any, step: Any, layer: int) -> None:
-    norm(team, shape, buffers, step.tokens, load_int(layer, _MLP_NORM), step.eps)
-    gate_up, down = load_int(layer, _GATE_UP_AT), load_int(layer, _DOWN_AT)
-    product(team, buffers, gate_up, buffers.x, step.tokens, buffers.act, shape.act_width, _GATE_UP)
-    product(team, buffers, down, buffers.act, step.tokens, buffers.delta, shape.padded_width, _DOWN)
-
-
-def _head(team: Any, shape: Any, buffers: Any, step: Any, wanted: Any) -> None:
-    """Only the rows that need logits go through the last norm and the vocabulary."""
-    row_bytes, vectors = 4 * shape.padded_width, shape.padded_width // 16
-    for b in range(len(wanted) * team.member // team.size, len(wanted) * (team.member + 1) // team.size):
-        at, x = wanted[b] * row_bytes, buffers.x + b * row_bytes
-        add_norm(buffers.residual + at, buffers.delta + at, buffers.final_norm, vectors, shape.width, step.eps, x)
-    barrier(team)
-    lap(team, buffers.times, _NORM)
-    product(team, buffers, buffers.lm_head, buffers.x, len(wanted), buffers.logits, shape.logit_width, _LM_HEAD)
-
-
-def _run_member(
-    first: int,
-    last: int,
-    shape: Any,
-    buffers: Any,
-    step: Any,
-    token_ids: Any,
-    positions: Any,
-    slots: Any,
-    wanted: Any,
-    arrays: Any,
-    memory: Any,
-) -> None:
-    team = join(buffers.team, step.threads)
-    if team.member < 0:
-        return
-    lap(team, buffers.times, -1)
-    for phase in range(first, last):
-        layer = buffers.layers + (phase - 1) // 2 * LAYER_WORDS * 8
-        if phase == 0:
-            embed(team, shape, buffers, token_ids)
-        elif phase == 2 * shape.num_layers + 1:
-            head(team, shape, buffers, step, wanted)
-        elif phase % 2 == 1:
-            attention_half(team, shape, buffers, step, layer, positions, slots, arrays, memory)
-        else:
-            mlp_half(team, shape, buffers, step, layer)
-
-
-def _run_parallel(
-    first: int,
-    last: int,
-    shape: Any,
-    buffers: Any,
-    step: Any,
-    token_ids: Any,
-    positions: Any,
-    slots: Any,
-    wanted: Any,
-    arrays: Any,
-    memory: Any,
-) -> None:
-    clear(buffers.team, step.threads)
-    for _ in numba.prange(step.threads):
-        run_member(first, last, shape, buffers, step, token_ids, positions, slots, wanted, arrays, memory)
-
-
-embed = kernel(_embed)
-norm = kernel(_norm)
-write = kernel(_write)
-product = kernel(_product)
-attention_half = kernel(_attention_half)
-mlp_half = kernel(_mlp_half)
-head = kernel(_head)
-run_member = kernel(_run_member)
-run_parallel = kernel(_run_parallel, parallel=True)
+@kernel
+def end_stage(team: Team, buffers: Buffers, part: int) -> None:
+    meet(team)
+    record_lap(team, buffers.times, part)

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.cpu.linear_simd import PANEL, TILE_ROWS, gate, tile
-from headwise.workers.cpu.team import barrier, join, launching, next_job, team_bytes
+from headwise.workers.cpu.team import Team, join, launching, meet, take_job, team_bytes
 from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.native import load_int
 
 # A packed linear as the kernels see it: int64 words at its address.
 _PANELS_AT, _BIAS_AT, _DEPTH, _PANELS, _GATED = range(5)
+
+SCRATCH_BYTES = 4 * TILE_ROWS * PANEL
+"""What a thread needs beside its outputs: a tile of a gated product before the gate."""
 
 # Rows that go through a panel before the next one: as many rows of x as stay in the second-level cache.
 _ROWS_AT_ONCE = 256
@@ -57,7 +60,7 @@ class PackedLinear:
         self.nbytes = self._weight_NIP.nbytes + self._bias_NP.nbytes
 
     def __call__(self, x_TI: Tensor, num_threads: int = 1) -> Tensor:
-        """``[T, depth]`` contiguous to ``[T, width]``, float32; a step calls :data:`multiply` instead."""
+        """``[T, depth]`` contiguous to ``[T, width]``, float32; a step calls :func:`multiply` instead."""
         y_TO = torch.empty(len(x_TI), self.width)
         multiply_all([self], [x_TI], [y_TO], num_threads)
         return y_TO
@@ -67,14 +70,14 @@ def multiply_all(
     linears: Sequence[PackedLinear], inputs: Sequence[Tensor], outputs: Sequence[Tensor], num_threads: int
 ) -> None:
     """One product after the other as a step does them, in one call: ``[T, depth]`` each into ``[T, width]``."""
-    # A tile of a gated product for each thread, then the team.
-    scratch_bytes = 4 * TILE_ROWS * PANEL
-    memory = aligned_zeros((num_threads * scratch_bytes + team_bytes(num_threads)) // 4)
+    scratch_bytes = num_threads * SCRATCH_BYTES
+    memory = aligned_zeros((scratch_bytes + team_bytes(num_threads)) // 4)
+    scratch: int = memory.ctypes.data
     triples = zip(linears, inputs, outputs, strict=True)
     calls = [(linear.address, x.data_ptr(), len(x), y.data_ptr(), linear.width) for linear, x, y in triples]
-    run = _run_parallel if num_threads > 1 else _run_member
+    run = _multiply_each_in_threads if num_threads > 1 else _multiply_each
     with launching(num_threads):
-        run(np.array(calls, np.int64), memory.ctypes.data, scratch_bytes, num_threads)
+        run(np.array(calls, np.int64), scratch, scratch + scratch_bytes, num_threads)
 
 
 def padded(count: int) -> int:
@@ -98,29 +101,45 @@ def _pack(rows_OI: Tensor, into_NIC: NDArray[np.float32]) -> None:
         into_NIC[whole, :, :rest] = rows[whole * columns :].T
 
 
-def _multiply(linear: int, x: int, rows: int, out: int, out_stride: int, scratch: int, team: Any) -> None:
-    """One stage: out[rows, width] of x[rows, depth], both with nothing between the rows of x; see PackedLinear."""
+@kernel(parallel=True)
+def _multiply_each_in_threads(calls: Any, scratch: int, address: int, threads: int) -> None:
+    for _ in numba.prange(threads):
+        _multiply_each(calls, scratch, address, threads)
+
+
+@kernel
+def _multiply_each(calls: Any, scratch: int, address: int, threads: int) -> None:
+    team = join(address, threads)
+    if team.member >= 0:
+        for i in range(len(calls)):
+            linear, x, rows, out, out_stride = calls[i]
+            multiply(linear, x, rows, out, out_stride, scratch, team)
+            meet(team)
+
+
+@kernel
+def multiply(linear: int, x: int, rows: int, out: int, out_stride: int, scratch: int, team: Team) -> None:
+    """One stage: out[rows, width] of x[rows, depth], with nothing between the rows of x; see PackedLinear.
+
+    Args:
+        scratch: the address of SCRATCH_BYTES for each thread of the team.
+    """
     depth, panels = load_int(linear, _DEPTH), load_int(linear, _PANELS)
     groups = (rows + _ROWS_AT_ONCE - 1) // _ROWS_AT_ONCE
+    scratch += team.member * SCRATCH_BYTES
     done = 0
-    job = next_job(team, groups * panels, 0)
+    job = take_job(team, groups * panels, 0)
     while job >= 0:
         group = job // panels
-        first = group * _ROWS_AT_ONCE
+        panel, first = job - group * panels, group * _ROWS_AT_ONCE
         count = min(_ROWS_AT_ONCE, rows - first)
-        _panel(
-            linear,
-            job - group * panels,
-            x + 4 * first * depth,
-            count,
-            out + 4 * first * out_stride,
-            out_stride,
-            scratch,
-        )
+        x_first, out_first = x + 4 * first * depth, out + 4 * first * out_stride
+        _multiply_panel(linear, panel, x_first, count, out_first, out_stride, scratch)
         done += 1
-        job = next_job(team, groups * panels, done)
+        job = take_job(team, groups * panels, done)
 
 
+@kernel
 def _multiply_panel(linear: int, panel: int, x: int, rows: int, out: int, out_stride: int, scratch: int) -> None:
     """One panel's columns of out. While its later tiles compute, the next panel is on its way."""
     depth, gated = load_int(linear, _DEPTH), load_int(linear, _GATED)
@@ -137,23 +156,3 @@ def _multiply_panel(linear: int, panel: int, x: int, rows: int, out: int, out_st
         tile(last - first, x + 4 * first * depth, depth, depth, weights, bias, ahead, ahead_step, into, stride)
         if gated:
             gate(last - first, scratch, out + 4 * first * out_stride, out_stride)
-
-
-def _multiply_each(calls: Any, memory: int, scratch_bytes: int, threads: int) -> None:
-    team = join(memory + threads * scratch_bytes, threads)
-    if team.member >= 0:
-        for i in range(len(calls)):
-            linear, x, rows, out, out_stride = calls[i]
-            multiply(linear, x, rows, out, out_stride, memory + team.member * scratch_bytes, team)
-            barrier(team)
-
-
-def _multiply_in_threads(calls: Any, memory: int, scratch_bytes: int, threads: int) -> None:
-    for _ in numba.prange(threads):
-        _run_member(calls, memory, scratch_bytes, threads)
-
-
-_panel = kernel(_multiply_panel)
-multiply = kernel(_multiply)
-_run_member = kernel(_multiply_each)
-_run_parallel = kernel(_multiply_in_threads, parallel=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from headwise.workers.collectives import Collectives
 from headwise.workers.cpu import layers as kernels
-from headwise.workers.cpu.attention import CpuAttention, KernelInputs
-from headwise.workers.cpu.linear import PackedLinear, aligned_zeros, padded
-from headwise.workers.cpu.team import launching, team_bytes
-from headwise.workers.model.attention import AttentionBackend
+from headwise.workers.cpu.attention import CpuAttention
+from headwise.workers.cpu.linear import SCRATCH_BYTES, PackedLinear, aligned_zeros, padded
+from headwise.workers.cpu.team import launching, team_bytes, usable_threads
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.model.model import StepInput, rope_tables
 from headwise.workers.model.model_config import ModelConfig
@@ -30,6 +30,8 @@ class CpuLlama:
         nbytes: memory of the weights, in bytes.
     """
 
+    _attention: CpuAttention  # from attach() on
+
     def __init__(
         self,
         config: ModelConfig,
@@ -40,6 +42,7 @@ class CpuLlama:
         num_threads: int,
     ) -> None:
         self._config, self._partition, self._collectives = config, partition, collectives
+        self._threads = usable_threads(num_threads)
         self._embed_VE = weights.embed_VE.contiguous()
         self._final_norm_E = _padded_row(weights.final_norm_E)
         self._lm_head = PackedLinear(weights.lm_head_VE)
@@ -50,11 +53,12 @@ class CpuLlama:
         self.nbytes = self._embed_VE.nbytes + self._lm_head.nbytes + sum(layer.nbytes for layer in self._layers)
         self._shape = self._shape_of(config, partition)
         self._times = np.zeros(len(kernels.PARTS), np.int64)
-        self._team = aligned_zeros(team_bytes(num_threads) // 4)
+        self._scratch = aligned_zeros(self._threads * SCRATCH_BYTES // 4)
+        self._team = aligned_zeros(team_bytes(self._threads) // 4)
         self._table = np.zeros((len(self._layers), kernels.LAYER_WORDS), np.int64)
         self._forward_seconds = self._all_reduce_seconds = 0.0
-        self._attention: CpuAttention | None = None
         self._activations = _Activations(self._shape, 0, 0)
+        self._buffers = self._addresses()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -63,15 +67,22 @@ class CpuLlama:
         launch = self._forward_seconds - self._all_reduce_seconds - sum(compiled.values())
         return compiled | {"all_reduce": self._all_reduce_seconds, "launch": launch}
 
-    def forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
-        """See :class:`~headwise.workers.model.model.Model`; the logits are good until the next step."""
-        assert isinstance(attention, CpuAttention)
+    def attach(self, cache: KVCache) -> None:
+        q_starts, scale = self._partition.heads.q_starts, self._config.head_dim**-0.5
+        self._attention = CpuAttention(cache, q_starts, scale, self._threads)
+        for words, layer, kv in zip(self._table, self._layers, self._attention.layers, strict=True):
+            words[:] = (*layer.addresses, *kv)
+
+    def forward(self, step: StepInput) -> Tensor:
+        """See :class:`~headwise.workers.model.model.Model`.
+
+        Raises:
+            InvalidValueError: slots are not in the cache, or rows, context and blocks do not fit each other.
+        """
         started = time.perf_counter()
-        if attention is not self._attention:
-            self._bind(attention)
-        tokens, wanted = len(step.token_ids_T), len(step.logit_tokens_B)
+        tokens, wanted = len(step.rows_T), len(step.logit_tokens_B)
         self._make_room(tokens, wanted)
-        self._run_phases(attention, self._arguments(step, attention), tokens)
+        self._run_phases(self._begin(step), tokens)
         start, stop = self._partition.vocab
         self._forward_seconds += time.perf_counter() - started
         return self._activations.logits_BV[:wanted, : stop - start]
@@ -80,36 +91,30 @@ class CpuLlama:
         had = self._activations
         if tokens > had.tokens or wanted > had.wanted:
             self._activations = _Activations(self._shape, max(tokens, had.tokens), max(wanted, had.wanted))
+            self._buffers = self._addresses()
 
-    def _run_phases(self, attention: CpuAttention, arguments: tuple[Any, ...], tokens: int) -> None:
-        run = kernels.run_parallel if attention.num_threads > 1 else kernels.run_member
-        phases = 2 * len(self._layers) + 2
+    def _begin(self, step: StepInput) -> kernels.Step:
+        slots_T, tokens, cache = step.slots_T, step.attention.query_starts_B1[-1], self._attention.cache
+        limit = cache.num_blocks * cache.block_size
+        if len(slots_T) != tokens or not 0 <= slots_T.min() <= slots_T.max() < limit:
+            raise InvalidValueError("slots_T", slots_T.tolist(), f"must be {tokens} slots in [0, {limit - 1}]")
+        self._attention.begin(step.attention)
+        arrays = (step.rows_T, step.positions_T, slots_T, step.logit_tokens_B)
+        return kernels.Step(step.tokens_RL.numpy(), *arrays)
+
+    def _run_phases(self, step: kernels.Step, tokens: int) -> None:
+        run = kernels.run_phases_in_threads if self._threads > 1 else kernels.run_phases
+        attention, phases = self._attention, 2 * len(self._layers) + 2
         stretch = phases if self._collectives.world_size == 1 else 1
         for first in range(0, phases, stretch):
             if first > 0:
                 started = time.perf_counter()
                 self._collectives.all_reduce_(self._activations.delta_TE[:tokens])
                 self._all_reduce_seconds += time.perf_counter() - started
-            with launching(attention.num_threads):
-                run(first, first + stretch, *arguments)
+            with launching(self._threads):
+                run(first, first + stretch, self._shape, self._buffers, step, attention.work, attention.sizes)
 
-    def _arguments(self, step: StepInput, attention: CpuAttention) -> tuple[Any, ...]:
-        inputs = attention.kernel_inputs(step.attention, self._shape.attn_width)
-        state = kernels.Step(
-            threads=attention.num_threads,
-            tokens=len(step.token_ids_T),
-            eps=np.float32(self._config.rms_norm_eps),
-            scale=inputs.scale,
-        )
-        tokens = (step.token_ids_T.numpy(), step.positions_T.numpy(), inputs.slots_T, step.logit_tokens_B.numpy())
-        return (self._shape, self._buffers(inputs), state, *tokens, inputs.arrays, inputs.memory)
-
-    def _bind(self, attention: CpuAttention) -> None:
-        self._attention = attention
-        for words, layer, (keys, values) in zip(self._table, self._layers, attention.layers, strict=True):
-            words[:] = (*layer.addresses, keys, values)
-
-    def _buffers(self, inputs: KernelInputs) -> kernels.Buffers:
+    def _addresses(self) -> kernels.Buffers:
         return kernels.Buffers(
             layers=self._table.ctypes.data,
             embed=self._embed_VE.data_ptr(),
@@ -119,19 +124,18 @@ class CpuLlama:
             sin=self._sin_LD.data_ptr(),
             times=self._times.ctypes.data,
             **self._activations.addresses,
-            scratch=inputs.memory[0],
-            scratch_bytes=inputs.memory[1],
+            scratch=self._scratch.ctypes.data,
             team=self._team.ctypes.data,
         )
 
     def _shape_of(self, config: ModelConfig, partition: ShardPartition) -> kernels.Shape:
-        heads, first = partition.heads, self._layers[0]
+        first = self._layers[0]
         return kernels.Shape(
             num_layers=len(self._layers),
             width=config.hidden_size,
             padded_width=padded(config.hidden_size),
-            heads=heads.q_stop - heads.q_start,
-            kv_heads=heads.kv_stop - heads.kv_start,
+            heads=partition.heads.num_q,
+            kv_heads=partition.heads.num_kv,
             head_dim=config.head_dim,
             qkv_width=first.qkv.width,
             attn_width=first.o.depth,
@@ -139,6 +143,8 @@ class CpuLlama:
             logit_width=self._lm_head.width,
             vocab_start=partition.vocab[0],
             vocab_stop=partition.vocab[1],
+            eps=np.float32(config.rms_norm_eps),
+            threads=self._threads,
         )
 
 

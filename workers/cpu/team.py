@@ -15,10 +15,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 
+from headwise.workers.errors import InvalidValueError
 from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.native import (
     fetch_add,
@@ -80,18 +81,31 @@ def launching(threads: int) -> Iterator[None]:
         yield
 
 
+def usable_threads(threads: int) -> int:
+    """At most so many, and no more than Numba may start.
+
+    Raises:
+        InvalidValueError: less than one.
+    """
+    if threads < 1:
+        raise InvalidValueError("num_threads", threads, "must be at least 1")
+    return min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined, no-any-return]
+
+
 def team_bytes(threads: int) -> int:
     """The memory of a team of at most so many members."""
     return _MEMBERS + 4 * threads * LINE_BYTES
 
 
-def _clear(address: int, threads: int) -> None:
+@kernel
+def clear(address: int, threads: int) -> None:
     """Make a team's memory ready for a team to form."""
     for word in range((_MEMBERS + 4 * threads * LINE_BYTES) // 8):
         store_int(address, word, 0)
 
 
-def _join(address: int, threads: int) -> Any:
+@kernel
+def join(address: int, threads: int) -> Team:
     """Become a member; the first one waits for the others, a little."""
     if threads == 1:
         return Team(address, threads, 0, 1)
@@ -104,11 +118,12 @@ def _join(address: int, threads: int) -> Any:
             pause()
         store_release(address + _SIZE, fetch_add(address + _JOINED, _CLOSED))
     else:
-        wait_for(address + _SIZE, 1)
+        _wait_for(address + _SIZE, 1)
     return Team(address, threads, ticket, load_acquire(address + _SIZE))
 
 
-def _barrier(team: Any) -> None:
+@kernel
+def meet(team: Team) -> None:
     """Wait until every member is here: what they wrote before is then seen by all. Ends a stage."""
     if team.size == 1:
         return
@@ -118,14 +133,15 @@ def _barrier(team: Any) -> None:
     store_int(own, _BARRIER, target)
     store_int(own, _STAGE, stage + 1)
     fetch_add(team.address + _ARRIVALS, 1)
-    wait_for(team.address + _ARRIVALS, target)
+    _wait_for(team.address + _ARRIVALS, target)
     if team.member == 0:
-        ended = _jobs_at(team.address, team.threads, stage)
+        ended = _locate_jobs(team.address, team.threads, stage)
         for member in range(team.threads):
             store_release(ended + member * LINE_BYTES, 0)
 
 
-def _next_job(team: Any, jobs: int, done: int) -> int:
+@kernel
+def take_job(team: Team, jobs: int, done: int) -> int:
     """The next job of this stage for this member, in [0, jobs); -1 when there is none left.
 
     Args:
@@ -134,17 +150,18 @@ def _next_job(team: Any, jobs: int, done: int) -> int:
     if team.size == 1:
         return done if done < jobs else -1
     stage = load_int(team.address + _MEMBERS + team.member * LINE_BYTES, _STAGE)
-    words = _jobs_at(team.address, team.threads, stage)
+    words = _locate_jobs(team.address, team.threads, stage)
     for i in range(team.size):
         owner = (team.member + i) % team.size
         first, last = jobs * owner // team.size, jobs * (owner + 1) // team.size
-        job: int = _take(words + owner * LINE_BYTES, first, last, i == 0)
+        job: int = _take_from(words + owner * LINE_BYTES, first, last, i == 0)
         if job >= 0:
             return job
     return -1
 
 
-def _take_job(word: int, first: int, last: int, from_front: bool) -> int:
+@kernel
+def _take_from(word: int, first: int, last: int, from_front: bool) -> int:
     """One of the jobs [first, last), of which the word keeps those left as _STARTED | front << 32 | back."""
     while True:
         seen = load_acquire(word)
@@ -157,11 +174,14 @@ def _take_job(word: int, first: int, last: int, from_front: bool) -> int:
             return int(front if from_front else back - 1)
 
 
-def _set_of_jobs(address: int, threads: int, stage: int) -> int:
+@kernel
+def _locate_jobs(address: int, threads: int, stage: int) -> int:
+    """The address of the words that keep a stage's jobs, a line a member."""
     return address + _MEMBERS + (threads + stage % 3 * threads) * LINE_BYTES
 
 
-def _lap(team: Any, times: int, part: int) -> None:
+@kernel
+def record_lap(team: Team, times: int, part: int) -> None:
     """Member 0: add the nanoseconds since its last lap to times[part]; a part below 0 only starts the clock."""
     if team.member == 0:
         clock = team.address + _CLOCK
@@ -171,6 +191,7 @@ def _lap(team: Any, times: int, part: int) -> None:
         store_int(clock, _LAP, now)
 
 
+@kernel
 def _wait_for(address: int, value: int) -> None:
     for _ in range(_PAUSES):
         if load_acquire(address) >= value:
@@ -178,13 +199,3 @@ def _wait_for(address: int, value: int) -> None:
         pause()
     while load_acquire(address) < value:
         sched_yield()
-
-
-wait_for = kernel(_wait_for)
-clear = kernel(_clear)
-join = kernel(_join)
-_jobs_at = kernel(_set_of_jobs)
-_take = kernel(_take_job)
-barrier = kernel(_barrier)
-next_job = kernel(_next_job)
-lap = kernel(_lap)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
@@ -15,32 +18,25 @@ from headwise.workers.kv.cache import KVCache
 
 @dataclass(slots=True, eq=False)
 class AttentionBatch:
-    """The rows of one step as attention sees them. Not changed once a backend has seen it: backends plan once a batch.
+    """The rows of one step as attention sees them, in host memory.
 
     Attributes:
         query_starts_B1: int32 [B + 1]; row b's tokens are [query_starts[b], query_starts[b + 1]) of the step's T.
         context_lens_B: int32 [B]; tokens of the row that have KV once this step's are written. The row's queries are
             the last of them.
-        block_tables_BN: int32 [B, most blocks of a row]; padded with 0.
-        slots_T: int64 [T]; block * block_size + offset: where each token's K and V are written.
-        max_query_len: most tokens any row computes in this step.
-        max_context_len: most tokens with KV of any row.
+        block_tables_BN: int32 [B, most blocks of a row]; padded with any block.
     """
 
-    query_starts_B1: Tensor
-    context_lens_B: Tensor
-    block_tables_BN: Tensor
-    slots_T: Tensor
-    max_query_len: int
-    max_context_len: int
+    query_starts_B1: NDArray[np.int32]
+    context_lens_B: NDArray[np.int32]
+    block_tables_BN: NDArray[np.int32]
 
 
 class AttentionBackend(ABC):
-    """Writes a step's K and V into the cache and attends over it.
+    """Attends over the KV cache, in which a step's own keys and values are written already.
 
-    For each layer the model calls ``write`` and then ``attend`` with the same batch. Queries, keys and values may be
-    views of one [T, (H + 2K) * D] tensor: any stride between tokens and heads, the last dimension contiguous.
-    Slots that no token of a row was written to never influence that row, whatever they hold.
+    ``begin`` is called once a step, then ``attend`` for each layer. Slots that no token of a row was written to never
+    influence that row, whatever they hold.
 
     Args:
         cache: the shard's KV memory, laid out as ``transposed_keys`` of the backend's class asks or either way where
@@ -48,28 +44,34 @@ class AttentionBackend(ABC):
         q_starts: K + 1 numbers; local query heads [q_starts[k], q_starts[k + 1]) use local KV head k. The groups may
             differ in size.
         scale: what queries times keys are multiplied with, commonly head_dim ** -0.5.
-        num_threads: most threads one call may use.
     """
 
     transposed_keys: ClassVar[bool | None] = None
 
-    def __init__(self, cache: KVCache, q_starts: tuple[int, ...], scale: float, num_threads: int = 1) -> None:
+    def __init__(self, cache: KVCache, q_starts: tuple[int, ...], scale: float) -> None:
         steps = [after - before for before, after in pairwise(q_starts)]
         if len(steps) != cache.num_kv_heads or q_starts[0] != 0 or min(steps) < 1:
             raise InvalidValueError("q_starts", q_starts, f"must rise from 0 in {cache.num_kv_heads} steps")
-        if num_threads < 1:
-            raise InvalidValueError("num_threads", num_threads, "must be at least 1")
         if self.transposed_keys is not None and self.transposed_keys != cache.transposed_keys:
             raise InvalidValueError("transposed_keys", cache.transposed_keys, f"must be {self.transposed_keys} here")
-        self.cache, self.q_starts, self.scale, self.num_threads = cache, q_starts, scale, num_threads
+        self.cache, self.q_starts, self.scale = cache, q_starts, scale
+
+    @classmethod
+    def supports(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
+        """Whether this backend works on such a cache."""
+        return True
 
     @abstractmethod
-    def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, batch: AttentionBatch) -> None:
-        """Put the step's keys and values, in the cache's dtype, at ``batch.slots_T`` of a layer."""
+    def begin(self, batch: AttentionBatch) -> None:
+        """Prepares for the layers of a step."""
 
     @abstractmethod
-    def attend(self, layer: int, q_THD: Tensor, batch: AttentionBatch) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
         """Causal attention of each row's queries over all of the row's context.
+
+        Args:
+            q_THD: may be a view of the [T, (H + 2K) * D] of all heads: any stride between tokens and heads, the last
+                dimension contiguous.
 
         Returns:
             o_THD, contiguous, in the queries' dtype.

@@ -5,27 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.model_config import ModelConfig, rope_inv_freq
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StepInput:
-    """The tokens of a step.
+    """The T tokens of a step. They are on the model's device, everything about them is in host memory.
 
     Attributes:
-        token_ids_T: int64.
-        positions_T: int64, each token's index in its row.
+        tokens_RL: int64, on the model's device: the tokens of every row of the shard.
+        rows_T, positions_T: int64; the step's token t is tokens_RL[rows[t], positions[t]].
+        slots_T: int64, block * block_size + offset: where each token's K and V are written.
         logit_tokens_B: int64, the tokens of the step (indices into T) whose logits are wanted.
         attention: the rows as attention sees them.
     """
 
-    token_ids_T: Tensor
-    positions_T: Tensor
-    logit_tokens_B: Tensor
+    tokens_RL: Tensor
+    rows_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    slots_T: NDArray[np.int64]
+    logit_tokens_B: NDArray[np.int64]
     attention: AttentionBatch
 
 
@@ -42,7 +48,14 @@ class Model(Protocol):
     def seconds(self) -> dict[str, float]:
         """Wall time by part since the start; empty where nothing measures it."""
 
-    def forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
+    def attach(self, cache: KVCache) -> None:
+        """Takes the KV memory that steps are to write to and read; called once, before the first step.
+
+        Raises:
+            InvalidValueError: the model's attention cannot work on this memory.
+        """
+
+    def forward(self, step: StepInput) -> Tensor:
         """Computes a step and writes its KV.
 
         Returns:

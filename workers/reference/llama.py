@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from headwise.workers.collectives import Collectives
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.model.model import StepInput, rope_tables
 from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.ops import Ops
 from headwise.workers.model.partition import ShardPartition
-from headwise.workers.reference import ops
+from headwise.workers.upload import upload
 
 
 class Llama:
-    """See :class:`~headwise.workers.model.model.Model`."""
+    """See :class:`~headwise.workers.model.model.Model`.
+
+    Args:
+        ops: what computes between the matrix products.
+        attention: what :meth:`attach` makes the attention of.
+    """
+
+    _attention: AttentionBackend  # from attach() on
 
     def __init__(
         self,
@@ -27,13 +37,15 @@ class Llama:
         weights: ShardWeights,
         collectives: Collectives,
         max_model_len: int,
+        ops: Ops,
+        attention: type[AttentionBackend],
     ) -> None:
         self._config, self._partition, self._collectives, self._weights = config, partition, collectives, weights
+        self._ops, self._attention_class = ops, attention
         self._seconds = 0.0
         cos_LD, sin_LD = rope_tables(config, max_model_len)
         self._cos_LD, self._sin_LD = cos_LD.to(weights.embed_VE), sin_LD.to(weights.embed_VE)
-        heads = partition.heads
-        self._num_heads, self._num_kv_heads = heads.q_stop - heads.q_start, heads.kv_stop - heads.kv_start
+        self._num_heads = partition.heads.num_q
         tied = weights.lm_head_VE.data_ptr() == weights.embed_VE.data_ptr()
         self.nbytes = weights.embed_VE.nbytes + (0 if tied else weights.lm_head_VE.nbytes)
         self.nbytes += sum(layer.nbytes for layer in weights.layers)
@@ -42,20 +54,29 @@ class Llama:
     def seconds(self) -> dict[str, float]:
         return {"forward": self._seconds}
 
+    def attach(self, cache: KVCache) -> None:
+        self._attention = self._attention_class(cache, self._partition.heads.q_starts, self._config.head_dim**-0.5)
+
     @torch.inference_mode()
-    def forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
+    def forward(self, step: StepInput) -> Tensor:
         started = time.perf_counter()
-        logits_BV = self._forward(step, attention)
+        logits_BV = self._compute(self._upload(step))
         self._seconds += time.perf_counter() - started
         return logits_BV
 
-    def _forward(self, step: StepInput, attention: AttentionBackend) -> Tensor:
-        weights, eps = self._weights, self._config.rms_norm_eps
-        residual_TE = self._embed(step.token_ids_T)
-        cos_TD, sin_TD = self._cos_LD[step.positions_T], self._sin_LD[step.positions_T]
+    def _upload(self, step: StepInput) -> _Inputs:
+        self._attention.begin(step.attention)
+        arrays = (step.rows_T, step.positions_T, step.slots_T, step.logit_tokens_B)
+        rows_T, positions_T, slots_T, logit_tokens_B = (upload(x, self._cos_LD.device) for x in arrays)
+        return _Inputs(step.tokens_RL[rows_T, positions_T], positions_T, slots_T, logit_tokens_B)
+
+    def _compute(self, inputs: _Inputs) -> Tensor:
+        weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
+        residual_TE = self._embed(inputs.token_ids_T)
+        cos_TD, sin_TD = self._cos_LD[inputs.positions_T], self._sin_LD[inputs.positions_T]
         for index, layer in enumerate(weights.layers):
             x_TE = ops.rms_norm(residual_TE, layer.attn_norm_E, eps)
-            attn_TX = self._attend(index, layer, x_TE, cos_TD, sin_TD, attention, step.attention)
+            attn_TX = self._attend(index, layer, x_TE, cos_TD, sin_TD, inputs.slots_T)
             attn_TE = functional.linear(attn_TX, layer.o_weight, layer.o_bias)
             self._collectives.all_reduce_(attn_TE)
             x_TE = ops.add_rms_norm(residual_TE, attn_TE, layer.mlp_norm_E, eps)
@@ -63,7 +84,7 @@ class Llama:
             mlp_TE = functional.linear(act_TM, layer.down_weight, layer.down_bias)
             self._collectives.all_reduce_(mlp_TE)
             residual_TE += mlp_TE
-        last_BE = ops.rms_norm(residual_TE[step.logit_tokens_B], weights.final_norm_E, eps)
+        last_BE = ops.rms_norm(residual_TE[inputs.logit_tokens_B], weights.final_norm_E, eps)
         return functional.linear(last_BE, weights.lm_head_VE).float()
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
@@ -77,18 +98,18 @@ class Llama:
         return x_TE
 
     def _attend(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x_TE: Tensor,
-        cos_TD: Tensor,
-        sin_TD: Tensor,
-        attention: AttentionBackend,
-        batch: AttentionBatch,
+        self, index: int, layer: LayerWeights, x_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, slots_T: Tensor
     ) -> Tensor:
-        heads, kv_heads = self._num_heads, self._num_kv_heads
         qkv_TX = functional.linear(x_TE, layer.qkv_weight, layer.qkv_bias)
-        qkv_TXD = qkv_TX.view(-1, heads + 2 * kv_heads, self._config.head_dim)
-        ops.rope_(qkv_TXD, heads + kv_heads, cos_TD, sin_TD)
-        attention.write(index, qkv_TXD[:, heads : heads + kv_heads], qkv_TXD[:, heads + kv_heads :], batch)
-        return attention.attend(index, qkv_TXD[:, :heads], batch).flatten(1)
+        qkv_TXD = qkv_TX.view(len(qkv_TX), -1, self._config.head_dim)
+        self._ops.rotate_and_write(qkv_TXD, cos_TD, sin_TD, self._attention.cache, index, slots_T)
+        return self._attention.attend(index, qkv_TXD[:, : self._num_heads]).flatten(1)
+
+
+class _Inputs(NamedTuple):
+    """A step's tokens on the device."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    logit_tokens_B: Tensor

@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headwise.workers.backends import create_backend, default_backend, transposed_keys
-from headwise.workers.cpu import attention_plan as cpu_plan
+from headwise.workers.backends import BACKENDS, find_backend
+from headwise.workers.cpu import attention_plan
 from headwise.workers.cpu import attention_simd as simd
+from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.reference.attention import ReferenceAttention
 from tests.examples import examples
 
 NAN = float("nan")
@@ -58,23 +60,24 @@ class Case:
         return self.tables_BN[row].long()[positions // self.block_size] * self.block_size + positions % self.block_size
 
     def batch(self) -> AttentionBatch:
-        queries, contexts = (torch.tensor(x, dtype=torch.int32) for x in zip(*self.rows, strict=True))
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32), queries.cumsum(0).int()])
-        slots = torch.cat([self.slots(row)[-queries:] for row, (queries, _) in enumerate(self.rows)])
-        return AttentionBatch(starts, contexts, self.tables_BN, slots, int(queries.max()), int(contexts.max()))
+        queries, contexts = zip(*self.rows, strict=True)
+        starts = np.cumsum([0, *queries], dtype=np.int32)
+        return AttentionBatch(starts, np.array(contexts, np.int32), self.tables_BN.numpy())
 
     def backend(
         self, name: str, threads: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> AttentionBackend:
         """A backend whose cache holds the context from before this step in layer 1."""
         sizes = (2, self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        cache = KVCache(*sizes, dtype, device, transposed_keys(name))
+        cache = KVCache(*sizes, dtype, device, bool(BACKENDS[name].attention.transposed_keys))
         cache.keys.fill_(NAN)
         cache.values.fill_(NAN)
         for row, (queries, context) in enumerate(self.rows):
             before = self.kv[row][: context - queries].to(device, dtype)
             cache.write(1, before[:, 0], before[:, 1], self.slots(row)[: context - queries].to(device))
-        return create_backend(name, cache, self.q_starts, self.scale, threads)
+        if name == "cpu":
+            return CpuAttention(cache, self.q_starts, self.scale, threads)
+        return ReferenceAttention(cache, self.q_starts, self.scale)
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """The step's queries, keys and values as views of one tensor."""
@@ -83,11 +86,16 @@ class Case:
         q_THD, k_TKD, v_TKD = torch.split(torch.cat(parts), heads, dim=1)
         return q_THD, k_TKD, v_TKD
 
+    def write(self, backend: AttentionBackend, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Puts the step's keys and values into the cache."""
+        slots = torch.cat([self.slots(row)[-queries:] for row, (queries, _) in enumerate(self.rows)])
+        backend.cache.write(layer, k_TKD, v_TKD, slots.to(backend.cache.device))
+
     def run(self, backend: AttentionBackend, batch: AttentionBatch | None = None) -> Tensor:
-        batch = batch or self.batch()
-        q_THD, k_TKD, v_TKD = self.qkv()
-        backend.write(1, k_TKD, v_TKD, batch)
-        return backend.attend(1, q_THD, batch)
+        q_THD, k_TKD, v_TKD = (x.to(backend.cache.device, backend.cache.dtype) for x in self.qkv())
+        self.write(backend, 1, k_TKD, v_TKD)
+        backend.begin(batch or self.batch())
+        return backend.attend(1, q_THD)
 
     def dense(self) -> Tensor:
         """What comes out by definition, in float64."""
@@ -125,7 +133,7 @@ def cases(draw: st.DrawFn) -> Case:
 def test_backends_agree_with_dense_attention(case: Case, threads: int) -> None:
     expected = case.dense()
     assert_close(case.run(case.backend("reference")), expected)
-    with mock.patch.object(cpu_plan, "_PARALLEL_COST", 0):
+    with mock.patch.object(attention_plan, "_PARALLEL_COST", 0):
         assert_close(case.run(case.backend("cpu", threads)), expected)
 
 
@@ -133,7 +141,7 @@ def test_backends_agree_with_dense_attention(case: Case, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_uneven_and_large_groups(q_starts: tuple[int, ...], threads: int) -> None:
     case = Case([(1, 130), (40, 40), (3, 65)], q_starts, 16)
-    with mock.patch.object(cpu_plan, "_PARALLEL_COST", 0):
+    with mock.patch.object(attention_plan, "_PARALLEL_COST", 0):
         assert_close(case.run(case.backend("cpu", threads)), case.dense())
 
 
@@ -141,9 +149,9 @@ def test_uneven_and_large_groups(q_starts: tuple[int, ...], threads: int) -> Non
 def test_a_long_context_is_divided_over_threads(rows: list[tuple[int, int]]) -> None:
     case = Case(rows, (0, 3), 64)
     backend, batch = case.backend("cpu", 2), case.batch()
-    step = cpu_plan.cut_step(batch, backend.cache, np.array(case.q_starts), 2)
-    assert step.parallel and step.num_parts > 1
-    covered = sum(int(item[cpu_plan.KEY_END] - item[cpu_plan.KEY_START]) for item in step.items)
+    backend.begin(batch)
+    assert isinstance(backend, CpuAttention) and backend.work.num_parts > 1
+    covered = int((backend.work.items["key_end"] - backend.work.items["key_start"]).sum())
     tiles = [(queries, context, token) for queries, context in rows for token in range(0, queries, 32)]
     assert covered == sum(context - queries + min(queries, token + 32) for queries, context, token in tiles)
     assert_close(case.run(backend, batch), case.dense())
@@ -154,11 +162,12 @@ def test_layers_and_steps_do_not_mix() -> None:
     backend = case.backend("cpu")
     first = case.run(backend)
     q_THD, k_TKD, v_TKD = case.qkv()
-    batch = replace(case.batch(), context_lens_B=torch.tensor([1, 20], dtype=torch.int32))
-    backend.write(0, -k_TKD, -v_TKD, case.batch())
+    case.write(backend, 0, -k_TKD, -v_TKD)
+    backend.begin(replace(case.batch(), context_lens_B=np.array([1, 20], np.int32)))
     # The rows' last tokens sit behind a context that layer 0 does not have; the second row is complete in both.
-    assert torch.equal(backend.attend(0, -q_THD, batch)[1:], -first[1:])
-    assert torch.equal(backend.attend(1, q_THD, case.batch()), first)
+    assert torch.equal(backend.attend(0, -q_THD)[1:], -first[1:])
+    backend.begin(case.batch())
+    assert torch.equal(backend.attend(1, q_THD), first)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -166,7 +175,7 @@ def test_layers_and_steps_do_not_mix() -> None:
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_a_row_that_is_not_finite_stays_alone(threads: int, poison: float, where: str) -> None:
     case = Case([(1, 90), (5, 33), (1, 200)], (0, 3, 6), 32)
-    with mock.patch.object(cpu_plan, "_PARALLEL_COST", 0):
+    with mock.patch.object(attention_plan, "_PARALLEL_COST", 0):
         clean = case.run(case.backend("cpu", threads))
         if where == "q":
             case.q[1][:] = poison
@@ -189,10 +198,7 @@ def test_large_scores_neither_overflow_nor_underflow() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_reference_takes_half_precision(dtype: torch.dtype) -> None:
     case = Case([(1, 40), (7, 17)], (0, 2, 3), 16)
-    q_THD, k_TKD, v_TKD = (x.to(dtype) for x in case.qkv())
-    backend, batch = case.backend("reference", dtype=dtype), case.batch()
-    backend.write(1, k_TKD, v_TKD, batch)
-    o_THD = backend.attend(1, q_THD, batch)
+    o_THD = case.run(case.backend("reference", dtype=dtype))
     assert o_THD.dtype is dtype
     torch.testing.assert_close(o_THD.double(), case.dense(), rtol=0, atol=0.05)
 
@@ -201,13 +207,7 @@ def test_the_reference_takes_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_reference_on_cuda() -> None:
     case = Case([(1, 40), (7, 17), (64, 300)], (0, 2, 3), 64)
-    batch = case.batch()
-    tensors = ("query_starts_B1", "context_lens_B", "block_tables_BN", "slots_T")
-    batch = replace(batch, **{name: getattr(batch, name).cuda() for name in tensors})
-    q_THD, k_TKD, v_TKD = (x.cuda() for x in case.qkv())
-    backend = case.backend("reference", device="cuda")
-    backend.write(1, k_TKD, v_TKD, batch)
-    assert_close(backend.attend(1, q_THD, batch).cpu(), case.dense())
+    assert_close(case.run(case.backend("reference", device="cuda")).cpu(), case.dense())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -245,13 +245,11 @@ def test_exp2_is_right_to_a_few_ulp() -> None:
 @pytest.mark.parametrize(
     ("break_it", "field"),
     [
-        (lambda b: replace(b, slots_T=torch.tensor([10**6])), "slots_T"),
-        (lambda b: replace(b, slots_T=torch.tensor([-1])), "slots_T"),
         (lambda b: replace(b, block_tables_BN=b.block_tables_BN + 1000), "batch"),
         (lambda b: replace(b, block_tables_BN=b.block_tables_BN[:, :1]), "batch"),
         (lambda b: replace(b, context_lens_B=b.context_lens_B * 0), "batch"),
         (lambda b: replace(b, query_starts_B1=b.query_starts_B1 + 1), "batch"),
-        (lambda b: replace(b, slots_T=b.slots_T.repeat(2)), "k_TKD"),
+        (lambda b: replace(b, query_starts_B1=b.query_starts_B1 * 2), "q_THD"),
     ],
 )
 def test_a_batch_that_would_touch_foreign_memory_is_refused(
@@ -264,28 +262,38 @@ def test_a_batch_that_would_touch_foreign_memory_is_refused(
 
 def test_tensors_of_the_wrong_kind_are_refused() -> None:
     case = Case([(1, 40)], (0, 2), 16)
-    backend, batch, (q_THD, k_TKD, v_TKD) = case.backend("cpu"), case.batch(), case.qkv()
-    with pytest.raises(InvalidValueError, match=r"^v_TKD="):
-        backend.write(1, k_TKD, v_TKD.half(), batch)
-    with pytest.raises(InvalidValueError, match=r"^q_THD="):
-        backend.attend(1, q_THD.transpose(0, 1).contiguous(), batch)
+    backend, (q_THD, _, _) = case.backend("cpu"), case.qkv()
+    backend.begin(case.batch())
+    for wrong in (q_THD.half(), q_THD.transpose(0, 1).contiguous(), q_THD.transpose(1, 2).contiguous().transpose(1, 2)):
+        with pytest.raises(InvalidValueError, match=r"^q_THD="):
+            backend.attend(1, wrong)
 
 
 def test_backends_refuse_what_they_cannot_serve() -> None:
     cache = KVCache(1, 1, 2, 16, 8, torch.float32, "cpu", transposed_keys=True)
-    with pytest.raises(InvalidValueError, match=r"^attention_backend='fast'.*reference, cpu"):
-        create_backend("fast", cache, (0, 1, 2), 1.0)
     for q_starts in ((0, 1), (1, 2, 3), (0, 2, 2)):
         with pytest.raises(InvalidValueError, match=r"^q_starts="):
-            create_backend("cpu", cache, q_starts, 1.0)
+            CpuAttention(cache, q_starts, 1.0)
     with pytest.raises(InvalidValueError, match=r"^num_threads=0"):
-        create_backend("cpu", cache, (0, 1, 2), 1.0, 0)
+        CpuAttention(cache, (0, 1, 2), 1.0, 0)
     with pytest.raises(InvalidValueError, match=r"^transposed_keys=False"):
-        create_backend("cpu", KVCache(1, 1, 1, 16, 8, torch.float32), (0, 1), 1.0)
+        CpuAttention(KVCache(1, 1, 1, 16, 8, torch.float32), (0, 1), 1.0)
     for block_size, head_dim, dtype in ((8, 8, torch.float32), (16, 12, torch.float32), (16, 8, torch.bfloat16)):
         other = KVCache(1, 1, 1, block_size, head_dim, dtype, transposed_keys=True)
-        with pytest.raises(InvalidValueError, match=r"^attention_backend="):
-            create_backend("cpu", other, (0, 1), 1.0)
-        assert default_backend("cpu", dtype, block_size, head_dim) == "reference"
-    assert default_backend("cpu", torch.float32, 16, 64) == "cpu"
-    assert default_backend("cuda", torch.float32, 16, 64) == "reference"
+        with pytest.raises(InvalidValueError, match=r"^attention="):
+            CpuAttention(other, (0, 1), 1.0)
+
+
+def test_a_device_and_dtype_have_a_backend() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert find_backend(None, cpu, torch.float32, 16, 64) is BACKENDS["cpu"]
+    for device, dtype, block_size, head_dim in (
+        (cpu, torch.float32, 8, 8),
+        (cpu, torch.float32, 16, 12),
+        (cpu, torch.bfloat16, 16, 8),
+        (cuda, torch.float32, 16, 64),
+    ):
+        assert find_backend(None, device, dtype, block_size, head_dim) is BACKENDS["reference"]
+    assert find_backend("reference", cpu, torch.float32, 16, 64) is BACKENDS["reference"]
+    with pytest.raises(InvalidValueError, match=r"^attention='fast'.*cpu, reference"):
+        find_backend("fast", cpu, torch.float32, 16, 64)

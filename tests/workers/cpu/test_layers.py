@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from headwise.workers.collectives import Solo
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from headwise.workers.shard import Shard
+from tests.checkpoints import small_spec
 from tests.workers.reference.test_llama import logits_of_a_rank
 
 CHANGES = {
@@ -29,3 +34,14 @@ def test_logits_are_those_of_plain_torch(checkpoint: Callable[..., Path], change
     expected = logits_of_a_rank(directory, token_ids, chunks, "reference")
     found = logits_of_a_rank(directory, token_ids, chunks, "cpu", threads)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [-1, 8, 10**6])
+def test_a_step_that_would_write_outside_the_cache_is_refused(checkpoint: Callable[..., Path], block: int) -> None:
+    shard = Shard(small_spec(checkpoint("gqa"), attention="cpu"), Solo(), 1)
+    shard.load()
+    shard.allocate(8)
+    admit = RowAdmit(0, [3, 4], 2, 0, [block], RowSampling())
+    with pytest.raises(InvalidValueError, match=r"^slots_T="):
+        shard.step(StepPlan(0, admits=[admit], computes=[(0, 2)]))
+    shard.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from headwise.workers.cpu import pointwise_simd
 from headwise.workers.cpu.argmax import argmax
-from headwise.workers.reference import ops
+from headwise.workers.reference.ops import ReferenceOps, rotate_
 
 
 def _add_norm(residual: Any, delta: Any, weight: Any, width: Any, eps: Any, out: Any) -> None:
@@ -47,7 +47,7 @@ def test_add_and_norm(compiled: Callable[[Any], Any], width: int) -> None:
     padding = (0, -width % 16)
     residual, delta, weight = (torch.nn.functional.pad(random(1, width) + i, padding) for i in range(3))
     expected_sum, out = residual.clone(), torch.zeros_like(residual)
-    expected = ops.add_rms_norm(expected_sum[:, :width], delta[:, :width], weight[0, :width], 1e-5)
+    expected = ReferenceOps().add_rms_norm(expected_sum[:, :width], delta[:, :width], weight[0, :width], 1e-5)
     arrays = (residual.numpy(), delta.numpy(), weight.numpy())
     compiled(_add_norm)(*arrays, width, np.float32(1e-5), out.numpy())
     assert torch.equal(residual, expected_sum)
@@ -59,7 +59,7 @@ def test_add_and_norm(compiled: Callable[[Any], Any], width: int) -> None:
 def test_turning_a_head(compiled: Callable[[Any], Any], head_dim: int) -> None:
     x, angles = random(1, 1, head_dim), random(1, head_dim // 2)
     expected = x.clone()
-    ops.rope_(expected, 1, angles.cos(), angles.sin())
+    rotate_(expected, angles.cos(), angles.sin())
     compiled(_turn)(x.numpy(), angles.cos().numpy(), angles.sin().numpy())
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
 

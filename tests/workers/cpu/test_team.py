@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from headwise.workers.cpu.team import LINE_BYTES, barrier, join, next_job, team_bytes
+from headwise.workers.cpu.team import LINE_BYTES, join, meet, take_job, team_bytes
 
 STAGES, JOBS, DEADLINE_S = 40, 23, 60.0
 
@@ -23,12 +23,12 @@ def _work(address: Any, threads: Any, taken: Any, seen: Any) -> int:
         if stage > 0:
             seen[stage, team.member] = taken[stage - 1].sum()
         done = 0
-        job = next_job(team, JOBS, 0)
+        job = take_job(team, JOBS, 0)
         while job >= 0:
             taken[stage, job] += 1
             done += 1
-            job = next_job(team, JOBS, done)
-        barrier(team)
+            job = take_job(team, JOBS, done)
+        meet(team)
     return int(team.size)
 
 

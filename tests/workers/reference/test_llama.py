@@ -6,20 +6,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from headwise.workers import collectives
-from headwise.workers.backends import create_backend, transposed_keys
+from headwise.workers.backends import BACKENDS
 from headwise.workers.collectives import Collectives, Solo
-from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.checkpoint import load_shard
 from headwise.workers.model.model import StepInput
 from headwise.workers.model.model_config import load_model_config
 from headwise.workers.model.partition import partition_model
-from headwise.workers.reference.llama import Llama
 from tests.checkpoints import SHAPES, reference_model
 
 BLOCK_SIZE = 16
@@ -39,8 +38,8 @@ def logits_of_a_rank(
     rank = peers.rank
     part = partition_model(config, tp)[rank]
     weights = load_shard(directory, config, part, torch.float32, torch.device("cpu"))
-    parts = (config, part, weights, peers, 512)
-    model = CpuLlama(*parts, num_threads=threads) if attention == "cpu" else Llama(*parts)
+    backend = BACKENDS[attention]
+    model = backend.model(config, part, weights, peers, 512, threads)
     cache = KVCache(
         num_layers=config.num_layers,
         num_blocks=40,
@@ -49,23 +48,28 @@ def logits_of_a_rank(
         head_dim=config.head_dim,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        transposed_keys=transposed_keys(attention),
+        transposed_keys=bool(backend.attention.transposed_keys),
     )
-    backend = create_backend(attention, cache, part.heads.q_starts, config.head_dim**-0.5, threads)
-    blocks = torch.randperm(40, generator=torch.Generator().manual_seed(rank))[: -(-len(token_ids) // BLOCK_SIZE)]
+    model.attach(cache)
+    blocks_N = np.random.default_rng(rank).permutation(40)[: -(-len(token_ids) // BLOCK_SIZE)].astype(np.int32)
+    tokens_RL = torch.zeros(2, len(token_ids), dtype=torch.int64)
+    tokens_RL[1] = torch.tensor(token_ids)
     found, done = [], 0
     for chunk in chunks:
-        positions = torch.arange(done, done + chunk)
-        batch = AttentionBatch(
-            query_starts_B1=torch.tensor([0, chunk], dtype=torch.int32),
-            context_lens_B=torch.tensor([done + chunk], dtype=torch.int32),
-            block_tables_BN=blocks.to(torch.int32).unsqueeze(0),
-            slots_T=blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            max_query_len=chunk,
-            max_context_len=done + chunk,
+        positions_T = np.arange(done, done + chunk)
+        step = StepInput(
+            tokens_RL=tokens_RL,
+            rows_T=np.ones(chunk, np.int64),
+            positions_T=positions_T,
+            slots_T=blocks_N[positions_T // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions_T % BLOCK_SIZE,
+            logit_tokens_B=np.arange(chunk),
+            attention=AttentionBatch(
+                query_starts_B1=np.array([0, chunk], np.int32),
+                context_lens_B=np.array([done + chunk], np.int32),
+                block_tables_BN=blocks_N[None],
+            ),
         )
-        ids = torch.tensor(token_ids[done : done + chunk])
-        found.append(model.forward(StepInput(ids, positions, torch.arange(chunk), batch), backend).clone())
+        found.append(model.forward(step).clone())
         done += chunk
     return torch.cat(found)
 
