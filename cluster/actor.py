@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
 
-CALLS = ("stats", "stored_blocks")
-"""The methods of Shard that a group may call on every rank."""
+QUERIES = ("stats", "stored_blocks")
+"""The methods of Shard that a group may ask every rank for."""
 
 
 class ShardActor:
@@ -103,7 +103,7 @@ class ShardActor:
                 self._channel.send(Kind.OUTPUT, encode_output(output))
         elif kind == Kind.TRANSFER:
             shard.transfer(decode_job(payload))
-        elif kind == Kind.CALL and payload.decode() in CALLS:
+        elif kind == Kind.QUERY and payload.decode() in QUERIES:
             self._channel.send(Kind.REPLY, msgpack.packb(getattr(shard, payload.decode())()))
         else:
             raise ValueError(f"rank {self._rank} got a message of kind {kind!r} it does not know: {payload[:40]!r}")

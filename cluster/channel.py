@@ -33,7 +33,7 @@ class Kind(enum.IntEnum):
     """What a message is: the first four go to shards, the others come from them."""
 
     STEP = 1
-    CALL = 2
+    QUERY = 2
     CLOSE = 3
     TRANSFER = 4
     OUTPUT = 16

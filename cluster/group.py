@@ -62,9 +62,13 @@ class ShardGroup(ABC):
         """
 
     @abstractmethod
-    def call(self, method: str) -> list[Any]:
-        """Runs one of :class:`~headwise.workers.shard.Shard`'s argument-free methods on every rank, after every
-        plan submitted before; returns the answers in rank order. No plan may be in flight."""
+    def query(self, method: str) -> list[Any]:
+        """What one of :class:`~headwise.workers.shard.Shard`'s argument-free methods returns on every rank, in rank
+        order. No plan may be in flight.
+
+        Raises:
+            ShardGroupDied: as :meth:`collect`.
+        """
 
     @abstractmethod
     def transfer(self, job: TransferJob) -> None:

@@ -54,7 +54,7 @@ class LocalShardGroup(ShardGroup):
         except Exception as error:
             raise ShardGroupDied(0, "localhost", f"{type(error).__name__}: {error}") from error
 
-    def call(self, method: str) -> list[Any]:
+    def query(self, method: str) -> list[Any]:
         assert self._shard is not None, "start() comes first"
         return [self._thread.submit(getattr(self._shard, method)).result()]
 

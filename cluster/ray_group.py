@@ -29,7 +29,7 @@ from headwise.workers.spec import ShardSpec
 CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end by themselves before they are killed, and killed ones to be gone."""
 
-CALL_TIMEOUT_S = 30.0
+QUERY_TIMEOUT_S = 30.0
 
 
 class RayShardGroup(ShardGroup):
@@ -92,9 +92,9 @@ class RayShardGroup(ShardGroup):
     def collect(self) -> StepOutput:
         return decode_output(self._receive(Kind.OUTPUT, None)[1])
 
-    def call(self, method: str) -> list[Any]:
-        self._send_all(Kind.CALL, method.encode())
-        replies = dict(self._receive(Kind.REPLY, CALL_TIMEOUT_S) for _ in range(self._tp))
+    def query(self, method: str) -> list[Any]:
+        self._send_all(Kind.QUERY, method.encode())
+        replies = dict(self._receive(Kind.REPLY, QUERY_TIMEOUT_S) for _ in range(self._tp))
         return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
 
     def transfer(self, job: TransferJob) -> None:

@@ -297,7 +297,7 @@ class LLM:
         ``kv_bytes_per_rank``."""
 
         def read(engine: Engine) -> dict[str, Any]:
-            shards = engine.call_shards("stats")  # first: it processes the steps in flight
+            shards = engine.query_shards("stats")  # first: it processes the steps in flight
             return engine.stats() | {"shards": shards}
 
         stats = self._loop.run(read)

@@ -96,7 +96,7 @@ class PlainGroup(ShardGroup):
         self._copy_some()
         return decode_output(encode_output(self._step(decode_plan(self.plans.popleft()))))
 
-    def call(self, method: str) -> list[Any]:
+    def query(self, method: str) -> list[Any]:
         assert not self.plans
         return [method]
 

@@ -67,7 +67,7 @@ class ThreadShardGroup(ShardGroup):
             raise ShardGroupDied(0, "thread", repr(output)) from output
         return decode_output(output)
 
-    def call(self, method: str) -> list[Any]:
+    def query(self, method: str) -> list[Any]:
         return [getattr(shard, method)() for shard in self.shards]
 
     def transfer(self, job: TransferJob) -> None:

@@ -136,11 +136,11 @@ class Engine:
             | {"pinned_blocks": pins.num_blocks, "tiers": tiers.stats() if tiers is not None else {}},
         }
 
-    def call_shards(self, method: str) -> list[Any]:
+    def query_shards(self, method: str) -> list[Any]:
         """The answers of every rank, in rank order; the steps in flight are processed first."""
         while self._in_flight:
             self._collect_oldest()
-        return self.generation.group.call(method)
+        return self.generation.group.query(method)
 
     def cached_block(self, digest: bytes) -> CachedBlock | None:
         """A block that the prefix cache has on the device."""

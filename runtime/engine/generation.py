@@ -102,7 +102,7 @@ class GenerationFactory:
             reserve = min(num_blocks, max(num_blocks // 8, -(-2 * config.max_num_batched_tokens // config.block_size)))
             tiers = Tiers(cache, ledger, sizes.host, sizes.disk, reserve, config.cache_quota, events)
             if sizes.disk:
-                tiers.adopt(*_stored_everywhere(group.call("stored_blocks")))
+                tiers.adopt(*_stored_everywhere(group.query("stored_blocks")))
         pins = Pins(cache, max(0, num_blocks - -(-self._max_model_len // config.block_size) - 1))
         return Generation(events.epoch, group, cache, BlockTables(cache, tiers), ledger, tiers, pins)
 

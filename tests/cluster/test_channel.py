@@ -37,10 +37,10 @@ def ranks(channel: EngineChannel) -> Iterator[list[ShardChannel]]:
 def test_messages_arrive_in_order_at_their_rank(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
     for i in range(200):
         channel.send_all(Kind.STEP, b"all %d" % i)
-    channel.send(1, Kind.CALL, b"one")
+    channel.send(1, Kind.QUERY, b"one")
     for rank in ranks:
         assert [rank.receive(DEADLINE_S) for _ in range(200)] == [(Kind.STEP, b"all %d" % i) for i in range(200)]
-    assert ranks[1].receive(DEADLINE_S) == (Kind.CALL, b"one")
+    assert ranks[1].receive(DEADLINE_S) == (Kind.QUERY, b"one")
     assert ranks[0].receive(0.05) is None
 
 

@@ -434,11 +434,11 @@ def test_a_shards_death_reaches_every_caller_now_and_later(
 def test_a_death_that_stats_meets_reaches_the_others_too(
     spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM
 ) -> None:
-    class DeadOnCall(PacedGroup):
-        def call(self, method: str) -> list[Any]:
+    class DeadOnQuery(PacedGroup):
+        def query(self, method: str) -> list[Any]:
             raise ShardGroupDied(0, "node-a", "gone")
 
-    monkeypatch.setattr(start, "make_group", lambda config, spec: DeadOnCall(spec))
+    monkeypatch.setattr(start, "make_group", lambda config, spec: DeadOnQuery(spec))
     llm = thread_llm(spoken)
     stream = llm.stream([5], GREEDY.clone(max_tokens=400))
     next(stream)

@@ -194,13 +194,13 @@ def test_a_row_that_fails_ends_alone() -> None:
     assert bench.got["good#0"] == alone(good)[0]
 
 
-def test_calls_to_shards_come_after_the_steps_in_flight() -> None:
+def test_queries_of_shards_come_after_the_steps_in_flight() -> None:
     bench = Bench(depth=2)
     request = make_request("a", [1, 2], 8)
     bench.add(request)
     bench.step()
     assert bench.group.plans
-    assert bench.engine.call_shards("stats") == ["stats"]
+    assert bench.engine.query_shards("stats") == ["stats"]
     bench.run()
     bench.check_idle()
     assert bench.got["a#0"] == alone(request)[0]
