@@ -1,36 +1,19 @@
-"""The step channel between an engine and its shards: ZeroMQ PUSH and PULL carrying msgpack made elsewhere.
+"""The step channel between an engine and the ranks of its group: what goes over it, and what each end can do.
 
-Ray places the shards and watches them, but a call to an actor costs milliseconds; a message here a tenth of one.
-On one host the sockets are files in a folder only this user may enter. Across hosts they are TCP, encrypted and
-authenticated with CURVE (curvezmq.org): the engine admits the keys it made for its own ranks and no others.
+Its messages are msgpack, made by whoever sends them. zmq_channel.py carries them between processes, queue_channel.py
+between the threads of one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
 
-import zmq
-from zmq.auth.thread import ThreadAuthenticator
-
-from headwise.workers.errors import HeadwiseError, InvalidValueError
-from headwise.workers.plan import MAX_MESSAGE_BYTES
-
-SEND_TIMEOUT_S = 3.0
-"""How long a message may wait for a receiver that does not read; steps are answered one by one, so queues are short."""
-
-_MAX_PATH = 100
-"""A unix socket's path has at most 107 bytes; the file's name takes a few."""
+from headwise.workers.errors import HeadwiseError
 
 
 class Kind(enum.IntEnum):
-    """What a message is: the first four go to shards, the others come from them."""
+    """What a message is: the first four go to ranks, the others come from them."""
 
     STEP = 1
     QUERY = 2
@@ -47,202 +30,43 @@ class ChannelError(HeadwiseError):
     """A message could not be sent in time, or the channel cannot be set up."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEndpoint:
-    """What one rank needs to connect. With CURVE it holds the rank's secret key: hand it to nobody else."""
+class EngineChannel(ABC):
+    """The engine's end: one queue to each rank, one queue from all of them. For one thread, but for :meth:`wake`."""
 
-    rank: int
-    plans: str
-    replies: str
-    server_key: bytes = b""
-    public_key: bytes = b""
-    secret_key: bytes = field(default=b"", repr=False)
+    world_size: int
 
-
-class EngineChannel:
-    """The engine's end: one queue to each rank, one queue from all of them."""
-
-    def __init__(self, world_size: int, transport: str = "ipc", host: str = "127.0.0.1") -> None:
-        """
-        Args:
-            transport: ``ipc`` where all ranks are on this host, else ``tcp``.
-            host: the address to bind with tcp; the ports come from the system.
-
-        Raises:
-            InvalidValueError: another transport.
-            ChannelError: the folder for temporary files has too long a path.
-        """
-        if transport not in ("ipc", "tcp"):
-            raise InvalidValueError("transport", transport, "must be ipc or tcp")
-        self._context = zmq.Context()
-        self._folder: str | None = None
-        self._authenticator: ThreadAuthenticator | None = None
-        self._lock = threading.Lock()
-        self._closed = False
-        try:
-            self._keys = _Keys(world_size) if transport == "tcp" else None
-            if self._keys is not None:
-                self._admit(self._keys)
-            else:
-                self._folder = _private_folder()
-            self._replies, self._replies_at = self._bind(zmq.PULL, host, "replies")
-            plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
-            self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
-            self._wake_in, self._wake_out = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-            self._wake_in.bind("inproc://wake")
-            self._wake_out.connect("inproc://wake")
-        except BaseException:
-            self.close()
-            raise
-        self._poller = zmq.Poller()
-        self._poller.register(self._replies, zmq.POLLIN)
-        self._poller.register(self._wake_in, zmq.POLLIN)
-
-    def endpoint(self, rank: int) -> ShardEndpoint:
-        """What :class:`ShardChannel` of that rank connects with."""
-        if self._keys is None:
-            return ShardEndpoint(rank, self._plans_at[rank], self._replies_at)
-        public, secret = self._keys.ranks[rank]
-        return ShardEndpoint(rank, self._plans_at[rank], self._replies_at, self._keys.server[0], public, secret)
-
+    @abstractmethod
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ChannelError: the rank has not read for SEND_TIMEOUT_S, or the payload is over MAX_MESSAGE_BYTES.
+            ChannelError: the rank does not read, or the payload is too large.
         """
-        _send(self._plans[rank], [bytes([kind]), payload], f"rank {rank}")
 
     def send_all(self, kind: Kind, payload: bytes) -> None:
         """Sends to every rank, in rank order; raises as :meth:`send`."""
-        for rank in range(len(self._plans)):
+        for rank in range(self.world_size):
             self.send(rank, kind, payload)
 
+    @abstractmethod
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
         """The next message and the rank it is from; None when the time is over or :meth:`wake` was called."""
-        events = dict(self._poller.poll(_milliseconds(timeout_s)))
-        if self._replies in events:
-            kind, rank, payload = self._replies.recv_multipart()
-            return Kind(kind[0]), int.from_bytes(rank, "big"), payload
-        if self._wake_in in events:
-            self._wake_in.recv()
-        return None
 
+    @abstractmethod
     def wake(self) -> None:
-        """Lets a blocked :meth:`receive` return None. May be called from any thread."""
-        with self._lock:
-            if not self._closed:
-                # A full queue says that many calls before this one are still to be seen: one more adds nothing.
-                with contextlib.suppress(zmq.Again):
-                    self._wake_out.send(b"", zmq.NOBLOCK)
-
-    def close(self) -> None:
-        """Closes the sockets and removes their folder. Idempotent. Messages not read yet are lost."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        if self._authenticator is not None:
-            self._authenticator.stop()
-        self._context.destroy(linger=0)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _bind(self, kind: int, host: str, name: str) -> tuple[zmq.Socket[bytes], str]:
-        socket = _socket(self._context, kind)
-        if self._keys is None:
-            address = f"ipc://{self._folder}/{name}"
-            socket.bind(address)
-            return socket, address
-        socket.curve_publickey, socket.curve_secretkey = self._keys.server
-        socket.curve_server = True
-        port = socket.bind_to_random_port(f"tcp://{host}")
-        return socket, f"tcp://{host}:{port}"
-
-    def _admit(self, keys: _Keys) -> None:
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback("*", keys)
+        """Lets a blocked :meth:`receive` return None. May be called on any thread."""
 
 
-class ShardChannel:
-    """A rank's end."""
+class ShardChannel(ABC):
+    """A rank's end. For one thread, but for :meth:`send`."""
 
-    def __init__(self, endpoint: ShardEndpoint) -> None:
-        self._endpoint, self._rank = endpoint, endpoint.rank.to_bytes(4, "big")
-        self._context = zmq.Context()
-        self._plans = self._connect(zmq.PULL, endpoint.plans, endpoint)
-        self._replies = self._connect(zmq.PUSH, endpoint.replies, endpoint)
-
+    @abstractmethod
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
         """The next message, None when the time is over."""
-        if not self._plans.poll(_milliseconds(timeout_s)):
-            return None
-        kind, payload = self._plans.recv_multipart()
-        return Kind(kind[0]), payload
 
+    @abstractmethod
     def send(self, kind: Kind, payload: bytes) -> None:
-        """
+        """May be called on any thread.
+
         Raises:
-            ChannelError: the engine has not read for SEND_TIMEOUT_S, or the payload is over MAX_MESSAGE_BYTES.
+            ChannelError: the engine does not read, or the payload is too large.
         """
-        _send(self._replies, [bytes([kind]), self._rank, payload], "the engine")
-
-    def sender(self) -> Callable[[Kind, bytes], None]:
-        """A way to :meth:`send` from another thread, or from several that take turns."""
-        socket = self._connect(zmq.PUSH, self._endpoint.replies, self._endpoint)
-        return lambda kind, payload: _send(socket, [bytes([kind]), self._rank, payload], "the engine")
-
-    def close(self, linger_s: float = 1.0) -> None:
-        """Idempotent. What was sent last gets ``linger_s`` to arrive."""
-        self._context.destroy(linger=int(linger_s * 1000))
-
-    def _connect(self, kind: int, address: str, endpoint: ShardEndpoint) -> zmq.Socket[bytes]:
-        socket = _socket(self._context, kind)
-        if endpoint.server_key:
-            socket.curve_serverkey = endpoint.server_key
-            socket.curve_publickey, socket.curve_secretkey = endpoint.public_key, endpoint.secret_key
-        socket.connect(address)
-        return socket
-
-
-class _Keys:
-    """The engine's key pair and one for each rank; asked by ZAP whether a client may come in."""
-
-    def __init__(self, world_size: int) -> None:
-        self.server = zmq.curve_keypair()
-        self.ranks = [zmq.curve_keypair() for _ in range(world_size)]
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in [public for public, _ in self.ranks]
-
-
-def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.linger = 0
-    socket.maxmsgsize = MAX_MESSAGE_BYTES
-    socket.sndtimeo = int(SEND_TIMEOUT_S * 1000)
-    return socket
-
-
-def _milliseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1000)
-
-
-def _send(socket: zmq.Socket[bytes], parts: list[bytes], receiver: str) -> None:
-    if len(parts[-1]) > MAX_MESSAGE_BYTES:
-        # The receiving socket would drop the connection over it, and the message with it.
-        raise ChannelError(
-            f"a message of {len(parts[-1])} bytes to {receiver} is over the limit of {MAX_MESSAGE_BYTES}"
-        )
-    try:
-        socket.send_multipart(parts)
-    except zmq.Again:
-        raise ChannelError(f"{receiver} has not read for {SEND_TIMEOUT_S:g} s") from None
-
-
-def _private_folder() -> str:
-    """A new folder with mode 0700, where a socket's path fits."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.path.join(parent, "hw-12345678")) < _MAX_PATH and os.path.isdir(parent):
-            return tempfile.mkdtemp(prefix="hw-", dir=parent)
-    raise ChannelError(f"TMPDIR={tempfile.gettempdir()} is too long a path for a socket; at most {_MAX_PATH} bytes")

@@ -89,12 +89,28 @@ class ShardGroup(ABC):
 
     @property
     def death(self) -> ShardGroupDied | None:
-        """What ended the group, as far as that is noticed while nobody calls. May be read on any thread."""
+        """What ended the group, as far as that is noticed without a call. May be read on any thread."""
         return None
 
     @abstractmethod
     def close(self) -> None:
         """Ends every rank and removes what the group made."""
+
+
+class GroupFactory(ABC):
+    """Makes the groups of one engine one after another, on resources that outlive each of them."""
+
+    @abstractmethod
+    def make(self) -> ShardGroup:
+        """A group that is not started yet. The one made before must be closed.
+
+        Raises:
+            GroupStartError: there is no room for its ranks.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the resources back; the last group must be closed. Idempotent."""
 
 
 class TransferResults:

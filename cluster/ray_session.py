@@ -18,27 +18,9 @@ _users = 0
 _started_here = False
 
 
-class RaySession:
-    """One group's use of this process's Ray. The last one to leave a Ray that was started here ends it."""
-
-    _left = False
-
-    def leave(self) -> None:
-        """Idempotent."""
-        global _users, _started_here
-        with _lock:
-            if self._left:
-                return
-            self._left = True
-            _users -= 1
-            if _users == 0 and _started_here:
-                _started_here = False
-                ray.shutdown()
-
-
-def join(address: str | None) -> RaySession:
+def join(address: str | None) -> None:
     """Connects to the Ray at ``address`` or RAY_ADDRESS; with neither, to the one this process already uses; else
-    starts one on this machine, without a dashboard.
+    starts one on this machine, without a dashboard. Each join is followed by one :func:`leave`.
 
     Raises:
         GroupStartError: no Ray answers there.
@@ -62,4 +44,13 @@ def join(address: str | None) -> RaySession:
                 )
                 _started_here = True
         _users += 1
-        return RaySession()
+
+
+def leave() -> None:
+    """The last to leave a Ray that was started here ends it."""
+    global _users, _started_here
+    with _lock:
+        _users -= 1
+        if _users == 0 and _started_here:
+            _started_here = False
+            ray.shutdown()

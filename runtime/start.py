@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
-from headwise.cluster.group import Progress, ShardGroup
-from headwise.cluster.local import LocalShardGroup
+from headwise.cluster.group import GroupFactory, Progress
+from headwise.cluster.local_group import LocalGroupFactory
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import GenerationFactory
@@ -39,13 +39,17 @@ class Started:
 
     model_path: Path
     inputs: InputProcessor
+    generations: GenerationFactory
     engine: Engine
     spec: ShardSpec
 
     def close(self) -> None:
         """Ends the shards; call it once the engine's thread has ended. Idempotent."""
-        self.inputs.close()
-        self.engine.generation.close()
+        # Whatever fails or interrupts one of these, the others are done; the last pushed is the first.
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.generations.close)
+            stack.callback(self.engine.generation.close)
+            stack.callback(self.inputs.close)
 
 
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
@@ -71,9 +75,13 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
         prepare_kernels(quiet)
     # Later engines have later epochs, so that a router can tell a restart from a gap.
     events = KvEvents(time.time_ns() // 1_000_000)
-    factory = GenerationFactory(config, lambda: make_group(config, spec), max_model_len, sizes, events)
-    with _load_progress(quiet) as progress:
-        generation = factory.make(progress)
+    generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events)
+    try:
+        with _load_progress(quiet) as progress:
+            generation = generations.make(progress)
+    except BaseException:
+        generations.close()
+        raise
     if not quiet:
         num_blocks = generation.cache.pool.num_blocks
         tokens, blocks = f"{num_blocks * config.block_size:,} tokens", f"{num_blocks:,} blocks of {config.block_size}"
@@ -83,7 +91,7 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     engine = Engine(generation, scheduler, events, config.pipeline_depth)
     grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
     inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
-    return Started(path, inputs, engine, spec)
+    return Started(path, inputs, generations, engine, spec)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -111,13 +119,13 @@ def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: i
     )
 
 
-def make_group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
+def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:
     if config.executor == "local":
-        return LocalShardGroup(spec, config.cpus_per_rank)
+        return LocalGroupFactory(spec, config.cpus_per_rank)
     # Here and not above: executor="local" works where Ray is not installed.
-    from headwise.cluster.ray_group import RayShardGroup
+    from headwise.cluster.ray_factory import RayGroupFactory
 
-    return RayShardGroup(
+    return RayGroupFactory(
         spec, address=config.address, cpus_per_rank=config.cpus_per_rank, start_timeout_s=config.start_timeout
     )
 

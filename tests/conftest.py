@@ -13,14 +13,11 @@ from hypothesis import settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from headwise.cluster.group import ShardGroup
 from headwise.runtime import LLM, start
-from headwise.runtime.config import EngineConfig
 from headwise.runtime.models import resolve
-from headwise.workers.spec import ShardSpec
 from tests.checkpoints import SHAPES, write_checkpoint
 from tests.examples import FEW
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import thread_groups
 
 settings.register_profile(FEW, max_examples=20)  # of a test that asks for no number
 torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
@@ -52,11 +49,7 @@ def smollm2() -> Path:
 @pytest.fixture
 def thread_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLLM]:
     """Makes LLMs whose ranks are threads of this process, and closes them."""
-
-    def group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
-        return ThreadShardGroup(spec)
-
-    monkeypatch.setattr(start, "make_group", group)
+    monkeypatch.setattr(start, "make_factory", thread_groups())
     made: list[LLM] = []
 
     def make(model: Path, **settings: Any) -> LLM:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.cluster.group import Progress, ShardGroup
+from headwise.cluster.group import GroupFactory, Progress, ShardGroup
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.tier_sizes import TierSizes
@@ -53,17 +52,18 @@ class GenerationFactory:
     def __init__(
         self,
         config: EngineConfig,
-        make_group: Callable[[], ShardGroup],
+        groups: GroupFactory,
         max_model_len: int,
         sizes: TierSizes,
         events: KvEvents,
     ) -> None:
         """
         Args:
+            groups: makes their groups; this factory closes it.
             sizes: of the tiers.
             events: where generations tell which blocks they hold; its epoch is theirs.
         """
-        self._config, self._make_group, self._max_model_len = config, make_group, max_model_len
+        self._config, self._groups, self._max_model_len = config, groups, max_model_len
         self._sizes, self._events = sizes, events
 
     def make(self, progress: Progress | None = None) -> Generation:
@@ -76,7 +76,7 @@ class GenerationFactory:
             GroupStartError, ShardGroupDied, CheckpointError: the group cannot be started.
             InvalidValueError: its KV memory does not hold one request of the model's length.
         """
-        group = self._make_group()
+        group = self._groups.make()
         try:
             num_blocks = group.start(progress, self._config.num_blocks)
             self._check_length(num_blocks)
@@ -84,6 +84,10 @@ class GenerationFactory:
         except BaseException:
             group.close()
             raise
+
+    def close(self) -> None:
+        """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""
+        self._groups.close()
 
     def _check_length(self, num_blocks: int) -> None:
         num_tokens = num_blocks * self._config.block_size

@@ -6,35 +6,44 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import zmq
 
-from headwise.cluster.channel import ChannelError, EngineChannel, Kind, ShardChannel, ShardEndpoint
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind, ShardChannel
+from headwise.cluster.queue_channel import QueueEngineChannel
+from headwise.cluster.zmq_channel import ShardEndpoint, ZmqEngineChannel, ZmqShardChannel
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import MAX_MESSAGE_BYTES
 
 DEADLINE_S = 10.0
 
 
-@pytest.fixture(params=["ipc", "tcp"])
+@pytest.fixture(params=["ipc", "tcp", "queues"])
 def channel(request: pytest.FixtureRequest) -> Iterator[EngineChannel]:
-    engine = EngineChannel(2, request.param)
+    if request.param == "queues":
+        yield QueueEngineChannel(2)
+        return
+    engine = ZmqEngineChannel(2, request.param)
     yield engine
     engine.close()
 
 
 @pytest.fixture
-def ranks(channel: EngineChannel) -> Iterator[list[ShardChannel]]:
-    shards = [ShardChannel(channel.endpoint(rank)) for rank in range(2)]
+def ranks(channel: EngineChannel) -> Iterator[Sequence[ShardChannel]]:
+    if isinstance(channel, QueueEngineChannel):
+        yield [channel.rank(rank) for rank in range(2)]
+        return
+    assert isinstance(channel, ZmqEngineChannel)
+    shards = [ZmqShardChannel(channel.endpoint(rank)) for rank in range(2)]
     yield shards
     for shard in shards:
         shard.close(linger_s=0)
 
 
-def test_messages_arrive_in_order_at_their_rank(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+def test_messages_arrive_in_order_at_their_rank(channel: EngineChannel, ranks: Sequence[ShardChannel]) -> None:
     for i in range(200):
         channel.send_all(Kind.STEP, b"all %d" % i)
     channel.send(1, Kind.QUERY, b"one")
@@ -44,7 +53,7 @@ def test_messages_arrive_in_order_at_their_rank(channel: EngineChannel, ranks: l
     assert ranks[0].receive(0.05) is None
 
 
-def test_replies_say_whose_they_are(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+def test_replies_say_whose_they_are(channel: EngineChannel, ranks: Sequence[ShardChannel]) -> None:
     ranks[1].send(Kind.OUTPUT, b"x" * 10_000_000)
     assert channel.receive(DEADLINE_S) == (Kind.OUTPUT, 1, b"x" * 10_000_000)
     ranks[0].send(Kind.ERROR, b"")
@@ -62,7 +71,7 @@ def test_wake_ends_a_wait(channel: EngineChannel) -> None:
 
 
 def test_waking_over_and_over_neither_blocks_nor_hides_a_message(
-    channel: EngineChannel, ranks: list[ShardChannel]
+    channel: EngineChannel, ranks: Sequence[ShardChannel]
 ) -> None:
     for _ in range(5000):
         channel.wake()
@@ -70,14 +79,15 @@ def test_waking_over_and_over_neither_blocks_nor_hides_a_message(
     assert any(channel.receive(DEADLINE_S) == (Kind.OUTPUT, 0, b"seen") for _ in range(5001))
 
 
-def test_waiting_costs_no_processor_time(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+def test_waiting_costs_no_processor_time(channel: EngineChannel, ranks: Sequence[ShardChannel]) -> None:
     start = time.process_time()
     assert channel.receive(0.5) is None
     assert ranks[0].receive(0.5) is None
     assert time.process_time() - start < 0.05
 
 
-def test_too_large_a_message_is_refused_by_its_sender(channel: EngineChannel, ranks: list[ShardChannel]) -> None:
+@pytest.mark.parametrize("channel", ["ipc", "tcp"], indirect=True)
+def test_too_large_a_message_is_refused_by_its_sender(channel: EngineChannel, ranks: Sequence[ShardChannel]) -> None:
     too_large = bytes(MAX_MESSAGE_BYTES + 1)
     with pytest.raises(ChannelError, match=f"{MAX_MESSAGE_BYTES + 1} bytes to rank 1"):
         channel.send(1, Kind.STEP, too_large)
@@ -88,20 +98,22 @@ def test_too_large_a_message_is_refused_by_its_sender(channel: EngineChannel, ra
 
 
 def test_an_endpoint_does_not_print_its_secret_key() -> None:
-    channel = EngineChannel(1, "tcp")
+    channel = ZmqEngineChannel(1, "tcp")
     endpoint = channel.endpoint(0)
     assert endpoint.secret_key and endpoint.secret_key.decode() not in repr(endpoint)
     channel.close()
 
 
-def test_waking_a_closed_channel_is_harmless(channel: EngineChannel) -> None:
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_waking_a_closed_channel_is_harmless(transport: str) -> None:
+    channel = ZmqEngineChannel(2, transport)
     channel.close()
     channel.wake()
     channel.close()
 
 
 def test_sockets_live_in_a_private_folder_that_goes_with_the_channel() -> None:
-    channel = EngineChannel(1, "ipc")
+    channel = ZmqEngineChannel(1, "ipc")
     folder = Path(channel.endpoint(0).plans.removeprefix("ipc://")).parent
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
     channel.close()
@@ -110,19 +122,19 @@ def test_sockets_live_in_a_private_folder_that_goes_with_the_channel() -> None:
 
 def test_a_long_temporary_path_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 30)))
-    channel = EngineChannel(1, "ipc")
+    channel = ZmqEngineChannel(1, "ipc")
     assert channel.endpoint(0).plans.startswith("ipc:///tmp/")
     channel.close()
 
 
 @pytest.mark.parametrize("stranger", ["no keys", "keys of its own"])
 def test_strangers_are_kept_out(stranger: str) -> None:
-    channel = EngineChannel(1, "tcp")
+    channel = ZmqEngineChannel(1, "tcp")
     mine = channel.endpoint(0)
     public, secret = zmq.curve_keypair()
     keys = (mine.server_key, public, secret) if stranger == "keys of its own" else (b"", b"", b"")
-    intruder = ShardChannel(ShardEndpoint(0, mine.plans, mine.replies, *keys))
-    rank = ShardChannel(mine)
+    intruder = ZmqShardChannel(ShardEndpoint(0, mine.plans, mine.replies, *keys))
+    rank = ZmqShardChannel(mine)
     try:
         intruder.send(Kind.OUTPUT, b"wrong text")
         rank.send(Kind.OUTPUT, b"right")
@@ -138,14 +150,14 @@ def test_strangers_are_kept_out(stranger: str) -> None:
 
 
 def test_a_full_queue_is_an_error_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwise.cluster.channel.SEND_TIMEOUT_S", 0.05)
-    channel = EngineChannel(1, "ipc")
+    monkeypatch.setattr("headwise.cluster.zmq_channel.SEND_TIMEOUT_S", 0.05)
+    channel = ZmqEngineChannel(1, "ipc")
     sent = 0
     with pytest.raises(ChannelError, match="rank 0 has not read"):
         while sent < 100_000:
             channel.send(0, Kind.STEP, sent.to_bytes(4, "big"))
             sent += 1
-    rank = ShardChannel(channel.endpoint(0))
+    rank = ZmqShardChannel(channel.endpoint(0))
     received = [rank.receive(DEADLINE_S) for _ in range(sent)]
     assert [int.from_bytes(message[1], "big") for message in received if message] == list(range(sent))
     rank.close(linger_s=0)
@@ -154,4 +166,4 @@ def test_a_full_queue_is_an_error_and_loses_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_unknown_transport() -> None:
     with pytest.raises(InvalidValueError, match="transport='udp'"):
-        EngineChannel(1, "udp")
+        ZmqEngineChannel(1, "udp")

@@ -17,9 +17,12 @@ import pytest
 import ray
 
 from headwise.cluster.group import GroupStartError, ShardGroupDied
-from headwise.cluster.ray_group import RayShardGroup
+from headwise.cluster.ray_factory import RayGroupFactory
+from headwise.cluster.ray_ranks import RayRanks
 from headwise.runtime import LLM, SamplingParams
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from tests.checkpoints import small_spec
 from tests.runtime.test_parity import expected, prompts
 
 PARAMS = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -125,6 +128,30 @@ def test_two_models_at_once_do_not_collide(checkpoint: Callable[..., Path]) -> N
     nothing_left(pids)
 
 
+def test_a_factory_makes_one_group_after_another_in_one_place(checkpoint: Callable[..., Path]) -> None:
+    prompt, wanted = prompts()[2], expected(checkpoint("uneven"))[2][:4]
+    admit = RowAdmit(0, prompt, len(prompt), 0, [0, 1], RowSampling())
+    plans = [StepPlan(0, admits=[admit], computes=[(0, len(prompt))])]
+    plans += [StepPlan(step, computes=[(0, 1)]) for step in (1, 2, 3)]
+    factory = RayGroupFactory(small_spec(checkpoint("uneven"), tensor_parallel_size=2), cpus_per_rank=0.5)
+    pids: list[int] = []
+    places: set[str] = set()
+    for _ in range(2):
+        group = factory.make()
+        group.start(num_blocks=4)
+        for plan in plans:
+            group.submit(plan)
+        assert [group.collect().tokens for _ in plans] == [[(0, token)] for token in wanted]
+        pids += [shard["pid"] for shard in group.query("stats")]
+        group.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        places |= {name for name, place in ray.util.placement_group_table().items() if place["state"] == "CREATED"}
+    assert len(set(pids)) == 4 and len(places) == 1
+    factory.close()
+    factory.close()
+    nothing_left(pids)
+
+
 def test_a_placement_that_cannot_be_met_says_what_there_is(checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(
         GroupStartError, match=r"want 6 CPU; the cluster has 4 CPU.*cpus_per_rank=3 \(--cpus-per-rank\)"
@@ -141,7 +168,7 @@ def test_an_error_while_loading_is_the_rank_s_own(checkpoint: Callable[..., Path
 
 def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way ranks of several hosts talk, on one."""
-    monkeypatch.setattr(RayShardGroup, "_nodes", lambda self: {"one", "another"})
+    monkeypatch.setattr(RayRanks, "_node_ids", lambda self: {"one", "another"})
     with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
         outputs = model.generate(prompts(), PARAMS)
         pids = model.stats()["shard_pids"]

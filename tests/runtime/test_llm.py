@@ -24,7 +24,7 @@ from headwise.workers.plan import StepOutput
 from tests.checkpoints import reference_model, write_checkpoint
 from tests.conftest import MakeLLM
 from tests.runtime.inputs.test_tokenizer import byte_level
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import ThreadShardGroup, thread_groups
 
 DEADLINE_S = 60.0
 EOS = 2
@@ -303,7 +303,7 @@ class PacedGroup(ThreadShardGroup):
 
 @pytest.fixture
 def paced(spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM) -> LLM:
-    monkeypatch.setattr(start, "make_group", lambda config, spec: PacedGroup(spec))
+    monkeypatch.setattr(start, "make_factory", thread_groups(PacedGroup))
     return thread_llm(spoken)
 
 
@@ -416,7 +416,7 @@ class DyingGroup(PacedGroup):
 def test_a_shards_death_reaches_every_caller_now_and_later(
     spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM
 ) -> None:
-    monkeypatch.setattr(start, "make_group", lambda config, spec: DyingGroup(spec))
+    monkeypatch.setattr(start, "make_factory", thread_groups(DyingGroup))
     llm = thread_llm(spoken, pipeline_depth=2)
     long = GREEDY.clone(max_tokens=400)
     with ThreadPoolExecutor(4) as pool:
@@ -438,7 +438,7 @@ def test_a_death_that_stats_meets_reaches_the_others_too(
         def query(self, method: str) -> list[Any]:
             raise ShardGroupDied(0, "node-a", "gone")
 
-    monkeypatch.setattr(start, "make_group", lambda config, spec: DeadOnQuery(spec))
+    monkeypatch.setattr(start, "make_factory", thread_groups(DeadOnQuery))
     llm = thread_llm(spoken)
     stream = llm.stream([5], GREEDY.clone(max_tokens=400))
     next(stream)

@@ -28,6 +28,7 @@ from tests.runtime.kv.test_prefix_parity import (
 )
 from tests.runtime.test_llm import PacedGroup
 from tests.runtime.test_llm import spoken as spoken
+from tests.thread_group import thread_groups
 
 __all__ = ["always_restore", "spoken"]  # fixtures
 
@@ -155,7 +156,7 @@ def test_a_reset_forgets_everything_and_disturbs_nobody(
     prompts: list[list[int]],
     depth: int,
 ) -> None:
-    monkeypatch.setattr(start, "make_group", lambda config, spec: PacedGroup(spec))
+    monkeypatch.setattr(start, "make_factory", thread_groups(PacedGroup))
     llm = thread_llm(checkpoint(SHAPE), pipeline_depth=depth)
     long = GREEDY.clone(max_tokens=60)
     [[whole]] = tokens(llm.generate(prompts[0], long))

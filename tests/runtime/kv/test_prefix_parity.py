@@ -20,7 +20,7 @@ from headwise.runtime.kv.identity import TokenBlocks
 from headwise.workers.plan import StepPlan
 from tests.checkpoints import write_checkpoint
 from tests.conftest import MakeLLM
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import ThreadShardGroup, thread_groups
 
 BLOCK = 16
 DEADLINE_S = 60.0
@@ -418,7 +418,7 @@ def test_who_waited_for_blocks_that_turn_out_bad_computes_them(
     prompts = [some_tokens(chance, 90) for _ in range(8)]
     directory = checkpoint("gqa")
     expected = tokens(thread_llm(directory, enable_prefix_caching=False).generate(prompts, GREEDY))
-    monkeypatch.setattr(start, "make_group", lambda config, spec: FlippingGroup(spec))
+    monkeypatch.setattr(start, "make_factory", thread_groups(FlippingGroup))
     llm = thread_llm(directory, pipeline_depth=1, max_num_batched_tokens=16, num_blocks=32, max_model_len=128)
     group = llm._loop.engine.generation.group
     assert isinstance(group, FlippingGroup)

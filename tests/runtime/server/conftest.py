@@ -14,14 +14,12 @@ from typing import Any
 
 import pytest
 
-from headwise.cluster.group import ShardGroup
 from headwise.runtime import start as start_module
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.client import Client
-from headwise.runtime.config import EngineConfig, engine_config
+from headwise.runtime.config import engine_config
 from headwise.runtime.server.serve import ServeOptions, Server
-from headwise.workers.spec import ShardSpec
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import ThreadShardGroup, thread_groups
 
 DEADLINE_S = 60.0
 
@@ -119,11 +117,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
     """Starts servers, and ends them."""
     started: list[Running] = []
-
-    def group(config: EngineConfig, spec: ShardSpec) -> ShardGroup:
-        return ThreadShardGroup(spec)
-
-    monkeypatch.setattr(start_module, "make_group", group)
+    monkeypatch.setattr(start_module, "make_factory", thread_groups())
 
     def start(model: Path | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Running:
         queued = settings.pop("max_queued_requests", 1024)

@@ -222,7 +222,7 @@ def test_after_a_warm_up_serving_compiles_nothing(tmp_path: Path) -> None:
     code = f"""
 from headwise.runtime import LLM, SamplingParams, start
 from headwise.workers.jit import kernel_cache
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import thread_groups
 
 def serve(**settings):
     params = [SamplingParams(max_tokens=4, ignore_eos=True, temperature=temperature) for temperature in (0, 0, 1)]
@@ -232,7 +232,7 @@ def serve(**settings):
 serve(executor="local", cpus_per_rank=1)
 serve(executor="local", cpus_per_rank=2)
 serve(executor="local", cpus_per_rank=2, attention="reference")
-start.make_group = lambda config, spec: ThreadShardGroup(spec)
+start.make_factory = thread_groups()
 serve(tensor_parallel_size=2)
 print(kernel_cache.count() > 0, kernel_cache.compiled())
 """

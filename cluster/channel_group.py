@@ -1,0 +1,63 @@
+"""What all groups have in common whose ranks serve a step channel, in this process or in others."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgpack
+
+from headwise.cluster.channel import Kind
+from headwise.cluster.group import ShardGroup, ShardGroupDied, TransferResults
+from headwise.cluster.mailbox import Mailbox
+from headwise.workers.kv.transfer import TransferJob, TransferResult, decode_result, encode_job
+from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
+from headwise.workers.spec import ShardSpec
+
+QUERY_TIMEOUT_S = 30.0
+
+
+class ChannelGroup(ShardGroup):
+    """Encodes what the engine hands in and decodes what the ranks answer. A subclass starts and ends the ranks, and
+    makes ``_mailbox`` when it starts."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._spec, self._tp = spec, spec.tensor_parallel_size
+        self._mailbox: Mailbox | None = None
+        self._results = TransferResults(self._tp)
+
+    def submit(self, plan: StepPlan) -> None:
+        self._started().send_all(Kind.STEP, encode_plan(plan))
+
+    def collect(self) -> StepOutput:
+        return decode_output(self._started().receive(Kind.OUTPUT)[1])
+
+    def query(self, method: str) -> list[Any]:
+        mailbox, replies = self._started(), dict[int, bytes]()
+        mailbox.send_all(Kind.QUERY, method.encode())
+        while missing := set(range(self._tp)) - replies.keys():
+            reply = mailbox.poll(Kind.REPLY, QUERY_TIMEOUT_S)
+            if reply is None:
+                raise mailbox.declare_dead(min(missing), f"no answer to {method!r} within {QUERY_TIMEOUT_S:g} s")
+            replies[reply[0]] = reply[1]
+        return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
+
+    def transfer(self, job: TransferJob) -> None:
+        self._started().send_all(Kind.TRANSFER, encode_job(job))
+
+    def transferred(self, timeout_s: float) -> TransferResult | None:
+        deadline = time.monotonic() + timeout_s
+        while (result := self._results.take()) is None:
+            message = self._started().poll(Kind.TRANSFERRED, max(0.0, deadline - time.monotonic()))
+            if message is None:
+                return None
+            self._results.add(decode_result(message[1]))
+        return result
+
+    @property
+    def death(self) -> ShardGroupDied | None:
+        return self._mailbox.death if self._mailbox is not None else None
+
+    def _started(self) -> Mailbox:
+        assert self._mailbox is not None, "start() comes first"
+        return self._mailbox

@@ -1,0 +1,124 @@
+"""Groups whose ranks are threads of the calling process. No Ray: for machines that have none, and for tests."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+from headwise.cluster.channel import Kind
+from headwise.cluster.channel_group import ChannelGroup
+from headwise.cluster.group import GroupFactory, Progress, ShardGroup, ShardGroupDied
+from headwise.cluster.mailbox import Mailbox
+from headwise.cluster.queue_channel import QueueEngineChannel
+from headwise.cluster.rank import Rank
+from headwise.workers.collectives import open_rendezvous
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import StepOutput
+from headwise.workers.spec import ShardSpec
+
+MEET_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 60.0
+"""How long a step under way may take until its thread is left alone; a thread cannot be killed."""
+
+
+class LocalGroupFactory(GroupFactory):
+    """Makes groups of one rank."""
+
+    def __init__(self, spec: ShardSpec, cpus: float | None = None) -> None:
+        """Args: ``cpus``: threads to compute with; None is all cores.
+
+        Raises:
+            InvalidValueError: the spec asks for more than one rank.
+        """
+        if spec.tensor_parallel_size != 1:
+            raise InvalidValueError(
+                "tensor_parallel_size", spec.tensor_parallel_size, 'executor="local" has one rank', 'use executor="ray"'
+            )
+        self._spec, self._num_threads = spec, max(1, int(cpus or os.cpu_count() or 1))
+
+    def make(self) -> ShardGroup:
+        return LocalShardGroup(self._spec, self._num_threads)
+
+    def close(self) -> None:
+        pass
+
+
+class LocalShardGroup(ChannelGroup):
+    """Each rank on a thread of its own from loading on.
+
+    One thread for all of it, because OpenMP keeps a team of threads for each thread that computes: with a second
+    team on the same cores, libgomp lets the waiting ones sleep instead of spin, and each of a step's hundreds of
+    parallel regions would wait for them to wake (a third of the speed at batch 1).
+    """
+
+    def __init__(self, spec: ShardSpec, num_threads: int) -> None:
+        """Args: ``num_threads``: that each rank computes with."""
+        super().__init__(spec)
+        self._num_threads = num_threads
+        self._channel = QueueEngineChannel(self._tp)
+        self._ranks: list[_RankThread] = []
+        self._runs: list[Future[None]] = []
+
+    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
+        self._mailbox = Mailbox(self._channel, ["localhost"] * self._tp)
+        rendezvous = open_rendezvous("solo" if self._tp == 1 else "shared_memory", self._tp)
+        self._ranks = [_RankThread(Rank(self._spec, rank, self._num_threads)) for rank in range(self._tp)]
+        loads = [
+            rank.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress)
+            for number, rank in enumerate(self._ranks)
+        ]
+        affordable: int = min([load.result() for load in loads])
+        blocks = min(affordable, num_blocks or affordable)
+        for allocation in [rank.submit(Rank.allocate, blocks) for rank in self._ranks]:
+            allocation.result()
+        self._runs = [rank.submit(Rank.serve) for rank in self._ranks]
+        return blocks
+
+    def collect(self) -> StepOutput:
+        try:
+            return super().collect()
+        except ShardGroupDied as death:
+            raise death from self._runs[death.rank].exception(CLOSE_TIMEOUT_S)
+
+    def close(self) -> None:
+        self._channel.send_all(Kind.CLOSE, b"")
+        for rank in self._ranks:
+            rank.end(CLOSE_TIMEOUT_S)
+        self._ranks = []
+        if self._mailbox is not None:
+            self._mailbox.declare_dead(0, "the group is closed")  # for an engine that still waits for a step
+
+
+class _RankThread:
+    """A rank and the thread that all of its methods run on. That is no ThreadPoolExecutor's: a program that ends would
+    wait for such a thread before it closes the group."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="headwise-shard", daemon=True)
+        self._thread.start()
+
+    def submit(self, method: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((partial(method, self.rank, *args), future))
+        return future
+
+    def end(self, timeout_s: float) -> None:
+        """Waits until the rank has done what was submitted, and closes it."""
+        self.submit(Rank.close)
+        self._calls.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            method, future = call
+            try:
+                future.set_result(method())
+            except BaseException as error:
+                future.set_exception(error)

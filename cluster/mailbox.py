@@ -1,0 +1,75 @@
+"""Mailbox: the messages of a group's ranks by kind, and the group's death."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+import msgpack
+
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind
+from headwise.cluster.group import ShardGroupDied
+
+
+class Mailbox:
+    """Sends to every rank, sorts by kind what the ranks send, and keeps the first death that anybody reports.
+
+    From a death on nothing is sent, and once everything that came before it is taken, every :meth:`poll` raises it.
+    For one thread, but for :attr:`death` and :meth:`declare_dead`.
+
+    Attributes:
+        death: what ended the group, as far as that is known.
+    """
+
+    def __init__(self, channel: EngineChannel, nodes: Sequence[str]) -> None:
+        """Args: ``nodes``: where each rank runs, for messages."""
+        self._channel, self._nodes = channel, nodes
+        self._received: defaultdict[Kind, deque[tuple[int, bytes]]] = defaultdict(deque)
+        self.death: ShardGroupDied | None = None
+
+    def send_all(self, kind: Kind, payload: bytes) -> None:
+        """
+        Raises:
+            ShardGroupDied: a rank died, or does not read what it is sent.
+        """
+        if self.death is not None:
+            raise self.death
+        for rank in range(len(self._nodes)):
+            try:
+                self._channel.send(rank, kind, payload)
+            except ChannelError as error:
+                raise self.declare_dead(rank, str(error)) from None
+
+    def receive(self, kind: Kind) -> tuple[int, bytes]:
+        """The rank and payload of the next message of a kind, however long it takes to come; raises as :meth:`poll`."""
+        while (message := self.poll(kind, 1.0)) is None:
+            pass
+        return message
+
+    def poll(self, kind: Kind, timeout_s: float) -> tuple[int, bytes] | None:
+        """The rank and payload of the next message of a kind; None if there is none in time.
+
+        Raises:
+            ShardGroupDied: a rank died or reported an error.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._received[kind]:
+            got = self._channel.receive(0 if self.death is not None else max(0.0, deadline - time.monotonic()))
+            if got is None:
+                if self.death is not None:
+                    raise self.death
+                if time.monotonic() >= deadline:
+                    return None
+            elif got[0] == Kind.ERROR:
+                self.declare_dead(*msgpack.unpackb(got[2]))
+            else:
+                self._received[got[0]].append((got[1], got[2]))
+        return self._received[kind].popleft()
+
+    def declare_dead(self, rank: int, cause: str) -> ShardGroupDied:
+        """Ends the group, unless a death is known already; returns the first. May be called on any thread."""
+        if self.death is None:
+            self.death = ShardGroupDied(rank, self._nodes[rank], cause)
+        self._channel.wake()
+        return self.death

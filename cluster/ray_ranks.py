@@ -1,0 +1,152 @@
+"""RayRanks: the actors of one group, from their creation to their end."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import msgpack
+import psutil
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from headwise.cluster.actor import ShardActor
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind
+from headwise.cluster.group import Progress, ShardGroupDied
+from headwise.cluster.ray_watcher import first_lines
+from headwise.cluster.zmq_channel import ZmqEngineChannel
+from headwise.workers.collectives import Rendezvous
+from headwise.workers.spec import ShardSpec
+
+CLOSE_TIMEOUT_S = 5.0
+"""How long ranks get to end once they are asked to before they are killed, and killed ones to be gone."""
+
+
+class RayRanks:
+    """One actor a rank, and the channel that they serve. Call :meth:`create`, :meth:`load` and :meth:`run` in this
+    order; :meth:`end` at any time.
+
+    What a rank raises while it starts is raised here; a rank that dies meanwhile is ShardGroupDied.
+    """
+
+    def __init__(self, spec: ShardSpec, placement: PlacementGroup, start_timeout_s: float) -> None:
+        """Args: ``start_timeout_s``: seconds until the ranks must have met."""
+        self._spec, self._placement, self._start_timeout_s = spec, placement, start_timeout_s
+        self._actors: list[Any] = []
+        self._places: list[dict[str, Any]] = []
+        self._channel: ZmqEngineChannel | None = None
+        self._rendezvous: dict[str, Any] | None = None
+        self._refs: list[Any] = []
+        self._runs: list[Any] = []
+
+    @property
+    def nodes(self) -> list[str]:
+        """The address of each rank's node, once the actors are created."""
+        return [place["address"] for place in self._places]
+
+    def create(self) -> EngineChannel:
+        """Makes the actors in the placement group's bundles; returns the channel that they will serve."""
+        for rank, bundle in enumerate(self._placement.bundle_specs):
+            place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            actor = ray.remote(ShardActor).options(
+                num_cpus=bundle["CPU"], num_gpus=int(bundle.get("GPU", 0)), max_restarts=0, scheduling_strategy=place
+            )
+            self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"]))))
+        self._places = self._all("place")
+        transport = "ipc" if self._node_ids() == {ray.get_runtime_context().get_node_id()} else "tcp"
+        self._channel = ZmqEngineChannel(len(self._actors), transport, ray.util.get_node_ip_address())
+        return self._channel
+
+    def load(self, progress: Progress | None, num_blocks: int | None) -> int:
+        """As :meth:`ShardGroup.start <headwise.cluster.group.ShardGroup.start>`, of ranks that are created."""
+        assert self._channel is not None, "create() comes first"
+        opened = self._actors[0].open_rendezvous.remote(self._collectives(), self.nodes[0])
+        self._rendezvous = self._wait([opened])[0]
+        loads = [
+            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s)
+            for rank, actor in enumerate(self._actors)
+        ]
+        affordable = min(self._wait(loads, progress))
+        blocks = min(affordable, num_blocks or affordable)
+        self._all("allocate", blocks)
+        return int(blocks)
+
+    def run(self) -> list[Any]:
+        """Has every rank serve the channel; returns Ray's references of the calls, which last until :meth:`end`."""
+        self._runs = [actor.run.remote() for actor in self._actors]
+        return self._runs
+
+    def end(self, ask: bool) -> None:
+        """Waits until the processes on this host are gone, and closes the channel.
+
+        Args:
+            ask: ranks that run get CLOSE_TIMEOUT_S to end of their own accord, before all are killed.
+        """
+        try:
+            if ray.is_initialized():
+                self._end_actors(ask)
+        finally:
+            if self._channel is not None:
+                self._channel.close()
+
+    def _collectives(self) -> str:
+        if len(self._actors) == 1:
+            return "solo"
+        if self._spec.device == "cuda":
+            return "nccl"
+        return "shared_memory" if len(self._node_ids()) == 1 else "gloo"
+
+    def _node_ids(self) -> set[str]:
+        return {place["node_id"] for place in self._places}
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self._wait([getattr(actor, method).remote(*args) for actor in self._actors])
+
+    def _wait(self, refs: list[Any], progress: Progress | None = None) -> list[Any]:
+        """The results in order; the first error, whichever rank it comes from, ends the wait."""
+        self._refs += refs
+        waiting = list(refs)
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=0.05)
+            for ref in ready:
+                self._get(ref, refs.index(ref))
+            while progress is not None and self._channel is not None and (got := self._channel.receive(0)):
+                if got[0] == Kind.PROGRESS:
+                    progress(*msgpack.unpackb(got[2]))
+        return [ray.get(ref) for ref in refs]
+
+    def _get(self, ref: Any, rank: int) -> Any:
+        """
+        Raises:
+            ShardGroupDied: the rank's process is gone; else what the rank itself raised.
+        """
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except RayActorError as error:
+            node = self.nodes[rank] if self._places else "unknown"
+            raise ShardGroupDied(rank, node, first_lines(error)) from None
+
+    def _end_actors(self, ask: bool) -> None:
+        if ask and self._runs and self._channel is not None:
+            with contextlib.suppress(ChannelError, RayError):
+                self._channel.send_all(Kind.CLOSE, b"")
+                ray.wait(self._runs, num_returns=len(self._runs), timeout=CLOSE_TIMEOUT_S)
+        for actor in self._actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
+        for ref in (*self._refs, *self._runs):  # Ray logs an error that nobody asked for
+            with contextlib.suppress(Exception):
+                ray.get(ref, timeout=CLOSE_TIMEOUT_S)
+        if self._rendezvous is not None:
+            Rendezvous(**self._rendezvous).close()  # ranks killed before all had met leave a file, if it is here
+        self._actors, self._runs, self._refs, self._rendezvous = [], [], [], None
+        here, processes = ray.get_runtime_context().get_node_id(), []
+        for place in self._places:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if place["node_id"] == here:
+                    processes.append(psutil.Process(place["pid"]))
+        psutil.wait_procs(processes, timeout=CLOSE_TIMEOUT_S)
