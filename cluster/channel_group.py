@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgpack
 
 from headwise.cluster.channel import Kind
-from headwise.cluster.group import ShardGroup, ShardGroupDied, TransferResults
+from headwise.cluster.group import ShardGroup, ShardGroupDied
 from headwise.cluster.mailbox import Mailbox
 from headwise.workers.kv.transfer import TransferJob, TransferResult, decode_result, encode_job
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
@@ -24,7 +23,6 @@ class ChannelGroup(ShardGroup):
     def __init__(self, spec: ShardSpec) -> None:
         self._spec, self._tp = spec, spec.tensor_parallel_size
         self._mailbox: Mailbox | None = None
-        self._results = TransferResults(self._tp)
 
     def submit(self, plan: StepPlan) -> None:
         self._started().send_all(Kind.STEP, encode_plan(plan))
@@ -46,13 +44,8 @@ class ChannelGroup(ShardGroup):
         self._started().send_all(Kind.TRANSFER, encode_job(job))
 
     def transferred(self, timeout_s: float) -> TransferResult | None:
-        deadline = time.monotonic() + timeout_s
-        while (result := self._results.take()) is None:
-            message = self._started().poll(Kind.TRANSFERRED, max(0.0, deadline - time.monotonic()))
-            if message is None:
-                return None
-            self._results.add(decode_result(message[1]))
-        return result
+        message = self._started().poll(Kind.TRANSFERRED, timeout_s)
+        return decode_result(message[1]) if message is not None else None
 
     @property
     def death(self) -> ShardGroupDied | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -75,13 +74,13 @@ class ShardGroup(ABC):
         """Hands every rank KV blocks to move beside the steps; does not wait for it.
 
         Jobs of one tier run in the order of submission, and in no order with plans: no plan in flight, and none
-        submitted before the job is :meth:`transferred`, may write to a block that is loaded or rely on it.
+        submitted before the job is done, may write to a block that is loaded or rely on it.
         """
 
     @abstractmethod
     def transferred(self, timeout_s: float) -> TransferResult | None:
-        """The next job that every rank is done with, what failed on any of them, and the slowest's seconds; None if
-        there is none within the time.
+        """The next result of a rank for one of its jobs, waited for at most so long; None if none has come. A job is
+        done when every rank's result is there.
 
         Raises:
             ShardGroupDied: as :meth:`collect`.
@@ -111,23 +110,3 @@ class GroupFactory(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives the resources back; the last group must be closed. Idempotent."""
-
-
-class TransferResults:
-    """Puts the ranks' results of each job together."""
-
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
-        self._parts: dict[int, list[TransferResult]] = {}
-        self._done: deque[TransferResult] = deque()
-
-    def add(self, result: TransferResult) -> None:
-        parts = self._parts.setdefault(result.id, [])
-        parts.append(result)
-        if len(parts) == self._world_size:
-            del self._parts[result.id]
-            failed = sorted({digest for part in parts for digest in part.failed})
-            self._done.append(TransferResult(result.id, failed, max(part.seconds for part in parts)))
-
-    def take(self) -> TransferResult | None:
-        return self._done.popleft() if self._done else None

@@ -99,7 +99,7 @@ class GenerationFactory:
         config, events, sizes = self._config, self._events, self._sizes
         quota = None if config.cache_quota is None else max(1, int(config.cache_quota * num_blocks))
         cache = PrefixCache(BlockPool(num_blocks), config.block_size, config.prefix_eviction, events, quota)
-        ledger = Ledger(group.transfer, group.transferred, 1)
+        ledger = Ledger(group.transfer, group.transferred, config.tensor_parallel_size)
         tiers = None
         if sizes.host or sizes.disk:
             # What newcomers are likely to want before the next saves are done: a step's tokens twice, or an eighth.
