@@ -69,7 +69,7 @@ def cases(which: Callable[[str], bool]) -> list[Any]:
         pytest.param(
             snippet,
             id=f"line_{README[: README.index(snippet)].count(chr(10)) + 1}",
-            marks=[pytest.mark.slow] if is_slow(snippet) else [],
+            marks=[pytest.mark.slow, pytest.mark.timeout(900)] if is_slow(snippet) else [],
         )
         for snippet in found
         if which(snippet)
