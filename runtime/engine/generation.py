@@ -102,7 +102,7 @@ class GenerationFactory:
         ledger = Ledger(group.transfer, group.transferred, config.tensor_parallel_size)
         tiers = None
         if sizes.host or sizes.disk:
-            # What newcomers are likely to want before the next saves are done: a step's tokens twice, or an eighth.
+            # What waiting requests may want before the next saves are done: two steps' tokens, or an eighth of all.
             reserve = min(num_blocks, max(num_blocks // 8, -(-2 * config.max_num_batched_tokens // config.block_size)))
             tiers = Tiers(cache, ledger, sizes.host, sizes.disk, reserve, config.cache_quota, events)
             if sizes.disk:

@@ -78,7 +78,7 @@ class PrefixCache:
         return len(chain)
 
     def allocate(self, count: int, use: Use = Use.COMPUTE, namespace: bytes = b"") -> list[int]:
-        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full share,
+        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full quota,
         or will have it once these are cached.
 
         Raises:
@@ -100,7 +100,7 @@ class PrefixCache:
         Returns:
             What the cache holds for it: the block itself, or a block that another request computed, which the caller
             then holds beside its own to keep its chain. None if the block is not cached: its parent is not any more,
-            its digest is that of other tokens, or the namespace has its full share and all of the share is used.
+            its digest is that of other tokens, or the namespace has its full quota and all of that is used.
         """
         digest = blocks.digests[index]
         if parent is not None and not parent.cached:
@@ -109,7 +109,7 @@ class PrefixCache:
             found = self._find(blocks, index, parent)
             self.counts["duplicate_blocks"] += found is not None
             return found
-        if self._has_full_share(blocks.namespace):
+        if self._has_full_quota(blocks.namespace):
             victim = self._own_victim(blocks.namespace)
             if victim is None:
                 self.counts["quota_refused_blocks"] += 1
@@ -164,7 +164,7 @@ class PrefixCache:
     def stats(self) -> dict[str, Any]:
         """Blocks by state, and counts since the start: tokens ``queried``, ``hit`` and ``inserted``;
         ``duplicate_blocks``, computed twice and kept once; ``collisions``, digests met that stood for other tokens;
-        ``quota_refused_blocks``, not cached for their salt's share was full and in use;
+        ``quota_refused_blocks``, not cached for the quota of their salt was full and in use;
         ``evictions`` in blocks by cause; ``integrity_checks`` passed."""
         evictions = {name.removeprefix("evicted_"): n for name, n in self.counts.items() if name.startswith("evicted_")}
         return {
@@ -185,7 +185,9 @@ class PrefixCache:
         self.pool.check_integrity(computing)
         blocks = {node.block for node in self._index.values()}
         if len(blocks) != len(self._index) or len(blocks) != sum(map(self.pool.is_cached, range(self.pool.num_blocks))):
-            raise IntegrityError(f"{len(self._index)} entries, {len(blocks)} blocks and the pool's cached ones differ")
+            raise IntegrityError(
+                f"{len(self._index)} cached blocks, {len(blocks)} numbers of them and the pool's cached ones differ"
+            )
         if len(self._policy) != self.pool.num_idle:
             raise IntegrityError(f"{self.pool.num_idle} blocks are idle, {len(self._policy)} can be evicted")
         for digest, node in self._index.items():
@@ -197,7 +199,7 @@ class PrefixCache:
     def _check_node(self, digest: bytes, node: CachedBlock) -> None:
         parent = node.parent
         if not node.cached or node.digest != digest or not self.pool.is_cached(node.block):
-            raise IntegrityError(f"entry {digest.hex()} is not what its block {node.block} says")
+            raise IntegrityError(f"cached block {digest.hex()} is not what its block {node.block} says")
         if parent is not None and (not parent.cached or node not in parent.children):
             raise IntegrityError(f"block {node.block} continues block {parent.block}, which does not know of it")
         if parent is not None and self.pool.is_used(node.block) and not self.pool.is_used(parent.block):
@@ -213,11 +215,11 @@ class PrefixCache:
         self.counts["collisions"] += 1
         return None
 
-    def _has_full_share(self, namespace: bytes) -> bool:
+    def _has_full_quota(self, namespace: bytes) -> bool:
         return self._quota is not None and self._kept[namespace] >= self._quota
 
     def _own_victim(self, namespace: bytes) -> CachedBlock | None:
-        """What a namespace that has its full share loses next; None if all of it is used."""
+        """What a namespace that has its full quota loses next; None if all of it is used."""
         idle = self._of_namespace.get(namespace)
         return idle.victim() if idle is not None else None
 

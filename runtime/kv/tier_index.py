@@ -59,13 +59,13 @@ class TierIndex:
 
     def is_full(self, namespace: bytes) -> bool:
         """Whether something must go before one more block of a namespace comes."""
-        return self.num_free <= 0 or self._has_full_share(namespace)
+        return self.num_free <= 0 or self._has_full_quota(namespace)
 
     def victim(self, namespace: bytes) -> TierBlock | None:
-        """What goes for one more block of a namespace: its own least recently used if it has its full share, else
+        """What goes for one more block of a namespace: its own least recently used if it has its full quota, else
         anybody's. None if nothing can go now, since it is read, or not yet in the tier below."""
         own = self._of_namespace.get(namespace, OrderedDict())
-        candidates = own if self._has_full_share(namespace) else self._clean
+        candidates = own if self._has_full_quota(namespace) else self._clean
         # What is read is passed over: as many blocks as the jobs in flight have, at most.
         for digest in candidates:
             if digest in self._clean and not self._blocks[digest].readers:
@@ -122,6 +122,6 @@ class TierIndex:
         if sum(map(len, self._of_namespace.values())) != len(self):
             raise IntegrityError(f"{self.tier}'s blocks are not those of its namespaces")
 
-    def _has_full_share(self, namespace: bytes) -> bool:
+    def _has_full_quota(self, namespace: bytes) -> bool:
         own = len(self._of_namespace.get(namespace, ())) + self.incoming[namespace]
         return self._quota is not None and own >= self._quota
