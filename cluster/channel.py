@@ -1,7 +1,7 @@
 """The step channel between an engine and the ranks of its group: what goes over it, and what each end can do.
 
-Its messages are msgpack, made by whoever sends them. zmq_channel.py carries them between processes, queue_channel.py
-between the threads of one.
+A message is a kind and a payload, which its sender encodes. zmq_channel.py carries messages between processes,
+queue_channel.py between the threads of one.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class LocalShardGroup(ChannelGroup):
     def collect(self) -> StepOutput:
         try:
             return super().collect()
-        except ShardGroupDied as death:
+        except ShardGroupDied as death:  # with the rank's own error, and so its traceback
             raise death from self._runs[death.rank].exception(CLOSE_TIMEOUT_S)
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ class RayRanks:
         """Waits until the processes on this host are gone, and closes the channel.
 
         Args:
-            ask: ranks that run get CLOSE_TIMEOUT_S to end of their own accord, before all are killed.
+            ask: tell the ranks that run to close, and give them CLOSE_TIMEOUT_S for it, before all actors are killed.
         """
         try:
             if ray.is_initialized():
