@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +17,17 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from headwise.runtime import LLM, start
 from headwise.runtime.models import resolve
 from tests.checkpoints import SHAPES, write_checkpoint
-from tests.examples import FEW
+from tests.effort import FEW
 from tests.thread_group import thread_groups
 
 settings.register_profile(FEW, max_examples=20)  # of a test that asks for no number
 torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
 
 MakeLLM = Callable[..., LLM]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: a collection need not look through it, and takes a tenth of the time
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.thorough
 def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     expected = {"headwise" / path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
     expected |= {path.parent / "py.typed" for path in expected}
@@ -56,6 +57,7 @@ def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
     assert {str(path) for path in expected} <= set(wheel.namelist())
 
 
+@pytest.mark.thorough
 def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Nothing generic, such as a top-level ``runtime`` or ``tests``, may land in site-packages."""
     [info] = {name.split("/")[0] for name in wheel.namelist()} - {"headwise"}
@@ -64,6 +66,7 @@ def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
     assert folders == {*FLOORS, "v1"}
 
 
+@pytest.mark.thorough
 def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
     [entry_points] = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert "headwise = headwise.runtime.cli.main:main" in wheel.read(entry_points).decode()
@@ -74,6 +77,7 @@ def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
 
 
+@pytest.mark.thorough
 def test_what_is_in_the_wheel_can_be_imported(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = (

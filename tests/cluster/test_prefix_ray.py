@@ -27,6 +27,7 @@ from tests.runtime.kv.test_prefix_parity import (
 __all__ = ["always_restore", "one_ray"]  # fixtures
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("always_restore")
 def test_ranks_in_processes_restore_from_host_and_disk(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     chance = random.Random(4)

@@ -23,6 +23,7 @@ from headwise.runtime import LLM, SamplingParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from tests.checkpoints import small_spec
+from tests.effort import thorough
 from tests.runtime.test_parity import expected, prompts
 
 PARAMS = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
@@ -49,7 +50,7 @@ def nothing_left(pids: list[int]) -> None:
     assert states <= {"REMOVED"}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [thorough(1), 2, thorough(4)])
 def test_ranks_are_processes_with_their_own_heads(checkpoint: Callable[..., Path], tp: int) -> None:
     with llm(checkpoint("uneven"), tensor_parallel_size=tp) as model:
         outputs = model.generate(prompts(), PARAMS)
@@ -80,6 +81,7 @@ def test_the_death_of_a_rank_is_reported_and_leaves_nothing(checkpoint: Callable
     nothing_left(pids)
 
 
+@pytest.mark.thorough
 def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Callable[..., Path]) -> None:
     with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
         pids = model.stats()["shard_pids"]
@@ -91,6 +93,7 @@ def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Cal
     nothing_left(pids)
 
 
+@pytest.mark.thorough
 def test_an_engine_with_nothing_to_do_and_its_shards_sleep(checkpoint: Callable[..., Path]) -> None:
     with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
         model.generate(prompts(), PARAMS)
@@ -109,6 +112,7 @@ def _shares_of_a_core(processes: list[psutil.Process], seconds: float) -> list[f
     return [(b.user + b.system - a.user - a.system) / elapsed for a, b in zip(before, after, strict=True)]
 
 
+@pytest.mark.thorough
 def test_two_models_at_once_do_not_collide(checkpoint: Callable[..., Path]) -> None:
     first_dir, second_dir = checkpoint("uneven"), checkpoint("gqa")
     with llm(first_dir, tensor_parallel_size=2) as first, llm(second_dir, tensor_parallel_size=2) as second:
@@ -166,6 +170,7 @@ def test_an_error_while_loading_is_the_rank_s_own(checkpoint: Callable[..., Path
     nothing_left([])
 
 
+@pytest.mark.thorough
 def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way ranks of several hosts talk, on one."""
     monkeypatch.setattr(RayRanks, "_node_ids", lambda self: {"one", "another"})
@@ -192,6 +197,7 @@ def test_an_actor_sets_its_threads_before_torch_is_imported() -> None:
     assert run.stdout.strip() == "set()"
 
 
+@pytest.mark.thorough
 def test_an_unclosed_model_leaves_nothing_at_exit(checkpoint: Callable[..., Path]) -> None:
     code = """
 import sys

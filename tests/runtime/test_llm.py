@@ -473,6 +473,7 @@ def test_logits_that_are_not_finite_fail_one_request_alone(
     assert llm.stats()["num_free_blocks"] == 32
 
 
+@pytest.mark.thorough
 def test_smollm2_answers(smollm2: Path) -> None:
     with LLM(smollm2, executor="local", max_model_len=256, kv_memory="256MiB", quiet=True) as llm:
         messages = [{"role": "user", "content": "What is the capital of France?"}]

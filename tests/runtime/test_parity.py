@@ -11,10 +11,16 @@ import pytest
 from headwise.runtime import SamplingParams
 from tests.checkpoints import SHAPES, reference_model, reference_tokens
 from tests.conftest import MakeLLM
+from tests.effort import thorough
 
 LENGTHS = (1, 15, 16, 17, 100)
 CASES = [
-    pytest.param(shape, tied, tp, id=f"{shape}-{'tied' if tied else 'untied'}-tp{tp}")
+    pytest.param(
+        *(shape, tied, tp),
+        id=f"{shape}-{'tied' if tied else 'untied'}-tp{tp}",
+        # make test takes each shape and number of ranks once.
+        marks=[pytest.mark.thorough] if tied == tp % 2 else [],
+    )
     for shape in SHAPES
     for tied in (True, False)
     for tp in (1, 2, 3, 4)
@@ -56,10 +62,9 @@ def test_greedy_tokens_are_those_of_transformers(
     assert alone == mixed
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "depth"), [thorough(1, 1), (1, 2), (2, 1), thorough(2, 2)])
 def test_depth_and_preemption_do_not_change_tokens(
-    checkpoint: Callable[..., Path], thread_llm: MakeLLM, depth: int, tp: int
+    checkpoint: Callable[..., Path], thread_llm: MakeLLM, tp: int, depth: int
 ) -> None:
     directory = checkpoint("uneven")
     # 5 prompts of up to 148 tokens want 26 blocks; 10 hold the longest alone, so others are preempted.
@@ -95,7 +100,7 @@ def test_biases_and_llama3_rope(checkpoint: Callable[..., Path], thread_llm: Mak
         assert [output.outputs[0].token_ids for output in outputs] == expected(directory)
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("tp", "depth"), [thorough(1, 1), (1, 2), (2, 2), thorough(3, 1)])
 def test_seeded_sampling_depends_on_seed_and_position_only(
     checkpoint: Callable[..., Path], thread_llm: MakeLLM, tp: int, depth: int
 ) -> None:

@@ -17,6 +17,7 @@ from headwise.runtime.engine.engine import Engine
 from tests.byte_tokenizer import EOS, VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.conftest import MakeLLM
+from tests.effort import thorough
 
 SCHEMA = {
     "type": "object",
@@ -154,9 +155,16 @@ def expected(make: Callable[..., LLM], kept: dict[str, list[list[Result]]]) -> l
     return kept["alone"]
 
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("tp", "depth", "caching"),
+    [
+        # make test takes each tp and depth once.
+        (tp, depth, caching) if (tp + depth) % 2 == caching else thorough(tp, depth, caching)
+        for tp in (1, 2, 3)
+        for depth in (1, 2)
+        for caching in (True, False)
+    ],
+)
 def test_a_mixed_batch_gives_what_each_gives_alone(
     make: Callable[..., LLM], alone: dict[str, list[list[Result]]], tp: int, depth: int, caching: bool
 ) -> None:
@@ -168,7 +176,9 @@ def test_a_mixed_batch_gives_what_each_gives_alone(
     llm._loop.run(Engine.check_integrity)
 
 
-@pytest.mark.parametrize(("tp", "depth", "caching"), [(1, 1, True), (1, 2, False), (2, 2, True), (3, 1, False)])
+@pytest.mark.parametrize(
+    ("tp", "depth", "caching"), [(1, 1, True), (2, 2, True), thorough(1, 2, False), thorough(3, 1, False)]
+)
 def test_preemption(
     make: Callable[..., LLM], alone: dict[str, list[list[Result]]], tp: int, depth: int, caching: bool
 ) -> None:
@@ -188,8 +198,13 @@ def test_what_is_free_is_the_same_beside_what_is_not(make: Callable[..., LLM]) -
     assert results(beside)[:3] == without
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    ("tp", "depth", "caching"),
+    [
+        *((1, 1, False), (2, 2, True)),
+        *(thorough(*case) for case in ((1, 1, True), (1, 2, False), (1, 2, True), (2, 2, False))),
+    ],
+)
 def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(
     make: Callable[..., LLM], tp: int, depth: int, caching: bool
 ) -> None:
@@ -217,7 +232,7 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(
     llm._loop.run(Engine.check_integrity)
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp", "depth"), [thorough(1, 1), thorough(1, 2), (2, 2)])
 def test_a_grammar_that_the_shard_cannot_compile_ends_its_requests_alone(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, tp: int, depth: int
 ) -> None:
@@ -279,6 +294,7 @@ def test_many_requests_of_few_grammars(make: Callable[..., LLM]) -> None:
     assert results(again)[::-1] == results(outputs)
 
 
+@pytest.mark.thorough
 def test_the_demo_model_fills_in_a_form(smollm2: Path, thread_llm: MakeLLM) -> None:
     questions = ["Describe a cat named Ada, aged 3, as JSON.", "A telephone number?", "Which colour is grass?", "Hi!"]
     chats = [[{"role": "user", "content": question}] for question in questions]

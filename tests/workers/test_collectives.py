@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import random
 import signal
@@ -32,7 +31,8 @@ from headwise.workers.collectives import (
 from headwise.workers.collectives.shared_memory import SLOT_BYTES
 from headwise.workers.collectives.spin import CONTROL_BYTES
 from headwise.workers.errors import InvalidValueError, PeerDiedError
-from tests.examples import examples
+from tests.effort import examples, thorough
+from tests.workers.processes import FORKED
 
 DEADLINE_S = 30
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,15 +62,11 @@ def in_threads(world_size: int, act: Callable[[Collectives], Any], kind: str = "
 
 
 class RankProcess:
-    """One rank in its own process: forked from a server that has imported torch, so that many are cheap."""
+    """One rank in its own process."""
 
     def __init__(self, act: Callable[..., Any], kind: str, rank: int, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["headwise.workers.collectives.shared_memory", "headwise.workers.collectives.torch_distributed"]
-        )
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_rank_main, args=(theirs, act, kind, rank, world_size), daemon=True)
+        self.pipe, theirs = FORKED.Pipe()
+        self.process = FORKED.Process(target=_rank_main, args=(theirs, act, kind, rank, world_size), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -260,12 +256,12 @@ def mix_60(group: Collectives) -> int:
     return run_mixed_operations(group, 60)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, thorough(4)])
 def test_thousands_of_mixed_operations_between_processes(world_size: int, processes: Any) -> None:
     assert [rank.receive() for rank in processes(world_size, mix_3000)] == [0] * world_size
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, thorough(3)])
 def test_gloo_between_processes(world_size: int, processes: Any) -> None:
     assert [rank.receive() for rank in processes(world_size, mix_60, "gloo")] == [0] * world_size
 
@@ -291,8 +287,15 @@ def last_rank_stays_out(group: Collectives) -> None:
     reduce_for_ever(group)
 
 
-@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
-@pytest.mark.parametrize("act", [reduce_for_ever, last_rank_stays_out])
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        (reduce_for_ever, "shared_memory"),
+        (last_rank_stays_out, "gloo"),
+        thorough(reduce_for_ever, "gloo"),
+        thorough(last_rank_stays_out, "shared_memory"),
+    ],
+)
 def test_a_killed_peer_is_noticed(kind: str, act: Callable[..., None], processes: Any) -> None:
     ranks = processes(3, act, kind)
     killed = time.monotonic()
@@ -331,7 +334,7 @@ def wait_for_a_zombie(path: str) -> tuple[int, float]:
 
 def test_a_killed_peer_that_nobody_has_reaped_is_dead() -> None:
     rendezvous = open_rendezvous("shared_memory", 2)
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    with FORKED.Pool(1) as pool:
         blamed, waited = pool.apply_async(wait_for_a_zombie, (rendezvous.address,)).get(DEADLINE_S)
     assert blamed == 1
     assert waited < 2

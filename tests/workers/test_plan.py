@@ -22,7 +22,7 @@ from headwise.workers.plan import (
     encode_output,
     encode_plan,
 )
-from tests.examples import examples
+from tests.effort import examples
 
 rows = st.integers(0, 2**16)
 tokens = st.integers(0, 2**31 - 1)

@@ -117,6 +117,7 @@ def test_no_bound_where_the_engine_computes_otherwise(
     assert bounds_of_run(config, settings, [(1, 1)]) == {}
 
 
+@pytest.mark.thorough
 def test_the_bound_of_a_run_is_measured_in_another_process(config: ModelConfig) -> None:
     threads = torch.get_num_threads()
     found = bounds_of_run(config, {"dtype": "auto", "device": "cpu"}, [(1, 1), (2, 2)])

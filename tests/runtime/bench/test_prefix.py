@@ -45,6 +45,11 @@ def small_llm(checkpoint: Callable[..., Path]) -> Iterator[LLM]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def a_short_prompt_for_the_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "manager_cost", lambda block_size: manager_cost(1600, block_size))
+
+
 @pytest.fixture
 def restoring(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Decides whether restoring is worth it, which of a model this small is left to chance."""

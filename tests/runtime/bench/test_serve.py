@@ -23,6 +23,7 @@ def test_both_ways_are_measured(
     assert lines[3]["throughput_ratio"] > 0 and lines[3]["benchmark"] == "serve" and plot.stat().st_size > 1000
 
 
+@pytest.mark.thorough
 def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
     with pytest.raises(ServerStartError, match="ended with 2"), _serving(tmp_path, {"executor": "local"}):
         pass

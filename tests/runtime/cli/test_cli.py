@@ -77,6 +77,7 @@ def test_generate_streams_the_text_to_stdout(headwise: Run, model: Path) -> None
     assert (code, out) == (0, text + "\n")
 
 
+@pytest.mark.thorough
 def test_generate_json_is_one_object_and_nothing_else(model: Path) -> None:
     arguments = ["generate", "hello", "--model", str(model), "--max-tokens", "6", "--json", *LOCAL]
     done = subprocess.run(

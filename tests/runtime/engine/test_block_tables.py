@@ -25,7 +25,7 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowSampling
-from tests.examples import examples
+from tests.effort import examples
 
 SIZE = 2
 NUM_BLOCKS = 12

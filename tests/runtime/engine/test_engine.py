@@ -25,7 +25,7 @@ from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, decode_plan, encode_output, encode_plan
-from tests.examples import examples
+from tests.effort import examples
 from tests.plain_group import POISON, VOCAB, Bench, Letters, PlainGroup, alone, make_request
 
 
@@ -274,6 +274,7 @@ class InstantGroup(PlainGroup):
         return decode_output(encode_output(StepOutput(plan.step, at, seconds=0.02)))
 
 
+@pytest.mark.thorough
 def test_a_decode_step_of_32_streams_takes_little_processor_time(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
     assert tokenizer is not None

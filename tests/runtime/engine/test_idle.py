@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from headwise.runtime import LLM, SamplingParams
 
@@ -23,6 +24,7 @@ def busiest(pids: list[int]) -> float:
     return max(100 * (b - a) / WINDOW_S for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.thorough
 def test_an_idle_engine_and_its_shards_sleep(checkpoint: Callable[..., Path]) -> None:
     settings = {"tensor_parallel_size": 2, "kv_memory": "16MiB", "max_model_len": 128, "quiet": True}
     with LLM(checkpoint("gqa"), **settings) as llm:

@@ -17,7 +17,7 @@ from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.plan import RowSampling, admit_bytes
-from tests.examples import examples
+from tests.effort import examples
 
 BLOCK = 4
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer
-from tests.examples import examples
+from tests.effort import examples
 from tests.runtime.inputs.test_tokenizer import TINY, TOKENIZERS
 
 BYTES = TOKENIZERS["byte_level"]

@@ -22,7 +22,7 @@ from headwise.runtime.structured_outputs import MAX_CHOICES, MAX_GRAMMAR_BYTES, 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.sampling.grammar import GrammarError, Grammars, allowed, compile_grammar, load_tokenizer
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
-from tests.examples import examples
+from tests.effort import examples
 
 TOKENS = token_bytes()
 IDS = {data: token for token, data in TOKENS.items()}

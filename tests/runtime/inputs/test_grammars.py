@@ -194,7 +194,7 @@ def test_a_host_without_a_core_to_spare_gives_no_verdict(own: GrammarChecker, mo
 def test_the_clock_on_the_wall_says_nothing_about_a_grammar(own: GrammarChecker) -> None:
     """It ends a trial that waits, but the next one may not have to."""
     source = (
-        "import sys; from headwise.runtime import grammar_trial as trial; "
+        "import sys; from headwise.runtime.inputs import grammar_trial as trial; "
         "trial.CPU_SECONDS, trial.WALL_SECONDS = 60.0, 0.001; trial.main(*sys.argv[1:])"
     )
     command = [sys.executable, "-P", "-c", source, str(own._model_dir), str(VOCAB), str(EOS)]

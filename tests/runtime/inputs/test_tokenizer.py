@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from headwise.workers.errors import CheckpointError, InvalidValueError
-from tests.examples import examples
+from tests.effort import examples
 
 TEXTS = [
     "Hello world, how are you?",

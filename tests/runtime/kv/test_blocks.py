@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headwise.runtime.kv.blocks import BlockPool, IntegrityError, OutOfBlocksError, Use
-from tests.examples import examples
+from tests.effort import examples
 
 NUM_BLOCKS = 8
 USES = st.sampled_from(list(Use))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv import journal
 from headwise.workers.kv import store as kv_store
 from tests.conftest import MakeLLM
+from tests.effort import thorough
 from tests.runtime.kv.test_prefix_parity import (
     GREEDY,
     SHAPE,
@@ -31,6 +31,7 @@ from tests.runtime.kv.test_prefix_parity import (
     settle,
     some_tokens,
     tokens,
+    without_cache,
 )
 from tests.runtime.test_llm import wait_until
 
@@ -59,9 +60,9 @@ def engine(checkpoint: Callable[..., Path], thread_llm: MakeLLM, tmp_path: Path)
     return make
 
 
-@pytest.fixture
-def expected(engine: Callable[..., LLM], prompts: list[list[int]]) -> list[list[list[int]]]:
-    return tokens(engine(enable_prefix_caching=False, disk_kv_path=None, num_blocks=64).generate(prompts, GREEDY))
+@pytest.fixture(scope="module")
+def expected(checkpoint: Callable[..., Path], prompts: list[list[int]]) -> list[list[list[int]]]:
+    return without_cache(checkpoint(SHAPE), prompts)
 
 
 def fill(llm: LLM, prompts: list[list[int]], expected: list[list[list[int]]]) -> None:
@@ -94,8 +95,7 @@ def block_files(folder: Path) -> list[Path]:
 # A restart
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize(("tp", "host"), [thorough(1, False), (1, True), (2, False), thorough(2, True)])
 def test_the_next_engine_finds_it(
     engine: Callable[..., LLM],
     prompts: list[list[int]],
@@ -210,7 +210,7 @@ BEFORE_START = (truncate, empty, remove, lengthen, make_folders)  # are noticed 
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, swap, empty, remove, lengthen, make_folders])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, thorough(2)])
 def test_files_that_were_damaged_between_two_engines(
     engine: Callable[..., LLM],
     prompts: list[list[int]],
@@ -231,7 +231,7 @@ def test_files_that_were_damaged_between_two_engines(
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, swap, empty, remove])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, thorough(2)])
 def test_files_that_are_damaged_under_an_engine(
     engine: Callable[..., LLM],
     prompts: list[list[int]],
@@ -359,8 +359,7 @@ def test_two_engines_on_one_folder(
 # A disk that is full, an engine that is killed
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize(("tp", "host"), [(1, False), thorough(1, True), thorough(2, False), (2, True)])
 def test_a_full_disk(
     engine: Callable[..., LLM],
     monkeypatch: pytest.MonkeyPatch,
@@ -409,6 +408,7 @@ while True:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wanted", [1, 60])
 def test_an_engine_that_is_killed_while_it_writes(
     checkpoint: Callable[..., Path],
@@ -421,9 +421,8 @@ def test_an_engine_that_is_killed_while_it_writes(
     folder = tmp_path / "kv"
     victim = subprocess.Popen([sys.executable, "-c", VICTIM, str(checkpoint(SHAPE)), str(folder)])
     try:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(block_files(folder)) < wanted:
-            assert victim.poll() is None and time.monotonic() < deadline
+        wait_until(lambda: len(block_files(folder)) >= wanted or victim.poll() is not None)
+        assert victim.poll() is None
     finally:
         victim.send_signal(signal.SIGKILL)
         victim.wait(DEADLINE_S)

@@ -30,7 +30,7 @@ from headwise.runtime.kv.events import (
     decode_snapshot,
 )
 from headwise.workers.kv.transfer import Tier
-from tests.examples import examples
+from tests.effort import examples
 
 Blocks = dict[str, dict[bytes, bytes]]
 ROOT = b"root"

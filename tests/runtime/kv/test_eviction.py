@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.kv.eviction import POLICIES, CachedBlock, CostAware, EvictionName, EvictionPolicy, Lru
-from tests.examples import examples
+from tests.effort import examples
 
 
 def block(parent: CachedBlock | None = None, hits: int = 0) -> CachedBlock:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from headwise.runtime.kv.ledger import Ledger, Outcome
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
-from tests.examples import examples
+from tests.effort import examples
 
 KEY = BlockKey(bytes(32), bytes(32), bytes(32), b"")
 

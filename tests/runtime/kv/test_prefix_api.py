@@ -25,6 +25,7 @@ from tests.runtime.kv.test_prefix_parity import (
     settle,
     some_tokens,
     tokens,
+    without_cache,
 )
 from tests.runtime.test_llm import PacedGroup
 from tests.runtime.test_llm import spoken as spoken
@@ -52,9 +53,9 @@ def prompts() -> list[list[int]]:
     return [some_tokens(chance, 90) for _ in range(8)]
 
 
-@pytest.fixture
-def expected(small: Callable[..., LLM], prompts: list[list[int]]) -> list[list[list[int]]]:
-    return tokens(small(enable_prefix_caching=False).generate(prompts, GREEDY))
+@pytest.fixture(scope="module")
+def expected(checkpoint: Callable[..., Path], prompts: list[list[int]]) -> list[list[list[int]]]:
+    return without_cache(checkpoint(SHAPE), prompts)
 
 
 def refused(field: str, call: Callable[[], object], *words: str) -> None:

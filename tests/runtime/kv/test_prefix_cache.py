@@ -18,7 +18,7 @@ from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
 from headwise.workers.errors import InvalidValueError
-from tests.examples import examples
+from tests.effort import examples
 
 SIZE = 2
 NUM_BLOCKS = 12

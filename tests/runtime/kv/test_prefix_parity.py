@@ -20,6 +20,7 @@ from headwise.runtime.kv.identity import TokenBlocks
 from headwise.workers.plan import StepPlan
 from tests.checkpoints import write_checkpoint
 from tests.conftest import MakeLLM
+from tests.effort import thorough
 from tests.thread_group import ThreadShardGroup, thread_groups
 
 BLOCK = 16
@@ -55,6 +56,13 @@ def full(count: int) -> int:
 def prefix_stats(llm: LLM) -> dict[str, Any]:
     stats: dict[str, Any] = llm.stats()["prefix_cache"]
     return stats
+
+
+def without_cache(model: Path, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """The greedy tokens of an engine that shares nothing."""
+    settings = {"executor": "local", "cpus_per_rank": 1, "kv_memory": "64MiB", "quiet": True}
+    with LLM(model, enable_prefix_caching=False, **settings) as llm:
+        return tokens(llm.generate(prompts, GREEDY))
 
 
 def settle(llm: LLM) -> None:
@@ -110,12 +118,12 @@ def workload(seed: int) -> Iterator[tuple[list[list[int]], list[SamplingParams]]
 @pytest.mark.parametrize(
     ("tp", "depth", "eviction", "blocks"),
     [
-        (1, 1, "lru", None),
+        thorough(1, 1, "lru", None),
         (1, 2, "cost_aware", 12),
         (2, 1, "cost_aware", None),
-        (2, 2, "lru", 12),
+        thorough(2, 2, "lru", 12),
         (3, 1, "lru", 12),
-        (3, 2, "cost_aware", None),
+        thorough(3, 2, "cost_aware", None),
     ],
 )
 def test_random_prompts_that_start_alike(
@@ -132,7 +140,7 @@ def test_random_prompts_that_start_alike(
     on._loop.run(Engine.check_integrity)
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 1), (1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("tp", "depth"), [thorough(1, 1), (1, 2), (2, 2), thorough(3, 1)])
 def test_the_next_turn_of_a_chat_finds_all_before_it(pair: Callable[..., tuple[LLM, LLM]], tp: int, depth: int) -> None:
     on, off = pair(tp, pipeline_depth=depth)
     chance = random.Random(depth)
@@ -170,7 +178,7 @@ def test_whole_blocks_and_never_the_last_token(pair: Callable[..., tuple[LLM, LL
 
 @pytest.mark.parametrize(
     ("tp", "depth", "eviction"),
-    [(1, 1, "cost_aware"), (1, 2, "lru"), (2, 2, "cost_aware"), (3, 2, "lru")],
+    [thorough(1, 1, "cost_aware"), (1, 2, "lru"), (2, 2, "cost_aware"), thorough(3, 2, "lru")],
 )
 def test_preemption(pair: Callable[..., tuple[LLM, LLM]], tp: int, depth: int, eviction: str) -> None:
     """9 requests want 10 blocks each, 3 of them the same in groups of three."""
@@ -190,7 +198,7 @@ def test_preemption(pair: Callable[..., tuple[LLM, LLM]], tp: int, depth: int, e
     on._loop.run(Engine.check_integrity)
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("tp", "depth"), [thorough(1, 2), (2, 1)])
 def test_what_many_share_is_computed_once(
     checkpoint: Callable[..., Path], thread_llm: MakeLLM, tp: int, depth: int
 ) -> None:
@@ -225,7 +233,7 @@ def test_samples_share_their_prompt(pair: Callable[..., tuple[LLM, LLM]], tp: in
 
 
 @pytest.mark.parametrize(
-    ("tp", "depth", "eviction"), [(1, 1, "lru"), (1, 2, "cost_aware"), (2, 2, "lru"), (3, 2, "lru")]
+    ("tp", "depth", "eviction"), [thorough(1, 1, "lru"), (1, 2, "cost_aware"), (2, 2, "lru"), thorough(3, 2, "lru")]
 )
 @pytest.mark.usefixtures("always_restore")
 def test_every_second_request_is_restored(

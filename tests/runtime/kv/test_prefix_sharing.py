@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from headwise.runtime.kv.events import decode_snapshot
 from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
-from tests.examples import examples
+from tests.effort import examples
 from tests.plain_group import POISON, Bench, PlainGroup, alone, make_request
 
 PREFIXES = ([1] * 12, [1] * 6 + [2] * 6, [3] * 12)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from headwise.runtime.kv.blocks import IntegrityError
 from headwise.runtime.kv.tier_index import TierBlock, TierIndex
 from headwise.workers.kv.transfer import BlockKey, Tier
-from tests.examples import examples
+from tests.effort import examples
 
 CAPACITY = 6
 NAMESPACES = (b"a", b"b", b"c")

@@ -184,6 +184,7 @@ def test_a_file_is_converted_once_by_its_content(
     assert set(contents(cache)) == {first, second}
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(60)
 def test_two_processes_convert_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
@@ -275,7 +276,10 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, cache: Path) -> 
         resolve(write_gguf(tmp_path / "tiny.gguf"))
 
 
-def test_smollm2(smollm2: Path) -> None:
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cache")
+def test_smollm2() -> None:
+    smollm2 = resolve("smollm2")
     config = load_model_config(smollm2)
     verify_checkpoint(smollm2, config)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)

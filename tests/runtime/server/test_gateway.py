@@ -56,6 +56,12 @@ def server(smollm2: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def driver(smollm2: Path) -> Iterator[LLM]:
+    with LLM(smollm2, executor="local", max_model_len=2048, quiet=True, kv_memory="512MiB") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
 def client(server: dict[str, Any]) -> Iterator[Any]:
     with openai.OpenAI(base_url=server["openai"], api_key="none", timeout=DEADLINE_S, max_retries=0) as made:
         yield made
@@ -67,9 +73,8 @@ def ask(client: Any, **options: Any) -> Any:
     )
 
 
-def test_a_chat_has_the_text_of_the_driver(client: Any, smollm2: Path) -> None:
-    with LLM(smollm2, executor="local", max_model_len=2048, quiet=True, kv_memory="512MiB") as llm:
-        [expected] = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+def test_a_chat_has_the_text_of_the_driver(client: Any, driver: LLM) -> None:
+    [expected] = driver.chat(QUESTION, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
     answer = ask(client)
     assert answer.choices[0].message.content == expected.outputs[0].text
     assert answer.choices[0].finish_reason == str(expected.outputs[0].finish_reason)
@@ -95,7 +100,7 @@ def test_the_usual_options(client: Any) -> None:
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in likely)
 
 
-def test_json_of_a_schema(client: Any, smollm2: Path) -> None:
+def test_json_of_a_schema(client: Any, driver: LLM) -> None:
     fields = {"name": {"type": "string", "maxLength": 20}, "legs": {"type": "integer", "minimum": 0, "maximum": 8}}
     schema = {"type": "object", "properties": fields, "required": ["name", "legs"], "additionalProperties": False}
     question = [{"role": "user", "content": "Describe a dog as JSON with name and legs."}]
@@ -106,11 +111,10 @@ def test_json_of_a_schema(client: Any, smollm2: Path) -> None:
     assert found.keys() == {"name", "legs"} and len(found["name"]) <= 20 and 0 <= found["legs"] <= 8
     streamed = ask(client, messages=question, response_format=shape, max_tokens=64, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices) == text
-    with LLM(smollm2, executor="local", max_model_len=2048, quiet=True, kv_memory="512MiB") as llm:
-        params = SamplingParams(
-            temperature=0, max_tokens=64, structured_outputs=StructuredOutputsParams(json=json.dumps(schema))
-        )
-        assert llm.chat(question, params, use_tqdm=False)[0].outputs[0].text == text
+    params = SamplingParams(
+        temperature=0, max_tokens=64, structured_outputs=StructuredOutputsParams(json=json.dumps(schema))
+    )
+    assert driver.chat(question, params, use_tqdm=False)[0].outputs[0].text == text
 
 
 def test_any_json_and_a_schema_that_is_none(client: Any) -> None:

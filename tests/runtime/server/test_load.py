@@ -20,6 +20,7 @@ from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
+from tests.effort import thorough
 from tests.runtime.server.conftest import DEADLINE_S, Running
 from tests.runtime.server.test_service import PROMPT, no_blocks_are_held, wait_until
 
@@ -100,7 +101,8 @@ def fuzz_structured(message: pb.StructuredOutputs, chance: random.Random) -> Non
 
 
 @pytest.mark.parametrize(
-    "first", [0, pytest.param(FUZZED, marks=pytest.mark.slow), pytest.param(2 * FUZZED, marks=pytest.mark.slow)]
+    "first",
+    [thorough(0), pytest.param(FUZZED, marks=pytest.mark.slow), pytest.param(2 * FUZZED, marks=pytest.mark.slow)],
 )
 def test_fuzzed_requests_get_an_answer_or_a_reason(serve: Serve, tmp_path: Path, first: int) -> None:
     write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
@@ -132,6 +134,7 @@ def test_fuzzed_requests_get_an_answer_or_a_reason(serve: Serve, tmp_path: Path,
         assert client.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)).completion_tokens == 3
 
 
+@pytest.mark.thorough
 def test_64_clients_that_cancel_stop_reading_or_finish(serve: Serve) -> None:
     running = serve(max_num_seqs=16, options={"stall_timeout_s": 2.0})
     chance = random.Random(1)

@@ -120,6 +120,7 @@ def test_a_request_is_one_line_without_its_prompt(serve: Serve, caplog: pytest.L
     assert line["prompt_tokens"] == len(PROMPT) and str(PROMPT)[1:-1] not in str(line)
 
 
+@pytest.mark.thorough
 def test_a_client_may_ping_every_second_and_a_large_message_is_refused(serve: Serve) -> None:
     running = serve()
     options = [

@@ -23,7 +23,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.model_config import load_model_config
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
-from tests.examples import examples
+from tests.effort import examples
 
 MAX_MODEL_LEN = 128
 RANGES = {

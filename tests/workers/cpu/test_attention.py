@@ -23,7 +23,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 from headwise.workers.reference.attention import ReferenceAttention
-from tests.examples import examples
+from tests.effort import examples
 
 NAN = float("nan")
 BORDERS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
-from tests.examples import examples
+from tests.effort import examples
 
 LAYOUTS = pytest.mark.parametrize("transposed_keys", [False, True])
 

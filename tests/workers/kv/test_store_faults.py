@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv import journal
 from headwise.workers.kv.store import DiskStore
 from tests.workers.kv.kv_blocks import PAYLOAD, block_of, file_of, files, holds, key_of, opened, put
+from tests.workers.processes import FORKED
 
 ROOT = Path(__file__).parents[3]
 BIG = 1 << 20
+DEADLINE_S = 60.0
 
 
 class Killed(BaseException):
@@ -188,31 +191,34 @@ def test_a_small_disk(tmp_path: Path) -> None:
     assert filled(tmp_path, *alone, f'{mount} && exec "$@"', "sh")
 
 
-def write_forever(path: Path) -> None:
-    """Put and drop big blocks, telling of each put by a dot."""
+def write_forever(path: Path, told: Connection) -> None:
+    """Put and drop big blocks, telling of each put."""
     store = DiskStore(path, 1, 2, b"identity", BIG)
     number = 0
     while True:
         key = key_of(number % 12)
         store.put(key, torch.full((BIG // 4,), float(number % 12)))
         store.drop(key_of((number + 5) % 12).digest)
-        sys.stdout.write(".")
-        sys.stdout.flush()
+        told.send_bytes(b"put")
         number += 1
 
 
 def test_a_process_that_is_killed(tmp_path: Path) -> None:
-    code = f"from tests.workers.kv.{Path(__file__).stem} import *; write_forever(Path({str(tmp_path)!r}))"
     for _ in range(4):
-        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            try:
-                assert len(writer.stdout.read(30)) == 30
-                with pytest.raises(InvalidValueError, match="another engine"):
-                    DiskStore(tmp_path, 1, 2, b"identity", BIG)
-                time.sleep(random.random() * 0.01)  # so that it is anywhere in its work
-            finally:
-                writer.kill()
+        here, there = FORKED.Pipe(duplex=False)
+        writer = FORKED.Process(target=write_forever, args=(tmp_path, there), daemon=True)
+        writer.start()
+        try:
+            for _ in range(30):
+                assert here.poll(DEADLINE_S) and here.recv_bytes() == b"put"
+            with pytest.raises(InvalidValueError, match="another engine"):
+                DiskStore(tmp_path, 1, 2, b"identity", BIG)
+            time.sleep(random.random() * 0.01)  # so that it is anywhere in its work
+        finally:
+            writer.kill()
+            writer.join(DEADLINE_S)
+            here.close()
+            there.close()
         store = DiskStore(tmp_path, 1, 2, b"identity", BIG)
         out = torch.zeros(BIG // 4)
         left = store.stored_keys()

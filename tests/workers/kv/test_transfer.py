@@ -22,7 +22,7 @@ from headwise.workers.kv.transfer import (
     encode_job,
     encode_result,
 )
-from tests.examples import examples
+from tests.effort import examples
 
 numbers = st.integers(0, 2**63)
 digests = st.binary(min_size=32, max_size=32)

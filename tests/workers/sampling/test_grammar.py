@@ -24,7 +24,7 @@ from headwise.workers.sampling.grammar import Constraint, GrammarError, Grammars
 from headwise.workers.sampling.sampler import Sampler
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
-from tests.examples import examples
+from tests.effort import examples
 from tests.workers.sampling.languages import Node, choice_grammar, is_open, languages, right_tokens
 
 TOKENS = token_bytes()

@@ -19,7 +19,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling, TokenLogprobs
 from headwise.workers.sampling import sampler as module
 from headwise.workers.sampling.sampler import Sampler, greedy, uniform
-from tests.examples import examples
+from tests.effort import examples
 
 Floats = NDArray[np.float64]
 
