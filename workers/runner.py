@@ -26,13 +26,13 @@ class Launched:
 
     Attributes:
         started: when :meth:`Runner.launch` was called, by ``time.perf_counter``.
-        rows_B: the rows that sample a token.
+        rows: those that sample a token.
         result: their tokens on the device, None if there are no such rows.
     """
 
     step: int
     started: float
-    rows_B: list[int]
+    rows: list[int]
     result: SampleResult | None
 
 
@@ -81,7 +81,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Applies a plan (see :class:`~headwise.workers.plan.StepPlan` for the order), computes and samples. Reads
-        nothing back from the device, so that it may still be at work. Steps are finished in the order of their launch.
+        nothing back from the device, so that it may still be at work. Steps are finished in the order of their launch;
+        a row with a grammar is computed again only after that, because the grammar follows the tokens read back.
 
         Raises:
             RuntimeError: the plan is out of order or asks for tokens that are not there: the engine and this shard
@@ -100,7 +101,7 @@ class Runner:
         output = StepOutput(launched.step)
         if launched.result is not None:
             started = time.perf_counter()
-            self._collect(launched.rows_B, launched.result, output)
+            self._collect(launched.rows, launched.result, output)
             self.seconds["sample"] += time.perf_counter() - started
         output.seconds = time.perf_counter() - launched.started
         return output
