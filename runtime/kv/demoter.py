@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from headwise.runtime.kv.ledger import Ledger, Outcome
+from headwise.runtime.kv.ledger import MAX_BATCH, Ledger, Outcome
 from headwise.runtime.kv.tier_books import TierBooks
 from headwise.runtime.kv.tier_index import TierBlock
 from headwise.workers.kv.transfer import Op, Tier
-
-MAX_BATCH = 64
-"""Most blocks of a job that copies to a tier: a restore waits for the jobs before it."""
 
 
 class Demoter:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 
+MAX_BATCH = 64
+"""Most blocks of a job that copies to a tier: a restore waits for the jobs before it."""
+
 
 class Outcome(NamedTuple):
     """What came of a job.

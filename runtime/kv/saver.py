@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
 
-from headwise.runtime.kv.demoter import MAX_BATCH, Demoter
+from headwise.runtime.kv.demoter import Demoter
 from headwise.runtime.kv.eviction import CachedBlock
-from headwise.runtime.kv.ledger import Ledger, Outcome
+from headwise.runtime.kv.ledger import MAX_BATCH, Ledger, Outcome
 from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
 from headwise.runtime.kv.tier_books import TierBooks
 from headwise.workers.kv.transfer import BlockKey, Op
