@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.inputs.processor import MAX_MESSAGES
 from headwise.runtime.server.health import MAX_WATCHING
-from headwise.runtime.server.serve import ServeOptions, _checked
+from headwise.runtime.server.serve import ServeOptions, Server, _checked
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
@@ -192,12 +193,30 @@ def test_what_a_call_ended_with_is_counted(serve: Serve) -> None:
 
 
 def test_shards_that_die_while_nothing_runs_end_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_server, seen = Server._make_server, threading.Event()
+
+    def patient(*about: Any) -> grpc.aio.Server:
+        """One that cuts no connection before its end was seen: what it has sent could be lost."""
+        server = make_server(*about)
+        stop = server.stop
+
+        async def stop_when_seen(grace: float | None) -> None:
+            assert await asyncio.to_thread(seen.wait, DEADLINE_S)
+            await stop(grace)
+
+        monkeypatch.setattr(server, "stop", stop_when_seen)
+        return server
+
+    monkeypatch.setattr(Server, "_make_server", patient)
     running = serve()
     with grpc.insecure_channel(running.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         monkeypatch.setattr(ThreadShardGroup, "death", ShardGroupDied(0, "here", "for the test"))
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        try:
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        finally:
+            seen.set()
     assert running.exit_code.result(DEADLINE_S) == 3
 
 
