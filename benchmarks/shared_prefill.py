@@ -1,8 +1,9 @@
 """What requests that share a prompt wait for the one that computes it.
 
 Blocks are shared once they are verified: once the request that computes them has its first token. So the others wait
-for the rest of its prompt, too, of which they have no use. Here 16 requests share 1,024 tokens, and each has a tail of
-its own; what is read is the time to first token of the 15 that wait, by the length of the first one's tail.
+for the last step of its prompt to be done, the part of it that they do not share included. Here 16 requests share
+1,024 tokens, and each has a tail of its own; what is read is the time to first token of the 15 that wait, by the length
+of the first one's tail.
 
     python benchmarks/shared_prefill.py --model smollm2 --tails 16 512 2048
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from headwise.cluster.channel import Kind
 from headwise.cluster.channel_group import ChannelGroup
 from headwise.cluster.group import GroupFactory, Progress, ShardGroup, ShardGroupDied
-from headwise.cluster.mailbox import Mailbox
+from headwise.cluster.mailbox import CLOSED, Mailbox
 from headwise.cluster.queue_channel import QueueEngineChannel
 from headwise.cluster.rank import Rank
 from headwise.workers.collectives import open_rendezvous
@@ -23,7 +24,7 @@ from headwise.workers.spec import ShardSpec
 
 MEET_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
-"""How long a step under way may take until its thread is left alone; a thread cannot be killed."""
+"""How long loading or the steps under way may take until a rank's thread is left alone; a thread cannot be killed."""
 
 
 class LocalGroupFactory(GroupFactory):
@@ -69,29 +70,39 @@ class LocalShardGroup(ChannelGroup):
         rendezvous = open_rendezvous("solo" if self._tp == 1 else "shared_memory", self._tp)
         self._ranks = [_RankThread(Rank(self._spec, rank, self._num_threads)) for rank in range(self._tp)]
         loads = [
-            rank.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress)
-            for number, rank in enumerate(self._ranks)
+            thread.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress)
+            for number, thread in enumerate(self._ranks)
         ]
         affordable: int = min([load.result() for load in loads])
         blocks = min(affordable, num_blocks or affordable)
-        for allocation in [rank.submit(Rank.allocate, blocks) for rank in self._ranks]:
+        for allocation in [thread.submit(Rank.allocate, blocks) for thread in self._ranks]:
             allocation.result()
-        self._runs = [rank.submit(Rank.serve) for rank in self._ranks]
+        self._runs = [thread.submit(Rank.serve) for thread in self._ranks]
+        for number, run in enumerate(self._runs):
+            run.add_done_callback(partial(self._ended, number))
         return blocks
 
     def collect(self) -> StepOutput:
         try:
             return super().collect()
         except ShardGroupDied as death:  # with the rank's own error, and so its traceback
-            raise death from self._runs[death.rank].exception(CLOSE_TIMEOUT_S)
+            run = self._runs[death.rank]
+            wait([run], timeout=1.0)  # a rank tells of its death, and then ends
+            raise death from (run.exception() if run.done() else None)
 
     def close(self) -> None:
         self._channel.send_all(Kind.CLOSE, b"")
-        for rank in self._ranks:
-            rank.end(CLOSE_TIMEOUT_S)
+        for thread in self._ranks:
+            thread.end(CLOSE_TIMEOUT_S)
         self._ranks = []
         if self._mailbox is not None:
-            self._mailbox.declare_dead(0, "the group is closed")  # for an engine that still waits for a step
+            self._mailbox.declare_dead(0, CLOSED)  # for an engine that still waits for a step
+
+    def _ended(self, rank: int, run: Future[None]) -> None:
+        """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
+        assert self._mailbox is not None, "start() comes first"
+        error = run.exception()
+        self._mailbox.declare_dead(rank, CLOSED if error is None else f"{type(error).__name__}: {error}")
 
 
 class _RankThread:
@@ -113,7 +124,8 @@ class _RankThread:
         """Waits until the rank has done what was submitted, and closes it."""
         self.submit(Rank.close)
         self._calls.put(None)
-        self._thread.join(timeout_s)
+        if threading.current_thread() is not self._thread:  # on which a forgotten group may be collected
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -121,4 +133,5 @@ class _RankThread:
             try:
                 future.set_result(method())
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # or the error would keep the model and its KV memory
                 future.set_exception(error)

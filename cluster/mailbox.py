@@ -11,6 +11,9 @@ import msgpack
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.group import ShardGroupDied
 
+CLOSED = "the group is closed"
+"""The cause that somebody hears who uses a group after its end."""
+
 
 class Mailbox:
     """Sends to every rank, sorts by kind what the ranks send, and keeps the first death that anybody reports.

@@ -18,7 +18,7 @@ class QueueEngineChannel(EngineChannel):
         return self._ranks[rank]
 
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
-        self._ranks[rank].plans.put((kind, payload))
+        self._ranks[rank].messages.put((kind, payload))
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
         try:
@@ -33,11 +33,11 @@ class QueueEngineChannel(EngineChannel):
 class QueueShardChannel(ShardChannel):
     def __init__(self, rank: int, replies: SimpleQueue[tuple[Kind, int, bytes] | None]) -> None:
         self._rank, self._replies = rank, replies
-        self.plans: SimpleQueue[tuple[Kind, bytes]] = SimpleQueue()
+        self.messages: SimpleQueue[tuple[Kind, bytes]] = SimpleQueue()
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
         try:
-            return self.plans.get(timeout=timeout_s)
+            return self.messages.get(timeout=timeout_s)
         except Empty:
             return None
 

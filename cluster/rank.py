@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -70,14 +72,17 @@ class Rank:
         """
         assert self.shard is not None, "load() comes first"
         try:
-            while (message := self._channel.receive(None)) is not None and message[0] != Kind.CLOSE:
+            for message in self._messages():
                 self._serve_one(self.shard, *message)
         except BaseException as error:
             dead, cause = self._rank, f"{type(error).__name__}: {error}"
             if isinstance(error, PeerDiedError):
                 dead, cause = error.rank, error.cause
-            self.shard.abort(cause)
-            self._channel.send(Kind.ERROR, msgpack.packb((dead, cause)))
+            cause = cause.encode(errors="backslashreplace").decode()  # a path may hold what no message can
+            try:
+                self.shard.abort(cause)
+            finally:
+                self._channel.send(Kind.ERROR, msgpack.packb((dead, cause)))
             raise
         finally:
             self.close()
@@ -87,6 +92,21 @@ class Rank:
         shard, self.shard = self.shard, None
         if shard is not None:
             shard.close()
+
+    def _messages(self) -> Iterator[tuple[Kind, bytes]]:
+        """What the channel brings until it asks to close. A transfer goes before the steps that wait: it runs beside
+        steps, and in no order with them."""
+        waiting: deque[tuple[Kind, bytes]] = deque()
+        while True:
+            while (message := self._channel.receive(0 if waiting else None)) is not None:
+                if message[0] == Kind.TRANSFER:
+                    yield message
+                else:
+                    waiting.append(message)
+            if waiting and waiting[0][0] == Kind.CLOSE:
+                return
+            if waiting:
+                yield waiting.popleft()
 
     def _serve_one(self, shard: Shard, kind: Kind, payload: bytes) -> None:
         from headwise.workers.kv.transfer import decode_job

@@ -6,7 +6,7 @@ from ray.util.placement_group import PlacementGroup
 
 from headwise.cluster.channel_group import ChannelGroup
 from headwise.cluster.group import Progress
-from headwise.cluster.mailbox import Mailbox
+from headwise.cluster.mailbox import CLOSED, Mailbox
 from headwise.cluster.ray_ranks import RayRanks
 from headwise.cluster.ray_watcher import RunWatcher
 from headwise.workers.spec import ShardSpec
@@ -40,3 +40,5 @@ class RayShardGroup(ChannelGroup):
         finally:
             if self._watcher is not None:
                 self._watcher.join()  # before anybody leaves the Ray that its thread waits on
+            if self._mailbox is not None:
+                self._mailbox.declare_dead(0, CLOSED)

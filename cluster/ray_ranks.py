@@ -145,7 +145,8 @@ class RayRanks:
             Rendezvous(**self._rendezvous).close()  # ranks killed before all had met leave a file, if it is here
         self._actors, self._runs, self._refs, self._rendezvous = [], [], [], None
         here, processes = ray.get_runtime_context().get_node_id(), []
-        for place in self._places:
+        places, self._places = self._places, []
+        for place in places:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if place["node_id"] == here:
                     processes.append(psutil.Process(place["pid"]))

@@ -16,7 +16,7 @@ from headwise.cluster.group import GroupFactory, Progress
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
 from headwise.runtime.engine.engine import Engine
-from headwise.runtime.engine.generation import GenerationFactory
+from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.tier_sizes import tier_sizes
 from headwise.runtime.inputs.grammars import GrammarChecker
@@ -76,22 +76,24 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     # Later engines have later epochs, so that a router can tell a restart from a gap.
     events = KvEvents(time.time_ns() // 1_000_000)
     generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events)
-    try:
+    with contextlib.ExitStack() as undo:  # until all of it stands
+        undo.callback(generations.close)
         with _load_progress(quiet) as progress:
-            generation = generations.make(progress)
-    except BaseException:
-        generations.close()
-        raise
-    if not quiet:
-        num_blocks = generation.cache.pool.num_blocks
-        tokens, blocks = f"{num_blocks * config.block_size:,} tokens", f"{num_blocks:,} blocks of {config.block_size}"
-        print(f"KV memory: {tokens} in {blocks}", file=sys.stderr)
-    mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
-    scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
-    engine = Engine(generation, scheduler, events, config.pipeline_depth)
-    grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
-    inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
+            generation = undo.enter_context(contextlib.closing(generations.make(progress)))
+        if not quiet:
+            print(_kv_memory(generation), file=sys.stderr)
+        mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
+        scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
+        engine = Engine(generation, scheduler, events, config.pipeline_depth)
+        grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
+        inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
+        undo.pop_all()
     return Started(path, inputs, generations, engine, spec)
+
+
+def _kv_memory(generation: Generation) -> str:
+    num_blocks, size = generation.cache.pool.num_blocks, generation.cache.block_size
+    return f"KV memory: {num_blocks * size:,} tokens in {num_blocks:,} blocks of {size}"
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

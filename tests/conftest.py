@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests.thread_group import thread_groups
 
 settings.register_profile(FEW, max_examples=20)  # of a test that asks for no number
 torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
+
+DEADLINE_S = 10.0
 
 MakeLLM = Callable[..., LLM]
 
@@ -68,10 +71,14 @@ def thread_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLLM]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Fails a test after which shared memory or socket folders of ours stand that were not there before."""
-    before = _leftovers()
+    """Fails a test after which shared memory, socket folders or threads of ours are there that were not before."""
+    before, threads = _leftovers(), set(threading.enumerate())
     yield
     assert _leftovers() <= before
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name in ("headwise-shard", "headwise-engine"):  # others come with what they are first asked for
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive(), f"{thread.name} goes on"
 
 
 def _leftovers() -> set[str]:

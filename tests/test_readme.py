@@ -111,9 +111,9 @@ def reader(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
     """A Ray for all snippets of this process, which use it one after another."""
-    session = ray_session.join(None)
+    ray_session.join(None)
     yield
-    session.leave()
+    ray_session.leave()
 
 
 @pytest.fixture(scope="module")

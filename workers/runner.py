@@ -14,6 +14,7 @@ from headwise.workers.collectives import Collectives
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.model import Model, StepInput
 from headwise.workers.plan import RowAdmit, StepOutput, StepPlan
+from headwise.workers.sampling.grammar import Constraint
 from headwise.workers.sampling.sampler import Sampler, SampleResult, greedy
 from headwise.workers.upload import upload
 
@@ -28,12 +29,14 @@ class Launched:
         started: when :meth:`Runner.launch` was called, by ``time.perf_counter``.
         rows: those that sample a token.
         result: their tokens on the device, None if there are no such rows.
+        constraints: of these rows, or None; not looked up later, when another request may have the row.
     """
 
     step: int
     started: float
     rows: list[int]
     result: SampleResult | None
+    constraints: list[Constraint | None]
 
 
 class Runner:
@@ -94,14 +97,14 @@ class Runner:
         self._next_step += 1
         self._apply(plan)
         rows, result = self._compute(plan) if plan.computes else ([], None)
-        return Launched(plan.step, started, rows, result)
+        return Launched(plan.step, started, rows, result, [self._sampler.constraint(row) for row in rows])
 
     def finish(self, launched: Launched) -> StepOutput:
         """Waits for a step's tokens and takes note of them."""
         output = StepOutput(launched.step)
         if launched.result is not None:
             started = time.perf_counter()
-            self._collect(launched.rows, launched.result, output)
+            self._collect(launched, launched.result, output)
             self.seconds["sample"] += time.perf_counter() - started
         output.seconds = time.perf_counter() - launched.started
         return output
@@ -182,11 +185,13 @@ class Runner:
         self._sampler.observe(rows, result.tokens_B)
         return result
 
-    def _collect(self, rows: list[int], result: SampleResult, output: StepOutput) -> None:
+    def _collect(self, launched: Launched, result: SampleResult, output: StepOutput) -> None:
         output.logprobs.update(result.logprobs())
-        for row, token, finite in zip(rows, result.tokens_B.tolist(), result.finite_B.tolist(), strict=True):
+        read = (launched.rows, launched.constraints, result.tokens_B.tolist(), result.finite_B.tolist())
+        for row, constraint, token, finite in zip(*read, strict=True):
             if finite:
-                self._sampler.accept(row, token)
+                if constraint is not None:
+                    constraint.accept(token)
                 output.tokens.append((row, token))
             else:
                 output.logprobs.pop(row, None)

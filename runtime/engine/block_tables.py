@@ -53,7 +53,7 @@ class BlockTables:
     def admit(self, request: Request, row: int) -> Admission:
         """Gives a request a seat, if it can have one now, with blocks for all its tokens and the next one. Its first
         blocks come from the cache where they are there; at least one token is left to compute."""
-        search = self._searches.setdefault(request, _Search())
+        search = self._searches.get(request) or self._searches.setdefault(request, _Search())
         if search.restoring or (search.awaits is not None and self._is_coming(search.awaits)):
             return Admission.LATER
         limit = self._match(request, search.chain)
@@ -176,10 +176,10 @@ class BlockTables:
             return Admission.NO_ROOM
         if blocks is None or not found:
             return None
+        self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))
         for block in found:
             self._coming.setdefault(block.key.digest, request)
         search.restoring = True
-        self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))
         return Admission.LATER
 
     def _restored(self, request: Request, search: _Search, wanted: list[TierBlock], arrived: int) -> None:

@@ -28,7 +28,7 @@ class Generation:
     outlives a generation is a request's tokens and sampling state.
 
     Attributes:
-        epoch: which generation this is; later ones have later epochs.
+        epoch: which generation this is, as its KV events say.
         ledger: the jobs that move blocks between the shards' devices and the tiers.
         tiers: None where there is no host memory or disk for blocks.
     """

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from headwise.cluster import channel_group
+from headwise.cluster.channel import Kind
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from headwise.workers.kv.transfer import Op, Tier, TransferJob
+from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan
 from tests.checkpoints import small_spec
 from tests.thread_group import ThreadShardGroup
 
@@ -46,6 +50,75 @@ def test_a_rank_that_raises_ends_the_others_and_is_named(
     assert group.death is death.value
     for rank in group._ranks:
         assert rank.submit(lambda ended: ended.shard).result(DEADLINE_S) is None
+
+
+def test_an_error_that_no_message_can_carry_is_told_all_the_same(
+    group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: StepPlan) -> None:
+        raise ValueError("half of a pair: \udcff")
+
+    monkeypatch.setattr(group.shards[0], "step", fail)
+    group.submit(PLAN)
+    with pytest.raises(ShardGroupDied, match=r"rank 0 .*: ValueError: half of a pair: .*udcff"):
+        group.collect()
+
+
+def test_a_rank_that_cannot_tell_of_its_end_is_noticed(
+    group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: StepPlan) -> None:
+        raise ZeroDivisionError("for the test")
+
+    def send(kind: Kind, payload: bytes) -> None:
+        raise OSError("no way to the engine")
+
+    monkeypatch.setattr(group.shards[0], "step", fail)
+    monkeypatch.setattr(group._channel.rank(0), "send", send)
+    group.submit(PLAN)
+    with pytest.raises(ShardGroupDied, match="OSError: no way to the engine"):
+        group.collect()
+
+
+def test_a_transfer_does_not_wait_for_the_steps_before_it(
+    group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps and a job come while a rank is at the first step."""
+    done: list[object] = []
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def step(plan: StepPlan) -> StepOutput:
+        at_work.set()
+        assert go_on.wait(DEADLINE_S)
+        done.append(plan.step)
+        return StepOutput(plan.step)
+
+    monkeypatch.setattr(group.shards[0], "step", step)
+    monkeypatch.setattr(group.shards[0], "transfer", lambda job: done.append(job.op))
+    monkeypatch.setattr(group.shards[1], "step", lambda plan: StepOutput(plan.step))
+    monkeypatch.setattr(group.shards[1], "transfer", lambda job: None)
+    group.submit(StepPlan(0))
+    assert at_work.wait(DEADLINE_S)
+    for number in (1, 2):
+        group.submit(StepPlan(number))
+    group.transfer(TransferJob(0, Op.DROP, Tier.HOST, []))
+    go_on.set()
+    assert [group.collect().step for _ in range(3)] == [0, 1, 2]
+    assert done == [0, Op.DROP, 1, 2]
+
+
+def test_a_failed_step_keeps_no_memory(group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = group.shards[0]._runner
+    assert runner is not None
+    kept = weakref.ref(runner)
+    monkeypatch.setattr(type(runner), "finish", lambda self, launched: 1 / 0)
+    group.submit(PLAN)
+    with pytest.raises(ShardGroupDied) as death:
+        group.collect()
+    del runner
+    group.close()
+    gc.collect()
+    assert kept() is None and isinstance(death.value.__cause__, ZeroDivisionError)
 
 
 def test_a_rank_that_does_not_answer_is_named(group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch) -> None:

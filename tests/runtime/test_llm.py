@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, start
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from headwise.workers.plan import StepOutput
@@ -493,3 +494,17 @@ def test_the_signature_is_the_config() -> None:
         del parameters[name]
     defaults = {name: field.default for name, field in EngineConfig.model_fields.items() if name != "model"}
     assert {name: parameter.default for name, parameter in parameters.items()} == defaults
+
+
+def test_what_fails_once_the_shards_are_there_ends_them(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a line on a stderr that is closed; that no thread is left is seen by nothing_left_behind."""
+    closed: list[str] = []
+    monkeypatch.setattr(start, "_kv_memory", lambda generation: 1 / 0)
+    for kind in (Generation, GenerationFactory):
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, close=close: (closed.append(type(self).__name__), close(self)))
+    with pytest.raises(ZeroDivisionError):
+        LLM(checkpoint("gqa"), executor="local", cpus_per_rank=1, kv_memory="16MiB")
+    assert closed == ["Generation", "GenerationFactory"]

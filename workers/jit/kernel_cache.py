@@ -167,12 +167,14 @@ _IMPORT = re.compile(r"^from headwise\.workers(?:\.([\w.]+))? import (?:\(([^)]*
 
 
 def kernel_sources(workers: Path) -> dict[str, bytes]:
-    """What kernels are made from: the modules that use Numba, LLVM or this one, and what these import of ours.
+    """What kernels are made from: the modules that use Numba, LLVM or this one; those of cpu/, which make the kernels'
+    arguments; and what all these import of ours.
 
     Imports inside functions are not followed: nothing compiled comes that way.
     """
     everything = {path.relative_to(workers).as_posix(): path.read_bytes() for path in sorted(workers.rglob("*.py"))}
-    todo = [path for path, source in everything.items() if re.search(rb"\b(numba|llvmlite|kernel_cache)\b", source)]
+    uses = re.compile(rb"\b(numba|llvmlite|kernel_cache)\b")
+    todo = [path for path, source in everything.items() if path.startswith("cpu/") or uses.search(source)]
     found: dict[str, bytes] = {}
     while todo:
         path = todo.pop()

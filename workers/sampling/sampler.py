@@ -202,10 +202,9 @@ class Sampler:
         """
         self._penalties.observe(rows, tokens_B)
 
-    def accept(self, row: int, token: int) -> None:
-        """Moves a row on in its grammar, if it has one."""
-        if row in self._constraints:
-            self._constraints[row].accept(token)
+    def constraint(self, row: int) -> Constraint | None:
+        """Where a row is in its grammar; the row's tokens move it on. None if the row has no grammar."""
+        return self._constraints.get(row)
 
     def _process(self, logits_BV: Tensor, rows: Sequence[int], num_generated: Sequence[int]) -> Tensor:
         """The logits after bias, min_tokens mask and penalties; the same tensor if no row has any, nor a grammar."""

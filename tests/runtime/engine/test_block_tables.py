@@ -75,7 +75,7 @@ class Ranks:
         self.spoilt: set[Request] = set()
 
     def step(self, schedule: Schedule) -> set[int]:
-        """Returns the rows that are not finite."""
+        """Returns the rows that sample and are not finite; of others a shard does not know."""
         plan, requests = schedule.plan, {part.seat.row: part.request for part in schedule.rows}
         for row in plan.drops:
             del self.rows[row]
@@ -86,7 +86,9 @@ class Ranks:
             self.rows[index].blocks.append(block)
         for index, count in plan.computes:
             self.write(self.rows[index], count)
-        return {index for index, _ in plan.computes if not self.read(self.rows[index])}
+        finite = {index: self.read(self.rows[index]) for index, _ in plan.computes}
+        sampling = (index for index in finite if self.rows[index].computed == len(self.rows[index].tokens))
+        return {index for index in sampling if not finite[index]}
 
     def write(self, row: Row, count: int) -> None:
         assert row.request.token_blocks is not None
@@ -109,7 +111,7 @@ class Ranks:
         self.jobs[job.tier].append(job)
 
     def result(self, timeout_s: float) -> TransferResult | None:
-        """Each result when it is asked for, and then no other before the next question."""
+        """As many results as are deliverable now."""
         if not self.deliverable:
             return None
         self.deliverable -= 1

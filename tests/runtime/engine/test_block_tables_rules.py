@@ -9,8 +9,8 @@ from headwise.runtime.kv.prefix_cache import PrefixCache
 from tests.runtime.engine.test_block_tables import SIZE, make_request
 
 
-def tables(blocks: int = 8, max_blocks_per_namespace: int | None = None) -> BlockTables:
-    return BlockTables(PrefixCache(BlockPool(blocks), SIZE, max_blocks_per_namespace=max_blocks_per_namespace))
+def tables(blocks: int = 8) -> BlockTables:
+    return BlockTables(PrefixCache(BlockPool(blocks), SIZE))
 
 
 def compute(its: BlockTables, request: Request) -> None:
@@ -34,7 +34,7 @@ def test_at_least_one_token_is_left_to_compute() -> None:
         its.cache.check_integrity(its.computing([first, second]))
 
 
-def test_a_later_request_waits_for_what_an_earlier_one_computes_and_for_no_more() -> None:
+def test_a_later_request_waits_for_what_an_earlier_one_computes_and_others_go_first() -> None:
     its = tables(16)
     first = make_request("a", [1, 2, 3, 4, 5, 6, 7])
     second, other = make_request("b", [1, 2, 3, 4, 9, 9, 9]), make_request("c", [8, 8, 8])
@@ -128,3 +128,12 @@ def test_generated_tokens_are_cached_once_a_token_was_sampled_after_them() -> No
     its.publish(request, 4)
     assert len(its.cache) == 2
     assert seat_of(request).chain[1].tokens == (3).to_bytes(4, "little") + (7).to_bytes(4, "little")
+
+
+def test_tokens_that_an_aborted_request_never_saw_are_not_cached() -> None:
+    """A step computed a token of it whose own step came too late: of the block that it completes, nobody knows it."""
+    its = tables()
+    request = make_request("a", [1, 2, 3], max_tokens=9)
+    its.admit(request, 0)
+    its.publish(request, 4)
+    assert len(its.cache) == 1

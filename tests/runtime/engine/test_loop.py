@@ -142,7 +142,7 @@ def test_a_dead_group_found_in_a_call_ends_the_loop(setup: Setup) -> None:
 
 def test_post_does_not_wait_and_does_not_raise(setup: Setup) -> None:
     done = threading.Event()
-    # From the loop's own thread too, where call() would wait for itself.
+    # From the loop's own thread too, where run() would wait for itself.
     setup.loop.run(lambda _: setup.loop.post(lambda _: done.set()), DEADLINE_S)
     assert done.wait(DEADLINE_S)
     setup.loop.post(lambda _: 1 / 0)

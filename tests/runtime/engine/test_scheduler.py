@@ -14,7 +14,9 @@ from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.request import Request, RequestState, seat_of
 from headwise.runtime.engine.scheduler import Schedule, ScheduledRow, Scheduler
 from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.plan import RowSampling, admit_bytes
 from tests.effort import examples
@@ -249,6 +251,42 @@ def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
     for _ in range(10):
         finish_step(sched, sched.schedule())
     assert late.state is RequestState.FINISHED
+
+
+def cached(sched: Scheduler, prompt: Request) -> int:
+    cache = sched._tables.cache
+    cache.check_integrity(sched._tables.computing([r for r in (prompt,) if r.seat is not None]))
+    return len(cache)
+
+
+def with_blocks(name: str, prompt: int, max_tokens: int) -> Request:
+    made = request(name, prompt, max_tokens)
+    made.token_blocks = TokenBlocks(bytes(32), BLOCK, made.prompt_token_ids)
+    return made
+
+
+def test_a_chunk_is_not_cached_before_its_prompt_has_a_token() -> None:
+    sched, _ = scheduler(budget=8)
+    prompt = with_blocks("a", 13, 4)
+    sched.add(prompt)
+    finish_step(sched, sched.schedule())
+    assert prompt.generated == [] and cached(sched, prompt) == 0
+    finish_step(sched, sched.schedule())
+    assert prompt.generated == [7] and cached(sched, prompt) == 3
+
+
+def test_what_was_verified_before_a_request_failed_stays_and_no_more_comes() -> None:
+    sched, _ = scheduler()
+    failing = with_blocks("a", 7, 9)
+    sched.add(failing)
+    finish_step(sched, sched.schedule())
+    step, late = sched.schedule(), sched.schedule()  # the first computes the token that completes a block
+    assert step is not None and late is not None and cached(sched, failing) == 1
+    sched.complete(step, failed=[seat_of(failing).row])
+    failing.finish_reason = FinishReason.ERROR
+    sched.finish(failing)
+    sched.complete(late)
+    assert failing.seat is None and cached(sched, failing) == 1
 
 
 @pytest.mark.parametrize("depth", [1, 2])

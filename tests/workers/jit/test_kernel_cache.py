@@ -98,7 +98,7 @@ def test_the_sources_of_this_package_hold_every_kernel() -> None:
 
     workers = Path(kernel_cache.__file__).parent.parent
     sources = kernel_sources(workers)
-    assert {"jit/vectors.py", "cpu/attention_plan.py", "collectives/spin.py"} <= sources.keys()
+    assert {"jit/vectors.py", "cpu/attention.py", "cpu/llama.py", "collectives/spin.py"} <= sources.keys()
     ours = [made.py_func.__code__.co_filename for made in kernel_cache._kernels]
     ours = [name for name in ours if name != __file__]
     assert ours and {Path(name).relative_to(workers).as_posix() for name in ours} <= sources.keys()

@@ -107,3 +107,18 @@ def test_without_a_tokenizer_a_row_with_a_grammar_fails_alone(
     assert tokens == [free[0], free[1], []]
     assert list(failed) == [2] and len(failed[2]) == 3
     assert failed[2][0].startswith("the grammar cannot be compiled on this host: ")
+
+
+def test_a_token_read_back_late_moves_on_the_row_that_it_was_sampled_for(start: Callable[..., Shard]) -> None:
+    """Between launch and finish another request gets the row, with the same grammar; it spells the whole of it."""
+    shard, word = start(), "abc"
+    runner = shard._runner
+    assert runner is not None
+    [admit] = admits([choice_grammar([word])])
+    first = runner.launch(StepPlan(0, admits=[admit], computes=[(0, 3)]))
+    found = [runner.launch(StepPlan(1, drops=[0], admits=[admit], computes=[(0, 3)]))]
+    runner.finish(first)
+    tokens = runner.finish(found[0]).tokens
+    for step in range(2, 4):
+        tokens += shard.step(StepPlan(step, computes=[(0, 1)])).tokens
+    assert spell([token for _, token in tokens]) == word.encode()
