@@ -91,8 +91,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert run.stdout.read(20)  # it is generating
     assert ray_processes(tmp_path)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    run.communicate(timeout=60)
-    assert run.returncode == 130
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, (len(stdout), stderr)
     wait_for_the_end_of_ray(tmp_path)
 
 
