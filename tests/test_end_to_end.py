@@ -80,7 +80,8 @@ def test_generate_answers_on_two_actors(smollm2: Path, tmp_path: Path, as_json: 
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", 8, 4, vocab_size=VOCAB, max_position_embeddings=1 << 20)
+    endless = {"max_position_embeddings": 1 << 20, "eos_token_id": None}  # or it would be over in half a second
+    model = write_checkpoint(tmp_path / "model", 8, 4, vocab_size=VOCAB, **endless)
     write_byte_tokenizer(model)
     run = headwise(
         *("generate", "--model", str(model), "--tp", "2", "--max-tokens", "1000000", "--kv-memory", "1GiB"),
