@@ -16,7 +16,7 @@ from headwise.cluster.channel_group import ChannelGroup
 from headwise.cluster.group import GroupFactory, Progress, ShardGroup, ShardGroupDied
 from headwise.cluster.mailbox import CLOSED, Mailbox
 from headwise.cluster.queue_channel import QueueEngineChannel
-from headwise.cluster.rank import Rank
+from headwise.cluster.rank import Rank, death_of
 from headwise.workers.collectives import open_rendezvous
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import StepOutput
@@ -102,7 +102,7 @@ class LocalShardGroup(ChannelGroup):
         """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
         assert self._mailbox is not None, "start() comes first"
         error = run.exception()
-        self._mailbox.declare_dead(rank, CLOSED if error is None else f"{type(error).__name__}: {error}")
+        self._mailbox.declare_dead(*((rank, CLOSED) if error is None else death_of(rank, error)))
 
 
 class _RankThread:

@@ -21,6 +21,18 @@ QUERIES = ("stats", "stored_blocks")
 """The methods of Shard that a group may ask every rank for."""
 
 
+def death_of(rank: int, error: BaseException) -> tuple[int, str]:
+    """The rank that died where ``error`` ended ``rank``, and the cause, in text that any message can carry."""
+    if isinstance(error, PeerDiedError):
+        return error.rank, sayable(error.cause)
+    return rank, sayable(f"{type(error).__name__}: {error}")
+
+
+def sayable(text: str) -> str:
+    """``text`` with halves of surrogate pairs escaped: a path may hold them, and no message can."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class Rank:
     """A shard and the step channel that it serves. Call :meth:`load`, :meth:`allocate` and :meth:`serve`, all on one
     thread; :meth:`close` where it does not come to that.
@@ -75,10 +87,7 @@ class Rank:
             for message in self._messages():
                 self._serve_one(self.shard, *message)
         except BaseException as error:
-            dead, cause = self._rank, f"{type(error).__name__}: {error}"
-            if isinstance(error, PeerDiedError):
-                dead, cause = error.rank, error.cause
-            cause = cause.encode(errors="backslashreplace").decode()  # a path may hold what no message can
+            dead, cause = death_of(self._rank, error)
             try:
                 self.shard.abort(cause)
             finally:

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from headwise.cluster.rank import death_of, sayable
 from headwise.workers.errors import PeerDiedError
 
 
@@ -46,7 +47,7 @@ class RunWatcher:
                     cause = "its run() returned"
             except RayTaskError as error:
                 root = error.cause
-                rank, cause = (root.rank, root.cause) if isinstance(root, PeerDiedError) else (rank, first_lines(error))
+                rank, cause = death_of(rank, root) if isinstance(root, PeerDiedError) else (rank, first_lines(error))
             except Exception as error:  # Ray itself may be gone
                 cause = first_lines(error)
         if not self._stopped.is_set():
@@ -56,4 +57,4 @@ class RunWatcher:
 def first_lines(error: Exception) -> str:
     """Ray's errors are pages; their first lines say what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:4]) or type(error).__name__
+    return sayable("; ".join(lines[:4])) or type(error).__name__

@@ -16,7 +16,8 @@ from headwise.cluster import channel_group
 from headwise.cluster.channel import Kind
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.local_group import LocalGroupFactory
-from headwise.workers.errors import InvalidValueError
+from headwise.cluster.rank import death_of
+from headwise.workers.errors import InvalidValueError, PeerDiedError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan
 from tests.checkpoints import small_spec
@@ -78,6 +79,24 @@ def test_a_rank_that_cannot_tell_of_its_end_is_noticed(
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match="OSError: no way to the engine"):
         group.collect()
+
+
+def test_the_end_of_a_rank_that_cannot_tell_is_text_that_a_message_can_carry(
+    group: ThreadShardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*ignored: object) -> None:
+        raise ValueError("half of a pair: \udcff")
+
+    monkeypatch.setattr(group.shards[0], "step", fail)
+    monkeypatch.setattr(group._channel.rank(0), "send", fail)
+    group.submit(PLAN)
+    with pytest.raises(ShardGroupDied, match=r"rank 0 .*: ValueError: half of a pair: .udcff"):
+        group.collect()
+
+
+def test_a_rank_that_ends_over_a_peer_blames_the_peer() -> None:
+    assert death_of(1, PeerDiedError(0, "lost \udcff")) == (0, "lost \\udcff")
+    assert death_of(1, OSError("lost \udcff")) == (1, "OSError: lost \\udcff")
 
 
 def test_a_transfer_does_not_wait_for_the_steps_before_it(
