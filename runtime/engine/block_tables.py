@@ -16,11 +16,16 @@ from headwise.runtime.kv.tiers import Tiers
 
 
 class Admission(enum.Enum):
-    """What came of a waiting request's turn: it has a seat; it waits for blocks that others compute or restore, and
-    the requests behind it may go first; or there is no room for it."""
+    """What came of a waiting request's turn.
+
+    SEATED: it has a seat. LATER: it waits for blocks that others compute or that are restored for it, and the requests
+    behind it may go first. ROOM_SOON: the blocks that it displaces are being saved; nobody needs to give up blocks for
+    it, and the requests behind it would take its room. NO_ROOM: others hold the blocks that it needs.
+    """
 
     SEATED = enum.auto()
     LATER = enum.auto()
+    ROOM_SOON = enum.auto()
     NO_ROOM = enum.auto()
 
 
@@ -173,7 +178,7 @@ class BlockTables:
             if found and not self.tiers.restorer.worth(found):
                 found = []
         if not self.tiers.saver.can_take(len(found) or missing):
-            return Admission.NO_ROOM
+            return Admission.ROOM_SOON
         if blocks is None or not found:
             return None
         self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))

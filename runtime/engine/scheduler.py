@@ -185,6 +185,8 @@ class Scheduler:
             if draft.admitted and size > draft.admit_bytes:
                 break
             admission = self._tables.admit(request, self._free_rows[-1]) if self._free_rows else Admission.NO_ROOM
+            if admission is Admission.ROOM_SOON:
+                break
             if admission is Admission.NO_ROOM:
                 if (victim := self._newest_paused()) is None:
                     break

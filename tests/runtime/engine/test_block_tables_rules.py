@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, seat_of
+from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.workers.kv.transfer import Op
 from tests.runtime.engine.test_block_tables import SIZE, make_request
+from tests.runtime.kv.test_tiers import Bed, sequence
 
 
 def tables(blocks: int = 8) -> BlockTables:
@@ -137,3 +142,46 @@ def test_tokens_that_an_aborted_request_never_saw_are_not_cached() -> None:
     its.admit(request, 0)
     its.publish(request, 4)
     assert len(its.cache) == 1
+
+
+def complete(scheduler: Scheduler, schedule: Schedule | None) -> None:
+    assert schedule is not None
+    scheduler.complete(schedule)
+    for row in schedule.rows:
+        row.request.generated.append(7)
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_nobody_loses_a_seat_to_a_request_that_waits_for_copies(restored: bool) -> None:
+    """There is room for it, once what it displaces is saved: preempting would take more from others and give nothing
+    to it."""
+    bed = Bed(blocks=12, host=32)
+    scheduler = Scheduler(BlockTables(bed.cache, bed.tiers), 8, 64)
+    waits, behind = make_request("waits", list(range(9))), make_request("behind", [8, 8, 8])
+    assert waits.token_blocks is not None
+    if restored:
+        bed.save(waits.token_blocks)
+    streams = [make_request(name, [number, 9, 9], max_tokens=9) for number, name in enumerate("ab", 20)]
+    for stream in streams:
+        scheduler.add(stream)
+    complete(scheduler, scheduler.schedule())
+    bed.compute(sequence(77, 8))
+    for stream in streams:
+        stream.paused = True
+    for request in (waits, behind):
+        scheduler.add(request)
+    assert scheduler.schedule() is None
+    assert scheduler.num_preemptions == 0 and scheduler.running == streams
+    assert list(scheduler.waiting) == [waits, behind], "the one behind takes nothing of its room"
+    [save] = bed.send()
+    assert save.op is Op.SAVE
+    bed.answer(save)
+    if restored:
+        assert scheduler.schedule() is None, "it is being restored, and the one behind waits for a save"
+        for job in bed.send():
+            bed.answer(job)
+    schedule = scheduler.schedule()
+    assert schedule is not None and waits in [row.request for row in schedule.rows]
+    assert seat_of(waits).num_computed == 9 and waits.metrics.num_restored_tokens == (8 if restored else 0)
+    assert scheduler.num_preemptions == 0
+    scheduler.check_integrity()
