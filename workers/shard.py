@@ -142,11 +142,10 @@ class Shard:
         self._copier.submit(job)
 
     def stored_blocks(self) -> list[tuple[bytes, bytes, bytes, bytes]]:
-        """(digest, namespace, parent, tokens) of the newest blocks on disk, oldest first, as many as fit a message."""
+        """(digest, namespace, parent, tokens) of the blocks that were on disk at the start, oldest first; as many as
+        fit a message."""
         keys = self._disk.stored_keys() if self._disk is not None else []
-        fitting = (MAX_MESSAGE_BYTES - 1024) // (112 + 4 * self._spec.block_size)  # three digests, tokens, framing
-        newest = keys[-min(fitting, MAX_STORED_BLOCKS) :]
-        return [(key.digest, key.namespace, key.parent, key.tokens) for key in newest]
+        return [(key.digest, key.namespace, key.parent, key.tokens) for key in keys[-self._max_stored_blocks() :]]
 
     def stats(self) -> dict[str, Any]:
         """This rank's place and memory: pid, rank, heads (global half-open ranges), bytes, blocks on disk, and seconds
@@ -195,9 +194,15 @@ class Shard:
         if spec.disk_kv_path is not None:
             place = (rank, ranks, heads.kv_start, heads.kv_stop)
             identity = msgpack.packb((spec.kv_identity, place, kv_cache.block_shape, spec.dtype))
-            self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, self._bytes_per_block())
+            sizes = (self._bytes_per_block(), self._max_stored_blocks())
+            self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, *sizes)
         if self._host is not None or self._disk is not None:
             self._copier = Copier(kv_cache, self._host, self._disk, self._on_transfer or (lambda result: None))
+
+    def _max_stored_blocks(self) -> int:
+        """How many blocks of an earlier run the engine can be told of."""
+        fitting = (MAX_MESSAGE_BYTES - 1024) // (112 + 4 * self._spec.block_size)  # three digests, tokens, framing
+        return min(fitting, MAX_STORED_BLOCKS)
 
     def _bytes_per_block(self) -> int:
         heads = self._partition.heads

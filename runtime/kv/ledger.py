@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +11,9 @@ from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, Transf
 
 MAX_BATCH = 64
 """Most blocks of a job that copies to a tier: a restore waits for the jobs before it."""
+
+MAX_KEYS = 8192
+"""Most blocks of a message to the ranks; with blocks of 1,024 tokens it has half the bytes that a message may have."""
 
 
 class Outcome(NamedTuple):
@@ -31,16 +34,35 @@ class Outcome(NamedTuple):
 
 @dataclass(slots=True)
 class _Job:
+    """
+    Attributes:
+        missing: results that have not come, of each rank for each message.
+        seconds: of the slowest rank so far, by message.
+    """
+
     done: Callable[[Outcome], None]
-    results: list[TransferResult] = field(default_factory=list)
+    missing: int
+    failed: set[bytes] = field(default_factory=set)
+    seconds: dict[int, float] = field(default_factory=dict)
     void: bool = False
     started: float = field(default_factory=time.monotonic)
+
+    def add(self, result: TransferResult) -> None:
+        self.missing -= 1
+        self.failed.update(result.failed)
+        self.seconds[result.id] = max(result.seconds, self.seconds.get(result.id, 0.0))
+
+    def outcome(self) -> Outcome:
+        seconds = sum(self.seconds.values())
+        latency_s = max(0.0, time.monotonic() - self.started - seconds)
+        return Outcome(frozenset(self.failed), self.void, seconds, latency_s)
 
 
 class Ledger:
     """Sends jobs to every rank of a group, and puts the ranks' results together. A job is done when every rank is.
 
-    Used on the engine's thread only.
+    A job of many blocks goes as several messages, and blocks that are to be dropped one by one go together. Used on the
+    engine's thread only.
     """
 
     def __init__(
@@ -51,53 +73,69 @@ class Ledger:
     ) -> None:
         """
         Args:
-            send: hands a job to every rank; does not wait for it.
+            send: hands a message to every rank; does not wait for it.
             receive: the next result of a rank, waited for at most so many seconds; None if there is none.
         """
         self._send, self._receive, self._num_ranks = send, receive, num_ranks
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, _Job] = {}  # by the number of each message
+        self._drops: dict[Tier, list[BlockKey]] = {}  # not sent yet
         self._next_id = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a job is in flight."""
-        return bool(self._jobs)
+        """Whether a job is in flight, or to be sent."""
+        return bool(self._jobs or self._drops)
 
     def start(
         self,
         op: Op,
         tier: Tier,
-        keys: list[BlockKey],
+        keys: Sequence[BlockKey],
         blocks: Sequence[int] = (),
         done: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
-        """Starts a job; jobs of one tier run in the order they are started.
+        """Starts a job; jobs of one tier run in the order they are started, and after what was dropped before.
 
         Args:
+            keys: at least one.
             blocks: on the device, one for each key; none for DEMOTE and DROP.
             done: called once the job is done, void or not.
         """
-        self._jobs[self._next_id] = _Job(done)
-        self._send(TransferJob(self._next_id, op, tier, keys, list(blocks)))
-        self._next_id += 1
+        if drops := self._drops.pop(tier, None):
+            self.start(Op.DROP, tier, drops)
+        starts = range(0, len(keys), MAX_KEYS)
+        job = _Job(done, len(starts) * self._num_ranks)
+        for at in starts:
+            self._jobs[self._next_id] = job
+            part = slice(at, at + MAX_KEYS)
+            self._send(TransferJob(self._next_id, op, tier, list(keys[part]), list(blocks[part])))
+            self._next_id += 1
+
+    def drop(self, tier: Tier, keys: Iterable[BlockKey]) -> None:
+        """Has the ranks forget a tier's blocks: by :meth:`flush`, or before the tier's next job."""
+        if keys := list(keys):
+            self._drops.setdefault(tier, []).extend(keys)
+
+    def flush(self) -> None:
+        """Sends what is to be dropped."""
+        while self._drops:
+            tier, keys = self._drops.popitem()
+            self.start(Op.DROP, tier, keys)
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        """Finishes the jobs that are done; waits for the first result at most ``timeout_s`` if a job is in flight."""
+        """Finishes the jobs that are done; waits for the first result at most ``timeout_s`` if a job is in flight.
+        Sends what is to be dropped then."""
         while self._jobs and (result := self._receive(timeout_s)) is not None:
             timeout_s = 0.0
             job = self._jobs[result.id]
-            job.results.append(result)
-            if len(job.results) == self._num_ranks:
-                del self._jobs[result.id]
-                job.done(_outcome(job))
+            job.add(result)
+            if not job.missing:
+                for number in job.seconds:
+                    del self._jobs[number]
+                job.done(job.outcome())
+        self.flush()
 
     def void(self) -> None:
         """What the jobs in flight move is of no use any more; each is done when every rank is, all the same."""
         for job in self._jobs.values():
             job.void = True
-
-
-def _outcome(job: _Job) -> Outcome:
-    failed = frozenset(digest for result in job.results for digest in result.failed)
-    seconds = max(result.seconds for result in job.results)
-    return Outcome(failed, job.void, seconds, max(0.0, time.monotonic() - job.started - seconds))

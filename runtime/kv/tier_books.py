@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.tier_index import TierBlock, TierIndex
-from headwise.workers.kv.transfer import BlockKey, Op, Tier
+from headwise.workers.kv.transfer import BlockKey, Tier
 
 
 class TierBooks:
@@ -91,18 +91,18 @@ class TierBooks:
         self.counts[f"{index.tier}_evicted_{cause}"] += len(blocks)
         if self._events is not None:
             self._events.removed(digests, index.tier.value)
-        self._ledger.start(Op.DROP, index.tier, [block.key for block in blocks])
+        self._ledger.drop(index.tier, (block.key for block in blocks))
         self.on_dropped(digests, cause)
 
-    def discard(self, tier: Tier, keys: Sequence[BlockKey]) -> None:
+    def discard(self, tier: Tier, keys: Iterable[BlockKey]) -> None:
         """Ranks may hold these blocks, but not all of them do: they are to delete what they have."""
-        if keys:
-            self._ledger.start(Op.DROP, tier, list(keys))
+        self._ledger.drop(tier, keys)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything, and has the ranks told at once: the engine may be closed next."""
         for index in self.tiers.values():
             self.drop(index, list(index), "reset")
+        self._ledger.flush()
 
     def count(self, tier: Tier, what: str, blocks: int) -> None:
         """Counts the tokens of so many blocks."""

@@ -68,6 +68,7 @@ class Tiers:
                 break
             self.books.add(disk, key)
         self.books.discard(Tier.DISK, useless)
+        self._ledger.flush()
 
     def pump(self) -> None:
         """Starts what keeps the reserves. Called once a step."""

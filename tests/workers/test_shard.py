@@ -99,6 +99,23 @@ def test_the_next_run_finds_the_blocks_of_its_own_identity_only(spec: ShardSpec)
         running.shard.close()
 
 
+def test_what_the_engine_cannot_be_told_of_is_deleted_and_logged(
+    spec: ShardSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine would count neither its bytes nor find it."""
+    running = Running(spec)
+    assert running.transfer(Op.SAVE, Tier.DISK, [0, 1]) == []
+    running.shard.close()
+    monkeypatch.setattr("headwise.workers.shard.MAX_MESSAGE_BYTES", 1024 + 200)
+    running = Running(spec)
+    assert [digest for digest, *_ in running.shard.stored_blocks()] == [KEYS[1].digest]
+    assert running.shard.stats()["disk_kv_blocks"] == 1
+    running.shard.close()
+    assert spec.disk_kv_path is not None
+    assert [path.stem for path in Path(spec.disk_kv_path).rglob("*.kv")] == [KEYS[1].digest.hex()]
+    assert "1 of 2 blocks" in caplog.text
+
+
 def test_host_blocks_are_set_aside_before_a_fraction_is_taken(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwise.workers.shard.available_memory", lambda device: 1 << 20)
     blocks = []

@@ -132,6 +132,9 @@ class DiskStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._journal = Journal(self._folder / "journal", self._identity)
             listed = self._journal.read()
+            if len(listed) > max_blocks:
+                too_many = "%d of %d blocks in %s, the oldest, are deleted: at most %d are taken over"
+                _logger.warning(too_many, len(listed) - max_blocks, len(listed), self._folder, max_blocks)
             self._blocks = self._keep(dict(list(listed.items())[-max_blocks:]))
         except BlockingIOError as error:
             self._lock.close()

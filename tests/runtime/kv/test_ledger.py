@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.kv.ledger import Ledger, Outcome
-from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
+from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult, encode_job
 from tests.effort import examples
 
 KEY = BlockKey(bytes(32), bytes(32), bytes(32), b"")
@@ -69,6 +69,43 @@ def test_what_becomes_of_a_job_may_start_another() -> None:
     ranks.results.append(TransferResult(0))
     ranks.ledger.poll()
     assert [job.id for job in ranks.jobs] == [0, 1] and ranks.ledger.busy
+
+
+def test_a_job_larger_than_a_message_is_done_when_all_of_it_is() -> None:
+    ranks, outcomes = Ranks(2), list[Outcome]()
+    longest = bytes(4 * 1024)
+    keys = [BlockKey(number.to_bytes(32, "big"), bytes(32), bytes(32), longest) for number in range(16_500)]
+    ranks.ledger.start(Op.LOAD, Tier.DISK, keys, range(len(keys)), outcomes.append)
+    for job in ranks.jobs:
+        encode_job(job)
+    assert [key for job in ranks.jobs for key in job.keys] == keys
+    assert [block for job in ranks.jobs for block in job.blocks] == [*range(len(keys))]
+    for job in ranks.jobs:
+        assert not outcomes and ranks.ledger.busy
+        ranks.results += [TransferResult(job.id, [job.keys[0].digest], 2.0), TransferResult(job.id, [], 1.0)]
+        ranks.ledger.poll()
+    [outcome] = outcomes
+    assert outcome.failed == {job.keys[0].digest for job in ranks.jobs}
+    assert outcome.seconds == 2.0 * len(ranks.jobs) and not ranks.ledger.busy
+
+
+def test_drops_go_together_and_before_the_next_job_of_their_tier() -> None:
+    ranks = Ranks(1)
+    other = BlockKey(bytes(31) + b"1", bytes(32), bytes(32), b"")
+    ranks.ledger.drop(Tier.HOST, [KEY])
+    ranks.ledger.drop(Tier.DISK, [KEY])
+    ranks.ledger.drop(Tier.DISK, [other])
+    assert ranks.ledger.busy and not ranks.jobs
+    ranks.ledger.start(Op.DEMOTE, Tier.DISK, [KEY])
+    assert [(job.op, job.tier, job.keys) for job in ranks.jobs] == [
+        (Op.DROP, Tier.DISK, [KEY, other]),
+        (Op.DEMOTE, Tier.DISK, [KEY]),
+    ]
+    ranks.ledger.poll()
+    assert [(job.op, job.tier) for job in ranks.jobs[2:]] == [(Op.DROP, Tier.HOST)]
+    ranks.results += [TransferResult(number) for number in range(3)]
+    ranks.ledger.poll()
+    assert not ranks.ledger.busy
 
 
 @examples(100)

@@ -14,7 +14,7 @@ from headwise.runtime.kv.identity import ROOT, Hash, TokenBlocks, sha256
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
-from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
+from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult, encode_job
 
 SIZE = 2
 OURS, THEIRS = sha256(b"ours"), sha256(b"theirs")
@@ -359,6 +359,48 @@ def test_adopting_takes_the_newest_that_fit_and_deletes_the_rest() -> None:
     assert bed.held(Tier.DISK) == set(blocks.digests[2:])
     dropped = [key for job in bed.send() for key in job.keys]
     assert dropped == [*keys_of(blocks)[:2], *keys_of(useless)]
+
+
+def long_keys(count: int) -> list[BlockKey]:
+    """Of so many blocks of the longest kind, whose digests count up."""
+    tokens = bytes(4 * 1024)
+    return [BlockKey(number.to_bytes(32, "big"), OURS, ROOT, tokens) for number in range(count)]
+
+
+MORE_THAN_A_MESSAGE = 16_500
+"""Blocks of the longest kind."""
+
+
+def test_a_tier_that_is_larger_than_a_message_is_cleared() -> None:
+    keys = long_keys(MORE_THAN_A_MESSAGE)
+    bed = Bed(disk=len(keys))
+    bed.tiers.adopt(keys)
+    assert not bed.ledger.busy
+    bed.tiers.clear()
+    jobs = bed.send()
+    for job in jobs:
+        encode_job(job)
+    assert [key for job in jobs for key in job.keys] == keys and {job.op for job in jobs} == {Op.DROP}
+
+
+def test_what_does_not_fit_a_lowered_limit_is_deleted_in_few_messages_that_fit() -> None:
+    keys = long_keys(MORE_THAN_A_MESSAGE + 1000)
+    bed = Bed(disk=100)
+    bed.tiers.adopt(keys[:-900], keys[-900:])
+    jobs = bed.send()
+    for job in jobs:
+        encode_job(job)
+    assert len(jobs) < 10
+    assert [key for job in jobs for key in job.keys] == keys[:-1000] + keys[-900:]
+    assert bed.held(Tier.DISK) == {key.digest for key in keys[-1000:-900]}
+
+
+def test_what_a_save_drives_out_is_dropped_in_one_job_before_it() -> None:
+    bed = Bed(blocks=4, host=4)
+    bed.save(sequence(1, 4))
+    bed.compute(sequence(2, 4))
+    bed.tiers.saver.can_take(4)
+    assert [(job.op, len(job.keys)) for job in bed.send()] == [(Op.DROP, 4), (Op.SAVE, 4)]
 
 
 def test_another_salts_entry_or_a_colliding_digest_is_a_miss() -> None:
