@@ -57,7 +57,8 @@ class EngineConfig(BaseModel):
         host_kv_memory: host memory of each rank for KV blocks that left the device, in bytes or such as ``"4GiB"``.
             None, the default, keeps none there.
         disk_kv_path: a folder where each rank keeps KV blocks that left its memory, as files. The next engine with the
-            same model and settings finds them. None, the default, keeps none.
+            same model and settings finds them. It must be the user's own, and nobody else may write to it. None, the
+            default, keeps none.
         disk_kv_limit: most that the files of each rank there may take. Default: ``"16GiB"``.
         address: the Ray cluster to join. None, the default, joins the one that RAY_ADDRESS names, or the one that this
             process uses already, or starts one on this machine.

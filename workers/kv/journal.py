@@ -18,6 +18,7 @@ from typing import Any
 
 import msgpack
 
+from headwise.workers.kv.private_files import private
 from headwise.workers.kv.transfer import BlockKey
 
 FORMAT = ("headwise-kv", 1)
@@ -57,7 +58,7 @@ class Journal:
         """
         blocks: dict[bytes, StoredBlock] = {}
         with suppress(OSError, ValueError, TypeError, msgpack.UnpackException):
-            self._file = FileIO(self._path, "r+")
+            self._file = FileIO(self._path, "r+", opener=private)
             for fields in self._records(self._file):
                 if self._num_records == 1:
                     continue
@@ -98,7 +99,7 @@ class Journal:
         records = [_record((*FORMAT, self._identity)), *(_record(_stored(block)) for block in blocks)]
         self._rewrite_at = 2 * self._num_records  # not again at once, should it fail
         try:
-            file = FileIO(temporary, "w")
+            file = FileIO(temporary, "w", opener=private)
             try:
                 write_all(file, b"".join(records))
                 os.replace(temporary, self._path)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.journal import FORMAT, Journal, StoredBlock, write_all
+from headwise.workers.kv.private_files import make_private_folder, make_shared_parent, own_size, private
 from headwise.workers.kv.transfer import BlockKey
 
 MAX_STORED_BLOCKS = 300_000
@@ -116,16 +117,19 @@ class DiskStore:
             max_blocks: how many to take over, the newest ones.
 
         Raises:
-            InvalidValueError: the folder cannot be used, or another engine uses it.
+            InvalidValueError: the folder cannot be used, another user could use it, or another engine uses it.
         """
         self._identity = hashlib.sha256(identity).digest()
         self._payload_bytes = payload_bytes
         self._mutex = threading.Lock()
         try:
-            self._folder = Path(path).expanduser() / f"rank-{rank}-of-{ranks}"
-            # What is in it tells prompts: nobody else is to read them.
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = FileIO(self._folder / "lock", "w")
+            parent = Path(path).expanduser()
+            self._folder = parent / f"rank-{rank}-of-{ranks}"
+            make_shared_parent(parent)
+            make_private_folder(self._folder)
+            self._lock = FileIO(self._folder / "lock", "w", opener=private)
+        except InvalidValueError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # the latter two of paths that cannot be one
             raise _unusable(path, error) from error
         try:
@@ -169,8 +173,8 @@ class DiskStore:
         path = self._path(key.digest)
         temporary = path.with_suffix(".tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
-            with FileIO(temporary, "w") as file:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with FileIO(temporary, "w", opener=private) as file:
                 for part in (header, payload, block.checksum):
                     write_all(file, part)
             os.replace(temporary, path)
@@ -215,7 +219,7 @@ class DiskStore:
         if not self._has_size(path, block.key):
             return False
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=private) as file:
                 if file.read(len(header)) != header or file.readinto(payload) != len(payload):
                     return False
                 read = file.read()
@@ -246,10 +250,14 @@ class DiskStore:
         return {digest: block for digest, block in listed.items() if digest in found}
 
     def _files(self) -> Iterator[Path]:
-        """Everything in the folder that has a name as this class gives them."""
+        """Everything in the folder that has a name as this class gives them. Deletes links in the place of folders."""
         for name in os.listdir(self._folder):
             folder = self._folder / name
-            if _FOLDER.fullmatch(name) and folder.is_dir() and not folder.is_symlink():
+            if not _FOLDER.fullmatch(name):
+                continue
+            if folder.is_symlink():
+                _unlink(folder)
+            elif folder.is_dir():
                 yield from (folder / file for file in os.listdir(folder) if _FILE.fullmatch(file) and file[:2] == name)
 
     def _path(self, digest: bytes) -> Path:
@@ -263,10 +271,7 @@ class DiskStore:
 
     def _has_size(self, path: Path, key: BlockKey) -> bool:
         size = len(self._header(key)) + self._payload_bytes + hashlib.sha256().digest_size
-        try:
-            return path.stat().st_size == size
-        except OSError:
-            return False
+        return own_size(path) == size
 
     def _raw(self, name: str, x: Tensor) -> memoryview:
         if x.nbytes != self._payload_bytes or not x.is_contiguous():

@@ -226,7 +226,7 @@ def test_a_read_error_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with opened(tmp_path) as store:
         put(store, 0, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "open", fail)
+            patch.setattr(os, "open", fail)
             assert not holds(store, key_of(0))
         assert store.stored_keys() == [key_of(1)] and holds(store, key_of(1))
 

@@ -20,6 +20,7 @@ import torch
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv import journal
+from headwise.workers.kv import store as module
 from headwise.workers.kv.store import DiskStore
 from tests.workers.kv.kv_blocks import PAYLOAD, block_of, file_of, files, holds, key_of, opened, put
 from tests.workers.processes import FORKED
@@ -130,16 +131,14 @@ def test_a_process_that_ends_at_any_write(tmp_path: Path, monkeypatch: pytest.Mo
     assert number > 30 and kept == {0, 1, 2, 3, 4}
 
 
-def test_a_device_that_is_full(tmp_path: Path) -> None:
+def test_a_device_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path) as store:
         put(store, 0)
         for number in (0, 1):
-            temporary = file_of(tmp_path, number).with_suffix(".tmp")
-            temporary.parent.mkdir(exist_ok=True)
-            temporary.symlink_to("/dev/full")
-            with pytest.raises(OSError, match="No space left"):
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+                patch.setattr(module, "private", lambda path, flags: os.open("/dev/full", flags))
                 put(store, number)
-            assert not temporary.is_symlink() and not holds(store, key_of(number))
+            assert not holds(store, key_of(number))
         put(store, 1)
         assert store.stored_keys() == [key_of(1)] and holds(store, key_of(1))
 

@@ -1,0 +1,77 @@
+"""Folders and files that are this user's alone: what the disk tier holds tells prompts, and is computed with."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from headwise.workers.errors import InvalidValueError
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def make_shared_parent(path: Path) -> None:
+    """Makes a folder for private ones, mode 0700, if it is not there; a link to a folder will do.
+
+    Raises:
+        InvalidValueError: another user could put something else in the place of what is in it.
+        OSError: there is no such folder and none can be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    state = path.stat()
+    if state.st_uid not in (0, os.geteuid()):
+        raise _refusal(path, _owner(path, state), "give a folder of your own")
+    # In one with the sticky bit, such as /tmp, only the owner of a file renames or deletes it.
+    if state.st_mode & _OTHERS_WRITE and not state.st_mode & stat.S_ISVTX:
+        raise _refusal(path, _writable(path, state), f"chmod go-w {path}, or give a folder in it")
+
+
+def make_private_folder(path: Path) -> None:
+    """Makes a folder that only this user may enter, or makes the one that is there so.
+
+    Raises:
+        InvalidValueError: the folder is another user's, others could have put files there, or it is no folder.
+        OSError: it cannot be made.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    state, fix = path.lstat(), "delete it, or give another folder"
+    if not stat.S_ISDIR(state.st_mode):
+        raise _refusal(path, f"{path} is a link", fix)
+    if state.st_uid != os.geteuid():
+        raise _refusal(path, _owner(path, state), fix)
+    if state.st_mode & _OTHERS_WRITE:
+        raise _refusal(path, _writable(path, state), fix)
+    path.chmod(0o700)
+
+
+def private(path: str, flags: int) -> int:
+    """As the ``opener`` of :func:`open`: makes files with mode 0600, and follows no link.
+
+    Raises:
+        OSError: the file cannot be opened, or is a link.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def own_size(path: Path) -> int | None:
+    """The bytes of a file of this user's; None if there is none, or if it is a link or another user's."""
+    try:
+        state = path.lstat()
+    except OSError:
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid() else None
+
+
+def _owner(path: Path, state: os.stat_result) -> str:
+    return f"{path} belongs to another user (uid {state.st_uid}), who could read prompts there and plant blocks"
+
+
+def _writable(path: Path, state: os.stat_result) -> str:
+    mode = stat.S_IMODE(state.st_mode)
+    return f"others can write to {path} (mode {mode:04o}), and could read prompts there and plant blocks"
+
+
+def _refusal(path: Path, limit: str, fix: str) -> InvalidValueError:
+    return InvalidValueError("disk_kv_path", str(path), limit, fix)
