@@ -1,4 +1,9 @@
-"""EngineLoop: the thread an engine runs on, and the way in for every other thread."""
+"""EngineLoop: the thread an engine runs on, and the way in for every other thread.
+
+A typed error that a function raises, as where an argument is wrong or a queue is full, goes to the function's caller
+alone. Every other error ends the loop, and so do a shard's death and books that do not add up: nobody knows then what
+state the engine is in.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any, TypeVar
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.engine import Engine
+from headwise.runtime.kv.blocks import IntegrityError
 from headwise.workers.errors import HeadwiseError
 
 T = TypeVar("T")
@@ -30,7 +36,9 @@ class EngineLoop:
         """Args: ``on_failure``: gets the error that ended the loop, on its thread, before it reaches a caller of
         :meth:`run`."""
         self._engine, self._on_failure = engine, on_failure
-        self._functions: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._functions: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any] | None] | None]
+        self._functions = queue.SimpleQueue()
+        self._failing: Future[Any] | None = None
         self._lock = threading.Lock()
         self._ended: BaseException | None = None
         self._over = threading.Event()
@@ -46,7 +54,8 @@ class EngineLoop:
         """Runs ``function`` on the engine's thread between two steps and returns what it returns.
 
         Raises:
-            EngineStoppedError: the loop was closed, or the engine failed.
+            HeadwiseError: ``function`` raised it; the engine runs on.
+            EngineStoppedError: the loop was closed, or the engine failed, maybe in ``function``.
             ShardGroupDied: a shard died; the loop has ended.
             TimeoutError: no answer in time; the function may still run.
         """
@@ -66,11 +75,12 @@ class EngineLoop:
         return future
 
     def post(self, function: Callable[[Engine], object]) -> None:
-        """As :meth:`run`, but waits for nothing and raises nothing; after the loop's end, does nothing.
+        """As :meth:`run`, but waits for nothing and raises nothing; after the loop's end, does nothing. There is no
+        caller to tell, so whatever error ``function`` raises ends the loop.
 
         Takes no lock: it may run anywhere, in a finalizer on the engine's own thread too.
         """
-        self._functions.put((function, Future()))
+        self._functions.put((function, None))
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the loop after the step in progress. Idempotent."""
@@ -85,19 +95,20 @@ class EngineLoop:
         self._over.set()
 
     def _work(self) -> None:
+        ended: BaseException = EngineStoppedError("the engine is closed")
         try:
             while self._run_functions():
                 if self._engine.has_work:
                     self._engine.busy_since = time.monotonic()
                     self._engine.step()
                 self._engine.busy_since = None
-            self._end(EngineStoppedError("the engine is closed"))
-        except (ShardGroupDied, EngineStoppedError) as error:
-            self._end(error)
+        except ShardGroupDied as death:
+            ended = death
         except BaseException as error:
             detail = f": {error}" if isinstance(error, HeadwiseError) else ""
             ended = EngineStoppedError(f"the engine has failed: {type(error).__name__}{detail}")
             ended.__cause__ = error
+        try:
             self._end(ended)
         finally:
             self._over.set()
@@ -113,26 +124,36 @@ class EngineLoop:
                 return False
             self._run_one(*item)
 
-    def _run_one(self, function: Callable[[Engine], Any], future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
+    def _run_one(self, function: Callable[[Engine], Any], future: Future[Any] | None) -> None:
+        if future is not None and not future.set_running_or_notify_cancel():
             return  # nobody waits for it any more, as when a client's deadline is over
         self._engine.busy_since = time.monotonic()
         try:
             result = function(self._engine)
-        except Exception as error:
-            future.set_exception(error)
-            if isinstance(error, ShardGroupDied):  # not the function's mistake: everybody who waits must learn of it
+        except BaseException as error:
+            if future is None or not _is_for_caller(error):
+                self._failing = future
                 raise
+            future.set_exception(error)
         else:
-            future.set_result(result)
+            if future is not None:
+                future.set_result(result)
         finally:
             self._engine.busy_since = None
 
     def _end(self, error: BaseException) -> None:
-        self._on_failure(error)
-        with self._lock:
-            self._ended = error
-            while not self._functions.empty():
-                item = self._functions.get()
-                if item is not None and item[1].set_running_or_notify_cancel():
-                    item[1].set_exception(error)
+        try:
+            self._on_failure(error)
+        finally:
+            with self._lock:
+                self._ended = error
+                if self._failing is not None:
+                    self._failing.set_exception(error)
+                while not self._functions.empty():
+                    item = self._functions.get()
+                    if item is not None and item[1] is not None and item[1].set_running_or_notify_cancel():
+                        item[1].set_exception(error)
+
+
+def _is_for_caller(error: BaseException) -> bool:
+    return isinstance(error, HeadwiseError) and not isinstance(error, (ShardGroupDied, IntegrityError))

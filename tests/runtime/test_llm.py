@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, start
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from headwise.workers.plan import StepOutput
 from tests.checkpoints import reference_model, write_checkpoint
@@ -447,6 +449,34 @@ def test_a_death_that_stats_meets_reaches_the_others_too(
         llm.stats()
     with pytest.raises(ShardGroupDied):
         list(stream)
+
+
+@pytest.mark.parametrize(
+    ("method", "use"),
+    [("complete", lambda engine: engine.query_shards("stats")), ("finish", lambda engine: engine.abort("one"))],
+    ids=["stats", "abort"],
+)
+def test_books_that_go_wrong_in_a_call_end_every_stream(
+    paced: LLM, monkeypatch: pytest.MonkeyPatch, method: str, use: Callable[[Engine], object]
+) -> None:
+    """``stats`` processes the steps in flight, and ``abort`` ends a request: neither may lose what it was at."""
+    streams = [paced.stream([5], GREEDY.clone(max_tokens=400), request_id=name) for name in ("one", "other")]
+    for stream in streams:
+        next(stream)
+
+    def fail(*_: object) -> None:
+        monkeypatch.undo()  # once only: no step may fail too
+        raise KeyError("block 7")
+
+    def call(engine: Engine) -> None:
+        monkeypatch.setattr(Scheduler, method, fail)
+        use(engine)
+
+    with pytest.raises(EngineStoppedError, match="the engine has failed: KeyError"):
+        paced._loop.run(call, DEADLINE_S)
+    for stream in streams:
+        with pytest.raises(EngineStoppedError, match="the engine has failed: KeyError"):
+            list(stream)
 
 
 @pytest.mark.parametrize(("tp", "attention", "depth"), [(1, "reference", 1), (1, "cpu", 2), (2, None, 2)])

@@ -11,6 +11,8 @@ import pytest
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError
+from headwise.runtime.kv.blocks import IntegrityError
+from headwise.workers.errors import InvalidValueError
 
 DEADLINE_S = 10.0
 DIED = ShardGroupDied(1, "here", "killed")
@@ -55,6 +57,13 @@ class Setup:
         assert not self.loop._thread.is_alive()
 
 
+def fail_with(error: BaseException) -> Callable[[Counter], None]:
+    def fail(engine: Counter) -> None:
+        raise error
+
+    return fail
+
+
 @pytest.fixture
 def setup() -> Iterator[Setup]:
     setup = Setup()
@@ -72,13 +81,38 @@ def test_calls_run_on_the_loops_thread_and_answer(setup: Setup) -> None:
 
 
 def test_an_error_in_a_call_reaches_its_caller_and_nobody_else(setup: Setup) -> None:
-    def fail(engine: Counter) -> None:
-        raise ValueError("mine")
-
-    with pytest.raises(ValueError, match="mine"):
-        setup.loop.run(fail, DEADLINE_S)
+    with pytest.raises(InvalidValueError, match="mine=1"):
+        setup.loop.run(fail_with(InvalidValueError("mine", 1, "must be 0")), DEADLINE_S)
     assert setup.loop.run(lambda _: "yes", DEADLINE_S) == "yes"
     assert setup.failures == []
+
+
+@pytest.mark.parametrize("error", [KeyError("a request"), IntegrityError("a block is free twice"), SystemExit(1)])
+def test_an_error_of_the_engine_in_a_call_ends_the_loop_for_everyone(setup: Setup, error: BaseException) -> None:
+    with pytest.raises(EngineStoppedError, match=f"the engine has failed: {type(error).__name__}") as stopped:
+        setup.loop.run(fail_with(error), DEADLINE_S)
+    assert setup.failures == [stopped.value] and stopped.value.__cause__ is error
+    with pytest.raises(EngineStoppedError):
+        setup.loop.run(lambda _: "never", DEADLINE_S)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), InvalidValueError("mine", 1, "must be 0")])
+def test_any_error_ends_the_loop_where_no_caller_hears_of_it(setup: Setup, error: BaseException) -> None:
+    setup.loop.post(fail_with(error))
+    setup.join()
+    [failure] = setup.failures
+    assert isinstance(failure, EngineStoppedError) and failure.__cause__ is error
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_callers_hear_of_the_end_even_if_whoever_is_told_first_fails(setup: Setup) -> None:
+    def fail(error: BaseException) -> None:
+        raise OSError("nobody is there")
+
+    setup.loop._on_failure = fail
+    for _ in range(2):
+        with pytest.raises(ShardGroupDied):
+            setup.loop.run(fail_with(DIED), DEADLINE_S)
 
 
 def test_calls_are_made_between_steps(setup: Setup) -> None:
@@ -131,13 +165,10 @@ def test_calls_that_wait_when_the_loop_ends_fail_with_its_error(setup: Setup) ->
 
 
 def test_a_dead_group_found_in_a_call_ends_the_loop(setup: Setup) -> None:
-    def read(engine: Counter) -> None:
-        raise DIED
-
     with pytest.raises(ShardGroupDied):
-        setup.loop.run(read, DEADLINE_S)
+        setup.loop.run(fail_with(DIED), DEADLINE_S)
+    assert setup.failures == [DIED]  # who waits for nothing but the end has heard of it first
     setup.join()
-    assert setup.failures == [DIED]
 
 
 def test_post_does_not_wait_and_does_not_raise(setup: Setup) -> None:
@@ -145,8 +176,6 @@ def test_post_does_not_wait_and_does_not_raise(setup: Setup) -> None:
     # From the loop's own thread too, where run() would wait for itself.
     setup.loop.run(lambda _: setup.loop.post(lambda _: done.set()), DEADLINE_S)
     assert done.wait(DEADLINE_S)
-    setup.loop.post(lambda _: 1 / 0)
-    assert setup.loop.run(lambda _: "alive", DEADLINE_S) == "alive"
     setup.loop.close()
     setup.loop.post(lambda _: None)
 
