@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
@@ -47,7 +48,6 @@ class AsyncLLM:
         model_path: the model's directory.
         dtype: the dtype of the weights, once ``auto`` is resolved.
         failure: the error that ended the engine; None while the engine runs.
-        ended: is set when the engine has ended by itself.
     """
 
     def __init__(self, config: EngineConfig, *, max_queued_requests: int = 1024, quiet: bool = False) -> None:
@@ -70,14 +70,20 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._new: deque[list[Delta]] = deque()
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._loop = EngineLoop(self._started.engine, self._fail)
+        self._ended = asyncio.Event()
         self._lanes = {lane: ThreadPoolExecutor(1, f"headwise-{lane}") for lane in get_args(Lane)}
-        self.ended = asyncio.Event()
+        self._loop = EngineLoop(self._started.engine, self._fail)
 
     @property
     def engine(self) -> Engine:
         """The engine, for what may be read from any thread. Everything else goes through :meth:`run`."""
         return self._started.engine
+
+    @property
+    def ended(self) -> asyncio.Event:
+        """Is set once the engine has ended. Ask for it in the event loop."""
+        self._attach()
+        return self._ended
 
     @property
     def num_blocks(self) -> int:
@@ -144,7 +150,7 @@ class AsyncLLM:
         Raises:
             EngineStoppedError, ShardGroupDied: the engine has ended.
         """
-        self._event_loop = asyncio.get_running_loop()
+        self._attach()
         return await asyncio.wrap_future(self.submit(function))
 
     def submit(self, function: Callable[[Engine], T]) -> Future[T]:
@@ -153,7 +159,7 @@ class AsyncLLM:
 
     def check_shards(self) -> None:
         """Ends the engine if a shard has died. While no request runs, no step would notice that."""
-        self._event_loop = asyncio.get_running_loop()
+        self._attach()
         death = self.engine.generation.group.death
         if death is not None and self.failure is None:
 
@@ -194,8 +200,8 @@ class AsyncLLM:
         """Called on the engine's thread, once a step for all streams: the event loop is woken once a step."""
         self._new.append(deltas)
         # In this order: if more than one is there, whoever takes the others has not looked for the last time.
-        if len(self._new) == 1 and self._event_loop is not None:
-            self._event_loop.call_soon_threadsafe(self._distribute)
+        if len(self._new) == 1:
+            self._call_soon(self._distribute)
 
     def _distribute(self) -> None:
         while self._new:
@@ -209,20 +215,29 @@ class AsyncLLM:
                     stream.paused = True
                     self._loop.post(partial(Engine.pause, request_id=delta.request.request_id, paused=True))
 
+    def _attach(self) -> None:
+        """Has the running event loop told when the engine ends, or tells it now if the engine has ended already."""
+        self._event_loop = asyncio.get_running_loop()
+        if self.failure is not None:
+            self._tell()
+
     def _fail(self, error: BaseException) -> None:
         """Called on the engine's thread when the engine has ended."""
         self.engine.events.close()
+        self.failure = error  # before the event loop is looked for: one that comes in between looks for the failure
+        self._call_soon(self._tell)
 
-        def tell() -> None:
-            self.failure = error
-            self.ended.set()
-            for stream in self._streams.values():
-                stream.fail(error)
+    def _tell(self) -> None:
+        assert self.failure is not None
+        self._distribute()  # what came before the end
+        self._ended.set()
+        for stream in self._streams.values():
+            stream.fail(self.failure)
 
-        if self._event_loop is not None and not self._event_loop.is_closed():
-            self._event_loop.call_soon_threadsafe(tell)
-        else:
-            self.failure = error
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        if self._event_loop is not None:
+            with suppress(RuntimeError):  # the event loop is closed, and nobody waits there any more
+                self._event_loop.call_soon_threadsafe(callback)
 
 
 class _Stream:

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime import SamplingParams
+from headwise.runtime import SamplingParams, start
+from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.client import ServerError
 from headwise.runtime.config import engine_config
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.server import convert
 from headwise.runtime.server import serve as module
-from headwise.runtime.server.serve import ServeOptions
+from headwise.runtime.server.serve import ServeOptions, Server
 from headwise.runtime.server.sessions import MAX_CHECKING
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.runtime.server.conftest import DEADLINE_S, Running, steps_held
 from tests.runtime.server.test_service import PROMPT, TO_THE_END, no_blocks_are_held, wait_until
-from tests.thread_group import ThreadShardGroup
+from tests.thread_group import ThreadShardGroup, thread_groups
 
 Serve = Callable[..., Running]
 SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
 
 
-def die_with(error: BaseException) -> Callable[[ThreadShardGroup], object]:
-    def collect(group: ThreadShardGroup) -> object:
+def die_with(error: BaseException) -> Callable[[object], object]:
+    def die(group_or_engine: object) -> object:
         raise error
 
-    return collect
+    return die
 
 
 @pytest.mark.parametrize("error", [RuntimeError("for the test"), ShardGroupDied(0, "here", "x" * 8000)])
@@ -52,6 +55,24 @@ def test_whatever_ends_the_engine_the_client_may_ask_another(
             list(stream)
         assert caught.value.code is grpc.StatusCode.UNAVAILABLE
     assert running.exit_code.result(DEADLINE_S) == 3
+
+
+def test_a_server_whose_engine_ended_before_anybody_asked_it_ends(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "make_factory", thread_groups())
+    llm = AsyncLLM(engine_config(model=str(checkpoint("gqa")), kv_memory="16MiB"), quiet=True)
+
+    async def run() -> int:
+        await asyncio.wait_for(llm.ended.wait(), DEADLINE_S)
+        return await asyncio.wait_for(Server(llm, ServeOptions("tiny", port=0)).run(print), DEADLINE_S)
+
+    try:
+        with pytest.raises(ShardGroupDied):
+            llm.submit(die_with(ShardGroupDied(0, "here", "killed"))).result(DEADLINE_S)
+        assert asyncio.run(run()) == 3
+    finally:
+        llm.shutdown()
 
 
 def test_an_error_of_the_server_itself_is_logged_without_what_it_says(
