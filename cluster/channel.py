@@ -57,11 +57,15 @@ class EngineChannel(ABC):
 
 
 class ShardChannel(ABC):
-    """A rank's end. For one thread, but for :meth:`send`."""
+    """A rank's end. For one thread, but for :meth:`send` and :meth:`fail`."""
 
     @abstractmethod
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
-        """The next message, None when the time is over."""
+        """The next message, None when the time is over.
+
+        Raises:
+            BaseException: the error that :meth:`fail` was called with.
+        """
 
     @abstractmethod
     def send(self, kind: Kind, payload: bytes) -> None:
@@ -70,3 +74,7 @@ class ShardChannel(ABC):
         Raises:
             ChannelError: the engine does not read, or the payload is too large.
         """
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """Has :meth:`receive` raise an error that another thread of this rank has met. May be called on any thread."""

@@ -33,13 +33,19 @@ class QueueEngineChannel(EngineChannel):
 class QueueShardChannel(ShardChannel):
     def __init__(self, rank: int, replies: SimpleQueue[tuple[Kind, int, bytes] | None]) -> None:
         self._rank, self._replies = rank, replies
-        self.messages: SimpleQueue[tuple[Kind, bytes]] = SimpleQueue()
+        self.messages: SimpleQueue[tuple[Kind, bytes] | BaseException] = SimpleQueue()
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
         try:
-            return self.messages.get(timeout=timeout_s)
+            message = self.messages.get(timeout=timeout_s)
         except Empty:
             return None
+        if isinstance(message, BaseException):
+            raise message
+        return message
 
     def send(self, kind: Kind, payload: bytes) -> None:
         self._replies.put((kind, self._rank, payload))
+
+    def fail(self, error: BaseException) -> None:
+        self.messages.put(error)

@@ -67,7 +67,11 @@ class Rank:
         spec, self._channel = self._spec, channel
         peers = collectives.connect(rendezvous, self._rank, spec.tensor_parallel_size, timeout_s, spec.device)
         self.shard = Shard(
-            spec, peers, self._num_threads, lambda result: channel.send(Kind.TRANSFERRED, encode_result(result))
+            spec,
+            peers,
+            self._num_threads,
+            on_transfer=lambda result: channel.send(Kind.TRANSFERRED, encode_result(result)),
+            on_failure=channel.fail,
         )
         self.shard.load(progress if self._rank == 0 else None)
         return self.shard.affordable_blocks()

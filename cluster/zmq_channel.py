@@ -68,9 +68,7 @@ class ZmqEngineChannel(EngineChannel):
             self._replies, self._replies_at = self._bind(zmq.PULL, host, "replies")
             plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
             self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
-            self._wake_in, self._wake_out = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-            self._wake_in.bind("inproc://wake")
-            self._wake_out.connect("inproc://wake")
+            self._wake_in, self._wake_out = _pair(self._context)
         except BaseException:
             self.close()
             raise
@@ -139,20 +137,39 @@ class ZmqShardChannel(ShardChannel):
         self._context = zmq.Context()
         self._plans = self._connect(zmq.PULL, endpoint.plans, endpoint)
         self._replies = self._connect(zmq.PUSH, endpoint.replies, endpoint)
+        self._error: BaseException | None = None
+        self._wake_in, self._wake_out = _pair(self._context)
+        self._poller = zmq.Poller()
+        self._poller.register(self._plans, zmq.POLLIN)
+        self._poller.register(self._wake_in, zmq.POLLIN)
+        self._closed = False
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
-        if not self._plans.poll(_milliseconds(timeout_s)):
+        events = dict(self._poller.poll(_milliseconds(timeout_s)))
+        if self._error is not None:
+            raise self._error
+        if self._plans not in events:
             return None
         kind, payload = self._plans.recv_multipart()
         return Kind(kind[0]), payload
 
     def send(self, kind: Kind, payload: bytes) -> None:
         with self._lock:
+            if self._closed:
+                raise ChannelError("the channel to the engine is closed")
             _send(self._replies, [bytes([kind]), self._rank, payload], "the engine")
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            if self._error is None and not self._closed:
+                self._error = error
+                self._wake_out.send(b"")
 
     def close(self, linger_s: float = 1.0) -> None:
         """Idempotent. What was sent last gets ``linger_s`` to arrive."""
-        self._context.destroy(linger=int(linger_s * 1000))
+        with self._lock:  # not under a thread that sends
+            self._closed = True
+            self._context.destroy(linger=int(linger_s * 1000))
 
     def _connect(self, kind: int, address: str, endpoint: ShardEndpoint) -> zmq.Socket[bytes]:
         socket = _socket(self._context, kind)
@@ -180,6 +197,14 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
     socket.maxmsgsize = MAX_MESSAGE_BYTES
     socket.sndtimeo = int(SEND_TIMEOUT_S * 1000)
     return socket
+
+
+def _pair(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """The ends of a pipe within the process: the one to poll, and the one that wakes who polls."""
+    polled, waking = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    polled.bind("inproc://wake")
+    waking.connect("inproc://wake")
+    return polled, waking
 
 
 def _milliseconds(seconds: float | None) -> int | None:

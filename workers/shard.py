@@ -39,15 +39,18 @@ class Shard:
         spec: ShardSpec,
         collectives: Collectives,
         num_threads: int,
-        on_transfer: Callable[[TransferResult], None] | None = None,
+        on_transfer: Callable[[TransferResult], None] = lambda result: None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         """
         Args:
             num_threads: CPU threads this rank computes with.
             on_transfer: gets the result of each :meth:`transfer`, on a thread of the shard's; never two at a time.
+            on_failure: gets the error after which transfers have no results any more, ``on_transfer``'s own too, on
+                that thread; the shard is then of no more use.
         """
         self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
-        self._on_transfer = on_transfer
+        self._on_transfer, self._on_failure = on_transfer, on_failure
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
         self._config = load_model_config(Path(spec.model_dir))
@@ -197,7 +200,7 @@ class Shard:
             sizes = (self._bytes_per_block(), self._max_stored_blocks())
             self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, *sizes)
         if self._host is not None or self._disk is not None:
-            self._copier = Copier(kv_cache, self._host, self._disk, self._on_transfer or (lambda result: None))
+            self._copier = Copier(kv_cache, self._host, self._disk, self._on_transfer, self._on_failure)
 
     def _max_stored_blocks(self) -> int:
         """How many blocks of an earlier run the engine can be told of."""

@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,28 @@ def test_wake_ends_a_wait(channel: EngineChannel) -> None:
     channel.wake()
     waiter.join(DEADLINE_S)
     assert answers == [None]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_rank_that_fails_on_another_thread_hears_of_it_where_it_receives(
+    channel: EngineChannel, ranks: Sequence[ShardChannel], waits: bool
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ranks[0].receive, DEADLINE_S) if waits else None
+        ranks[0].fail(OSError("no result"))
+        with pytest.raises(OSError, match="no result"):
+            (waiting or pool.submit(ranks[0].receive, DEADLINE_S)).result(DEADLINE_S)
+
+
+def test_a_closed_end_of_a_rank_sends_nothing() -> None:
+    channel = ZmqEngineChannel(1)
+    rank = ZmqShardChannel(channel.endpoint(0))
+    for _ in range(2):
+        rank.close(linger_s=0)
+    rank.fail(OSError("too late"))
+    with pytest.raises(ChannelError, match="closed"):
+        rank.send(Kind.TRANSFERRED, b"")
+    channel.close()
 
 
 def test_waking_over_and_over_neither_blocks_nor_hides_a_message(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from headwise.cluster import channel_group
-from headwise.cluster.channel import Kind
+from headwise.cluster.channel import ChannelError, Kind
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.cluster.rank import death_of
@@ -79,6 +79,27 @@ def test_a_rank_that_cannot_tell_of_its_end_is_noticed(
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match="OSError: no way to the engine"):
         group.collect()
+
+
+def test_a_rank_whose_transfer_has_no_result_ends(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = ThreadShardGroup(small_spec(checkpoint("gqa"), tensor_parallel_size=2, host_kv_blocks=2))
+    group.start(num_blocks=8)
+    channel = group._channel.rank(1)
+    send = channel.send
+
+    def refuse(kind: Kind, payload: bytes) -> None:
+        if kind == Kind.TRANSFERRED:
+            raise ChannelError("the engine has not read for 3 s")
+        send(kind, payload)
+
+    monkeypatch.setattr(channel, "send", refuse)
+    group.transfer(TransferJob(0, Op.DROP, Tier.HOST, []))
+    with pytest.raises(ShardGroupDied, match=r"rank 1 .*: ChannelError: the engine has not read for 3 s"):
+        while group.transferred(DEADLINE_S) is not None:
+            pass
+    group.close()
 
 
 def test_the_end_of_a_rank_that_cannot_tell_is_text_that_a_message_can_carry(

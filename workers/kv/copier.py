@@ -30,6 +30,7 @@ class Copier:
         host: HostStore | None,
         disk: DiskStore | None,
         done: Callable[[TransferResult], None],
+        failed: Callable[[BaseException], None],
     ) -> None:
         """
         Args:
@@ -37,8 +38,9 @@ class Copier:
                 for what they allow to any thread.
             done: gets the result of each job, on the job's thread but never two at a time; of one tier's jobs in
                 their order.
+            failed: gets the error, of ``done`` too, that ended a thread: its jobs have no results any more.
         """
-        self._kv_cache, self._host, self._disk, self._done = kv_cache, host, disk, done
+        self._kv_cache, self._host, self._disk, self._done, self._failed = kv_cache, host, disk, done, failed
         self._done_lock = threading.Lock()
         self._queues: dict[Tier, SimpleQueue[TransferJob | None]] = {tier: SimpleQueue() for tier in Tier}
         self._abandoned = threading.Event()
@@ -72,16 +74,16 @@ class Copier:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self, queue: SimpleQueue[TransferJob | None]) -> None:
-        while (job := queue.get()) is not None:
-            started = time.perf_counter()
-            failed = self._move_all(job)
-            if self._abandoned.is_set():
-                return
-            try:
+        try:
+            while (job := queue.get()) is not None:
+                started = time.perf_counter()
+                failed = self._move_all(job)
+                if self._abandoned.is_set():
+                    return
                 with self._done_lock:
                     self._done(TransferResult(job.id, failed, time.perf_counter() - started))
-            except Exception as error:
-                _logger.error("nobody hears of KV transfer job %d: %s: %s", job.id, type(error).__name__, error)
+        except BaseException as error:
+            self._failed(error)
 
     def _move_all(self, job: TransferJob) -> list[bytes]:
         """The digests that were not moved; where a job was to put them they are then not."""
