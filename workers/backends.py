@@ -40,12 +40,15 @@ def find_backend(name: str | None, device: torch.device, dtype: torch.dtype, blo
     """The backend of a name, or for None the first one that works on such a cache.
 
     Raises:
-        InvalidValueError: there is no backend of that name.
+        InvalidValueError: there is no backend of that name, or it does not work on such a cache.
     """
     if name is None:
-        return next(b for b in BACKENDS.values() if b.attention.supports(device, dtype, block_size, head_dim))
+        return next(b for b in BACKENDS.values() if not b.attention.obstacles(device, dtype, block_size, head_dim))
     if name not in BACKENDS:
         raise InvalidValueError("attention", name, f"must be one of {', '.join(BACKENDS)}")
+    if obstacles := BACKENDS[name].attention.obstacles(device, dtype, block_size, head_dim):
+        fix = "change that, or leave attention out: then the fastest backend that can serve the model does"
+        raise InvalidValueError("attention", name, " and ".join(obstacles), fix)
     return BACKENDS[name]
 
 

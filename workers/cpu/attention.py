@@ -15,6 +15,9 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 
+_LANES = 8
+"""Elements of a head that the kernels read at a time."""
+
 
 class CpuAttention(AttentionBackend):
     """Numba kernels over a cache with transposed keys: fp32 only; other dtypes go to the reference.
@@ -40,12 +43,8 @@ class CpuAttention(AttentionBackend):
 
     def __init__(self, cache: KVCache, q_starts: tuple[int, ...], scale: float, num_threads: int = 1) -> None:
         super().__init__(cache, q_starts, scale)
-        if not self.supports(cache.device, cache.dtype, cache.block_size, cache.head_dim):
-            given = (str(cache.device), str(cache.dtype), cache.block_size, cache.head_dim)
-            limit = (
-                f"the cpu backend needs float32 on cpu, block_size a multiple of {RUN_KEYS}, head_dim a multiple of 8"
-            )
-            raise InvalidValueError("attention", given, limit, "use the reference backend")
+        if obstacles := self.obstacles(cache.device, cache.dtype, cache.block_size, cache.head_dim):
+            raise InvalidValueError("attention", "cpu", " and ".join(obstacles), "use the reference backend")
         self._threads = usable_threads(num_threads)
         self._q_starts = np.array(q_starts, dtype=np.int64)
         max_rows = rows_of_item(self._q_starts)
@@ -65,9 +64,14 @@ class CpuAttention(AttentionBackend):
         ]
 
     @classmethod
-    def supports(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
-        fits = block_size % RUN_KEYS == 0 and head_dim % 8 == 0
-        return device.type == "cpu" and dtype is torch.float32 and fits
+    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
+        checks = {
+            f"device={device.type} is not cpu": device.type == "cpu",
+            f"dtype={str(dtype).removeprefix('torch.')} is not float32": dtype is torch.float32,
+            f"block_size={block_size} is not a multiple of {RUN_KEYS}": block_size % RUN_KEYS == 0,
+            f"head_dim={head_dim} is not a multiple of {_LANES}": head_dim % _LANES == 0,
+        }
+        return [obstacle for obstacle, fits in checks.items() if not fits]
 
     def begin(self, batch: AttentionBatch) -> None:
         """

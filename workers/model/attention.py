@@ -57,9 +57,9 @@ class AttentionBackend(ABC):
         self.cache, self.q_starts, self.scale = cache, q_starts, scale
 
     @classmethod
-    def supports(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
-        """Whether this backend works on such a cache."""
-        return True
+    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
+        """Why this backend does not work on such a cache, a clause for each setting; empty if it does."""
+        return []
 
     @abstractmethod
     def begin(self, batch: AttentionBatch) -> None:

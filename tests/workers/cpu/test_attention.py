@@ -297,3 +297,5 @@ def test_a_device_and_dtype_have_a_backend() -> None:
     assert find_backend("reference", cpu, torch.float32, 16, 64) is BACKENDS["reference"]
     with pytest.raises(InvalidValueError, match=r"^attention='fast'.*cpu, reference"):
         find_backend("fast", cpu, torch.float32, 16, 64)
+    with pytest.raises(InvalidValueError, match=r"^attention='cpu': device=cuda is not cpu and dtype=bfloat16 is not"):
+        find_backend("cpu", cuda, torch.bfloat16, 16, 64)
