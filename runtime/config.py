@@ -25,7 +25,8 @@ class EngineConfig(BaseModel):
     Attributes:
         model: the path of a directory with config.json and safetensors files, or of a .gguf file; or ``"smollm2"``.
         tensor_parallel_size: ranks that the model is split over; at most its number of query heads. Default: 1.
-        dtype: of weights, activations and KV cache; ``"auto"``, the default, is the checkpoint's.
+        dtype: of weights, activations and KV cache. ``"auto"``, the default, is the checkpoint's on a GPU, and
+            ``"float32"`` on a CPU, where the other dtypes are slow; a checkpoint converts to float32 exactly.
         device: ``"cpu"`` or ``"cuda"``; ``"auto"``, the default, is ``"cuda"`` where there is one.
         executor: ``"ray"``, the default, runs each rank as a Ray actor; ``"local"`` runs one rank in this process,
             without Ray.

@@ -25,6 +25,7 @@ from headwise.runtime.inputs.tokenizer import load_tokenizer
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
+from headwise.runtime.precision import precision_notes, resolve_dtype
 from headwise.runtime.warmup import prepare_kernels
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
@@ -60,10 +61,13 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     path = resolve(config.model)
     model = load_model_config(path)
     partition_model(model, config.tensor_parallel_size)
-    verify_checkpoint(path, model)
+    weights = verify_checkpoint(path, model)
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(path)
     spec = _spec(config, path, model, max_model_len)
+    for note in precision_notes(config.dtype, spec, model, weights):
+        if not quiet:
+            print(f"headwise: {note}", file=sys.stderr)
     sizes = tier_sizes(config, model, spec.dtype)
     identity = None
     if config.enable_prefix_caching:
@@ -111,7 +115,7 @@ def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: i
     return ShardSpec(
         model_dir=str(path),
         tensor_parallel_size=config.tensor_parallel_size,
-        dtype=config.dtype if config.dtype != "auto" else model.dtype,
+        dtype=resolve_dtype(config.dtype, device, model.dtype),
         device=device,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,

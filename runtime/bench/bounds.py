@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from headwise.runtime.bench.products import Factory, products
 from headwise.runtime.bench.report import usable_cores
+from headwise.runtime.precision import resolve_dtype
 from headwise.workers.errors import HeadwiseError
 from headwise.workers.model.model_config import ModelConfig
 
@@ -116,8 +117,8 @@ def measure_bounds(
 
 def bounds_of_run(config: ModelConfig, settings: Mapping[str, Any], cases: Sequence[Case]) -> dict[Case, StepBound]:
     """The bounds for an engine with these settings; none where it does not compute in float32 on this CPU."""
-    dtype = settings["dtype"] if settings["dtype"] != "auto" else config.dtype
     cuda = settings["device"] == "cuda" or (settings["device"] == "auto" and torch.cuda.is_available())
+    dtype = resolve_dtype(settings["dtype"], "cuda" if cuda else "cpu", config.dtype)
     return {} if cuda or dtype != "float32" else measure_bounds(config, cases)
 
 

@@ -19,7 +19,9 @@ def option(metavar: str, text: str, *names: str, **limits: Any) -> Any:
 MODEL_HELP = "A directory with config.json and safetensors files, a .gguf file, or smollm2; nothing is downloaded."
 Model = Annotated[str, option("path", MODEL_HELP, "--model", "-m")]
 Tp = Annotated[int, option("n", "Ranks: processes that the model is split over.", "--tp")]
-Dtype = Annotated[str, option("type", "float32, bfloat16, float16, or auto: as in the checkpoint.")]
+Dtype = Annotated[
+    str, option("type", "float32, bfloat16, float16, or auto: float32 on cpu, as in the checkpoint on cuda.")
+]
 Device = Annotated[str, option("device", "cpu, cuda, or auto: cuda where there is one.")]
 Executor = Annotated[
     str, option("name", "ray: each rank is a Ray actor; local: one rank, in this process, without Ray.")

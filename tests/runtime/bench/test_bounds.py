@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,14 @@ def test_no_bound_where_the_engine_computes_otherwise(
 ) -> None:
     monkeypatch.setattr(bounds, "measure_bounds", lambda *_: pytest.fail("measured"))
     assert bounds_of_run(config, settings, [(1, 1)]) == {}
+
+
+def test_a_checkpoint_of_16_bits_has_the_bound_of_float32_on_a_cpu(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "measure_bounds", lambda *_: {(1, 1): "measured"})
+    stored = replace(config, dtype="bfloat16")
+    assert bounds_of_run(stored, {"dtype": "auto", "device": "cpu"}, [(1, 1)]) == {(1, 1): "measured"}
 
 
 @pytest.mark.thorough

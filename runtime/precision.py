@@ -1,0 +1,59 @@
+"""In which dtype a model is computed, and what a user is told where that is slow or takes more memory than expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from headwise.workers.backends import BACKENDS, find_backend
+from headwise.workers.model.model_config import ModelConfig
+from headwise.workers.model.safetensors_index import SafetensorsIndex
+from headwise.workers.shard import DTYPES
+from headwise.workers.spec import ShardSpec
+
+
+def resolve_dtype(dtype: str, device: str, checkpoint: str) -> str:
+    """The dtype that a model is computed in, and its KV is kept in.
+
+    Args:
+        dtype: as set. ``auto`` is the checkpoint's dtype on a GPU. On a CPU it is float32: every checkpoint converts to
+            float32 exactly, and only float32 has compiled kernels.
+        device: ``cpu`` or ``cuda``.
+        checkpoint: the dtype of the checkpoint.
+    """
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else checkpoint
+
+
+def precision_notes(dtype: str, spec: ShardSpec, model: ModelConfig, weights: SafetensorsIndex) -> Iterator[str]:
+    """A line each about what a user of a CPU may not expect.
+
+    Args:
+        dtype: as set, perhaps ``auto``.
+
+    Raises:
+        InvalidValueError: ``spec.attention`` cannot compute the model.
+    """
+    cache = (torch.device(spec.device), DTYPES[spec.dtype], spec.block_size, model.head_dim)
+    backend = find_backend(spec.attention, *cache)
+    if spec.device != "cpu":
+        return
+    if dtype == "auto" and spec.dtype != model.dtype:
+        yield (
+            f"dtype=auto computes this {model.dtype} checkpoint in {spec.dtype}, which is exact and the fastest on a "
+            f"CPU; its weights take {_weight_bytes(spec, model, weights) / 2**30:.2f} GiB"
+        )
+    if spec.attention is None and backend is BACKENDS["reference"]:
+        reasons = " and ".join(BACKENDS["cpu"].attention.obstacles(*cache))
+        yield f"slow: {reasons}, so the reference backend computes the model, without compiled kernels"
+
+
+def _weight_bytes(spec: ShardSpec, model: ModelConfig, weights: SafetensorsIndex) -> int:
+    """Of all ranks together, but for what each of them holds whole: norms."""
+    count = sum(math.prod(tensor.shape) for tensor in weights.tensors.values())
+    if model.tie_word_embeddings:  # the products read a packed copy
+        count += model.vocab_size * model.hidden_size
+    return count * DTYPES[spec.dtype].itemsize
