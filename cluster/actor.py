@@ -43,7 +43,7 @@ class ShardActor:
         self._rendezvous = collectives.open_rendezvous(kind, self._spec.tensor_parallel_size, host)
         return self._rendezvous.publish()
 
-    def load(self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float) -> int:
+    def load(self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float, ranks_on_host: int) -> int:
         """As :meth:`Rank.load <headwise.cluster.rank.Rank.load>`; progress goes over the channel."""
         from headwise.workers.warmup import WarmUpError, ensure_warm
 
@@ -57,6 +57,7 @@ class ShardActor:
             rendezvous or published,
             timeout_s,
             lambda done, total: channel.send(Kind.PROGRESS, msgpack.packb((done, total))),
+            ranks_on_host,
         )
 
     def allocate(self, num_blocks: int) -> None:

@@ -51,12 +51,14 @@ class Rank:
         rendezvous: Rendezvous | dict[str, Any],
         timeout_s: float,
         progress: Progress | None,
+        ranks_on_host: int,
     ) -> int:
         """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords.
 
         Args:
             timeout_s: for all ranks to meet.
             progress: called on rank 0 alone.
+            ranks_on_host: of this group, this one included.
 
         Raises: as :func:`headwise.workers.collectives.connect` and :class:`~headwise.workers.shard.Shard`.
         """
@@ -72,6 +74,7 @@ class Rank:
             self._num_threads,
             on_transfer=lambda result: channel.send(Kind.TRANSFERRED, encode_result(result)),
             on_failure=channel.fail,
+            ranks_on_host=ranks_on_host,
         )
         self.shard.load(progress if self._rank == 0 else None)
         return self.shard.affordable_blocks()

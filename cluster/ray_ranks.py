@@ -65,8 +65,8 @@ class RayRanks:
         opened = self._actors[0].open_rendezvous.remote(self._collectives(), self.nodes[0])
         self._rendezvous = self._wait([opened])[0]
         loads = [
-            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s)
-            for rank, actor in enumerate(self._actors)
+            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing)
+            for rank, (actor, sharing) in enumerate(zip(self._actors, self._ranks_on_host(), strict=True))
         ]
         affordable = min(self._wait(loads, progress))
         blocks = min(affordable, num_blocks or affordable)
@@ -97,6 +97,10 @@ class RayRanks:
         if self._spec.device == "cuda":
             return "nccl"
         return "shared_memory" if len(self._node_ids()) == 1 else "gloo"
+
+    def _ranks_on_host(self) -> list[int]:
+        """By rank. A host is an address: several of Ray's nodes on one host share its memory."""
+        return [self.nodes.count(node) for node in self.nodes]
 
     def _node_ids(self) -> set[str]:
         return {place["node_id"] for place in self._places}

@@ -17,6 +17,7 @@ from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block
 from headwise.workers.kv.copier import Copier
 from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.kv.transfer import TransferJob, TransferResult
+from headwise.workers.machine import free_host_memory
 from headwise.workers.model.checkpoint import load_shard
 from headwise.workers.model.model import Model
 from headwise.workers.model.model_config import load_model_config
@@ -41,6 +42,7 @@ class Shard:
         num_threads: int,
         on_transfer: Callable[[TransferResult], None] = lambda result: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
+        ranks_on_host: int = 1,
     ) -> None:
         """
         Args:
@@ -48,8 +50,10 @@ class Shard:
             on_transfer: gets the result of each :meth:`transfer`, on a thread of the shard's; never two at a time.
             on_failure: gets the error after which transfers have no results any more, ``on_transfer``'s own too, on
                 that thread; the shard is then of no more use.
+            ranks_on_host: of this group, this one included: they share the free memory of the host.
         """
         self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
+        self._ranks_on_host = ranks_on_host
         self._on_transfer, self._on_failure = on_transfer, on_failure
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
@@ -77,6 +81,7 @@ class Shard:
         weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
         parts = (self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
         self._model = self._backend.model(*parts, self._num_threads)
+        self._measure_memory()
 
     def affordable_blocks(self) -> int:
         """How many KV blocks ``kv_memory`` pays for on this rank.
@@ -85,10 +90,7 @@ class Shard:
             InvalidValueError: not enough for one request of ``max_model_len`` tokens.
         """
         spec, per_block = self._spec, self._bytes_per_block()
-        free = available_memory(self._device)
-        if self._device.type == "cpu":
-            free = max(0, free // spec.tensor_parallel_size - spec.host_kv_blocks * per_block)
-        budget = parse_memory(spec.kv_memory, free)
+        budget = parse_memory(spec.kv_memory, self._free)
         blocks, needed = budget // per_block, -(-spec.max_model_len // spec.block_size)
         if blocks < needed:
             raise InvalidValueError(
@@ -104,20 +106,12 @@ class Shard:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
 
         Raises:
-            InvalidValueError: ``disk_kv_path`` cannot be used, or another engine uses it.
+            InvalidValueError: there is less memory than ``kv_memory`` and ``host_kv_blocks`` ask for, ``disk_kv_path``
+                cannot be used, or another engine uses it.
         """
-        spec, heads = self._spec, self._partition.heads
+        spec = self._spec
         assert self._model is not None, "load() comes first"
-        self._kv_cache = KVCache(
-            num_layers=self._config.num_layers,
-            num_blocks=num_blocks,
-            num_kv_heads=heads.num_kv,
-            block_size=spec.block_size,
-            head_dim=self._config.head_dim,
-            dtype=self._dtype,
-            device=self._device,
-            transposed_keys=bool(self._backend.attention.transposed_keys),
-        )
+        self._kv_cache = self._make_cache(num_blocks)
         self._model.attach(self._kv_cache)
         if self._collectives.rank == 0:
             self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
@@ -185,14 +179,48 @@ class Shard:
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
 
+    def _measure_memory(self) -> None:
+        """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
+        blocks is the group's."""
+        self._free_host = free_host_memory() // self._ranks_on_host
+        if self._device.type == "cpu":
+            self._free = max(0, self._free_host - self._spec.host_kv_blocks * self._bytes_per_block())
+        else:
+            self._free = available_memory(self._device)
+
+    def _make_cache(self, num_blocks: int) -> KVCache:
+        spec, heads = self._spec, self._partition.heads
+        tier = spec.host_kv_blocks * self._bytes_per_block()
+        if tier > self._free_host:
+            fix = "lower host_kv_memory (--host-kv-memory)"
+            raise InvalidValueError("host_kv_memory", f"{tier} bytes", self._has(self._free_host, "cpu"), fix)
+        needed = num_blocks * self._bytes_per_block()
+        limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._device.type)}"
+        error = InvalidValueError("kv_memory", spec.kv_memory, limit, "lower kv_memory (--kv-memory)")
+        if needed > self._free:
+            raise error
+        try:
+            return KVCache(
+                num_layers=self._config.num_layers,
+                num_blocks=num_blocks,
+                num_kv_heads=heads.num_kv,
+                block_size=spec.block_size,
+                head_dim=self._config.head_dim,
+                dtype=self._dtype,
+                device=self._device,
+                transposed_keys=bool(self._backend.attention.transposed_keys),
+            )
+        except (MemoryError, torch.OutOfMemoryError):  # others were faster, or it is not to be had in one piece
+            raise error from None
+
+    def _has(self, free: int, device: str) -> str:
+        place = f"host memory, as one of {self._ranks_on_host} here" if device == "cpu" else "GPU memory"
+        return f"rank {self._collectives.rank} has {free} bytes of {place}"
+
     def _open_tiers(self, kv_cache: KVCache) -> None:
         spec, rank, ranks = self._spec, self._collectives.rank, self._spec.tensor_parallel_size
         heads = self._partition.heads
         if spec.host_kv_blocks:
-            needed = spec.host_kv_blocks * self._bytes_per_block()
-            if needed > (free := available_memory("cpu")):
-                limit = f"rank {rank} has {free} bytes of host memory left"
-                raise InvalidValueError("host_kv_memory", f"{needed} bytes", limit, "lower host_kv_memory or kv_memory")
             self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
         if spec.disk_kv_path is not None:
             place = (rank, ranks, heads.kv_start, heads.kv_stop)

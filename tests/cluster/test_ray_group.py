@@ -181,6 +181,12 @@ def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch
     nothing_left(pids)
 
 
+def test_the_ranks_of_each_host_are_counted() -> None:
+    ranks = RayRanks(small_spec(Path("nowhere")), None, 1.0)
+    ranks._places = [{"address": address} for address in ("10.0.0.1", "10.0.0.2", "10.0.0.1")]
+    assert ranks._ranks_on_host() == [2, 1, 2]
+
+
 def test_close_after_an_exception_and_twice(checkpoint: Callable[..., Path]) -> None:
     pids: list[int] = []
     with pytest.raises(ZeroDivisionError), llm(checkpoint("uneven"), tensor_parallel_size=2) as model:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headwise.workers import shard
 from headwise.workers.collectives import Solo
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
@@ -117,10 +118,61 @@ def test_what_the_engine_cannot_be_told_of_is_deleted_and_logged(
 
 
 def test_host_blocks_are_set_aside_before_a_fraction_is_taken(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwise.workers.shard.available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(shard, "free_host_memory", lambda: 1 << 20)
     blocks = []
     for host_blocks in (0, 16):
-        made = Shard(replace(spec, kv_memory=1.0, host_kv_blocks=host_blocks), Solo(), 1)
+        made = loaded(replace(spec, kv_memory=1.0, host_kv_blocks=host_blocks))
         blocks.append(made.affordable_blocks())
         made.close()
     assert blocks[0] - blocks[1] == 16 and blocks[1] > 0
+
+
+def loaded(spec: ShardSpec, ranks_on_host: int = 1) -> Shard:
+    made = Shard(spec, Solo(), 1, ranks_on_host=ranks_on_host)
+    made.load()
+    return made
+
+
+BLOCK_BYTES = 2 * 2 * 4 * 16 * 16 * 4
+"""Of K and V in 2 layers of 4 heads: 16 tokens, 16 floats wide."""
+
+
+def test_memory_that_is_not_there_is_refused_before_it_is_taken(
+    spec: ShardSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "free_host_memory", lambda: 16 * BLOCK_BYTES)
+    spec = replace(spec, kv_memory=64 * BLOCK_BYTES, host_kv_blocks=0)
+    made = loaded(spec)
+    assert made.affordable_blocks() == 64
+    needed = rf"17 blocks take {17 * BLOCK_BYTES} bytes, and rank 0 has {16 * BLOCK_BYTES} bytes of host memory"
+    with pytest.raises(InvalidValueError, match=rf"^kv_memory={64 * BLOCK_BYTES}: {needed}.*--kv-memory"):
+        made.allocate(17)
+    made.allocate(16)  # num_blocks may ask for less than kv_memory
+    made.close()
+
+
+def test_the_ranks_of_a_host_share_its_memory(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "free_host_memory", lambda: 32 * BLOCK_BYTES)
+    made = loaded(replace(spec, kv_memory=1.0, host_kv_blocks=4), ranks_on_host=2)
+    assert made.affordable_blocks() == 12
+    made.close()
+    made = loaded(replace(spec, host_kv_blocks=17), ranks_on_host=2)
+    with pytest.raises(
+        InvalidValueError, match=rf"^host_kv_memory='{17 * BLOCK_BYTES} bytes': rank 0 has {16 * BLOCK_BYTES} bytes"
+    ):
+        made.allocate(4)
+    made.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_memory_that_cannot_be_had_after_all_is_a_typed_error(
+    spec: ShardSpec, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(**sizes: object) -> None:
+        raise error
+
+    monkeypatch.setattr(shard, "KVCache", fail)
+    made = loaded(spec)
+    with pytest.raises(InvalidValueError, match=r"^kv_memory='1MiB': 8 blocks take"):
+        made.allocate(8)
+    made.close()

@@ -7,13 +7,13 @@ import mmap
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.machine import free_host_memory
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: NumPy has no bfloat16, and copies bits."""
@@ -177,17 +177,13 @@ def parse_memory(text: str | int | float, total: int) -> int:
 
 
 def available_memory(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on a device: free GPU memory, or the machine's within its container's limit."""
+    """Bytes that can still be allocated on a device: of a GPU, or of this host within the limits of the container."""
     device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, max(0, int(text) - int(used.read_text())))
-    return available
+    if device.type != "cuda":
+        return free_host_memory()
+    torch.cuda.empty_cache()  # what only this process's allocator keeps is free, too
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
