@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headwise.workers.collectives import Collectives, connect, open_rendezvous
+from headwise.workers.machine import usable_cores
 
 HIDDEN = 576
 ROWS = (1, 8, 32, 128, 512)
@@ -43,7 +43,7 @@ def main() -> None:
         times = [f"{r[key]:.1f} µs" for key in ("p50_us", "p90_us", "p99_us")]
         table.add_row(r["kind"], f"{r['rows']}x{HIDDEN} float32", *times, f"{r['gb_per_s']:.2f} GB/s")
     console.print(table)
-    machine = {"cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {"cores": usable_cores(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "all_reduce", "world_size": arguments.world_size, "results": results, **machine}))
 
 

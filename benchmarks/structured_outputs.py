@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from headwise.runtime import LLM, SamplingParams, StructuredOutputsParams
 from headwise.runtime.bench.workload import prompts
+from headwise.workers.machine import usable_cores
 
 FIELDS = {f"field{i}": {"type": "string", "minLength": 50, "maxLength": 99} for i in range(40)}
 SCHEMA = {"type": "object", "properties": FIELDS, "required": list(FIELDS), "additionalProperties": False}
@@ -53,7 +53,7 @@ def main() -> None:
     for r in results:
         table.add_row(str(r["batch"]), str(r["form"]), f"{r['tok_s']:.1f}", f"{r['over_plain']:.2f}")
     Console().print(table)
-    machine = {"cores": os.cpu_count(), "torch": torch.__version__}
+    machine = {"cores": usable_cores(), "torch": torch.__version__}
     print(json.dumps({"benchmark": "structured_outputs", "results": results, **machine}))
 
 

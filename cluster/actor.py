@@ -12,6 +12,7 @@ import ray
 from headwise.cluster.channel import Kind
 from headwise.cluster.rank import Rank
 from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
+from headwise.workers.machine import usable_cores
 from headwise.workers.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class ShardActor:
     """One rank. The group calls :meth:`load`, :meth:`allocate` and :meth:`run`, which returns when the group closes."""
 
     def __init__(self, rank: int, spec: ShardSpec, num_threads: int) -> None:
+        num_threads = min(num_threads, usable_cores())  # Ray may have been told of more CPUs than there are
         # The thread pools of OpenMP, MKL and Numba read these once, when torch and numba are imported.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = str(num_threads)

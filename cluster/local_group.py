@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from headwise.cluster.queue_channel import QueueEngineChannel
 from headwise.cluster.rank import Rank, death_of
 from headwise.workers.collectives import open_rendezvous
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.machine import usable_cores
 from headwise.workers.plan import StepOutput
 from headwise.workers.spec import ShardSpec
 
@@ -31,7 +31,7 @@ class LocalGroupFactory(GroupFactory):
     """Makes groups of one rank."""
 
     def __init__(self, spec: ShardSpec, cpus: float | None = None) -> None:
-        """Args: ``cpus``: threads to compute with; None is all cores.
+        """Args: ``cpus``: threads to compute with; None is all usable cores.
 
         Raises:
             InvalidValueError: the spec asks for more than one rank.
@@ -40,7 +40,7 @@ class LocalGroupFactory(GroupFactory):
             raise InvalidValueError(
                 "tensor_parallel_size", spec.tensor_parallel_size, 'executor="local" has one rank', 'use executor="ray"'
             )
-        self._spec, self._num_threads = spec, max(1, int(cpus or os.cpu_count() or 1))
+        self._spec, self._num_threads = spec, max(1, int(cpus or usable_cores()))
 
     def make(self) -> ShardGroup:
         return LocalShardGroup(self._spec, self._num_threads)

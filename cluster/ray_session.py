@@ -9,6 +9,7 @@ import threading
 import ray
 
 from headwise.cluster.group import GroupStartError
+from headwise.workers.machine import usable_cores
 
 OBJECT_STORE_BYTES = 100 << 20
 """Of a Ray started here. Headwise puts next to nothing into it: steps have a channel of their own."""
@@ -37,6 +38,7 @@ def join(address: str | None) -> None:
             else:
                 ray.init(
                     address="local",
+                    num_cpus=usable_cores(),
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

@@ -63,8 +63,9 @@ class EngineConfig(BaseModel):
         disk_kv_limit: most that the files of each rank there may take. Default: ``"16GiB"``.
         address: the Ray cluster to join. None, the default, joins the one that RAY_ADDRESS names, or the one that this
             process uses already, or starts one on this machine.
-        cpus_per_rank: CPUs that each rank asks Ray for and computes with; None, the default, is the machine's cores
-            divided by the ranks.
+        cpus_per_rank: CPUs that each rank asks Ray for and computes with; None, the default, is the cores that
+            may be used here (by affinity and CPU quota), or that the Ray cluster's largest node has, divided by the
+            ranks.
         start_timeout: seconds until every rank must have a place in the Ray cluster. Default: 120.
 
     Raises:

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from headwise.runtime.bench.products import Factory, products
-from headwise.runtime.bench.report import usable_cores
 from headwise.runtime.precision import resolve_dtype
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.machine import usable_cores
 from headwise.workers.model.model_config import ModelConfig
 
 Case = tuple[int, int]

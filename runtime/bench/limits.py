@@ -11,6 +11,7 @@ from rich.table import Table
 from headwise.runtime.bench import figures, report
 from headwise.runtime.bench.bounds import Case, StepBound, measure_bounds
 from headwise.runtime.models import resolve
+from headwise.workers.machine import usable_cores
 from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run(
     bounds = measure_bounds(config, [read, *decodes, *prefills], threads, repeats)
     named = {f"decode {rows}": bounds[rows, logits] for rows, logits in decodes}
     named |= {f"prefill {rows}": bounds[rows, logits] for rows, logits in prefills}
-    threads = threads or report.usable_cores()
+    threads = threads or usable_cores()
     report.emit(
         "limits",
         model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,6 +12,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from headwise.workers.machine import usable_cores
 
 PACKAGES = ("torch", "numba", "ray", "headwise")
 
@@ -24,10 +25,6 @@ def machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from headwise.cluster import channel_group
+from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, Kind
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.cluster.rank import death_of
 from headwise.workers.errors import InvalidValueError, PeerDiedError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob
+from headwise.workers.machine import usable_cores
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan
 from tests.checkpoints import small_spec
 from tests.thread_group import ThreadShardGroup
@@ -185,6 +188,23 @@ def test_a_closed_group_computes_nothing(group: ThreadShardGroup) -> None:
 def test_only_one_rank_without_ray(checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(InvalidValueError, match='tensor_parallel_size=2: executor="local" has one rank'):
         LocalGroupFactory(small_spec(checkpoint("gqa"), tensor_parallel_size=2))
+
+
+def test_threads_are_as_many_as_the_cores_that_may_be_used(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    spec = small_spec(checkpoint("gqa"))
+    assert LocalGroupFactory(spec)._num_threads == usable_cores()
+    assert LocalGroupFactory(spec, cpus=3.5)._num_threads == 3
+
+
+def test_an_actor_has_no_more_threads_than_cores_whatever_ray_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    for name in pools:
+        monkeypatch.setenv(name, "1")
+    ShardActor(0, small_spec(Path("nowhere")), 64)
+    assert {os.environ[name] for name in pools} == {str(usable_cores())}
 
 
 def test_a_program_ends_that_has_closed_nothing(checkpoint: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from headwise.cluster import ray_session
 from headwise.cluster.group import GroupStartError
+from headwise.workers.machine import usable_cores
 
 
 def test_an_address_where_no_ray_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +24,15 @@ def test_an_address_where_no_ray_answers_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
     with pytest.raises(GroupStartError, match="elsewhere:1"):
         ray_session.join(None)
+
+
+def test_a_ray_that_is_started_here_has_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: told.update(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    ray_session.join(None)
+    ray_session.leave()
+    assert told["num_cpus"] == usable_cores()

@@ -23,6 +23,7 @@ from headwise.workers.collectives.base import (
     sum_in_rank_order,
 )
 from headwise.workers.errors import InvalidValueError, PeerDiedError
+from headwise.workers.machine import usable_cores
 
 SLOT_BYTES = 256 << 10
 """What a rank shows at once; a larger tensor goes in pieces. Two slots of either parity stay in a core's cache."""
@@ -77,7 +78,7 @@ class SharedMemory(Collectives):
         slots = torch.from_numpy(memory[world_size * spin.CONTROL_BYTES :]).view(2, world_size, SLOT_BYTES)
         self._slots: list[list[Tensor]] = [list(parity) for parity in slots]
         self._sequence = 0
-        self._spins = 2000 if world_size <= len(os.sched_getaffinity(0)) else 50
+        self._spins = 2000 if world_size <= usable_cores() else 50
         self._gave_up: str | None = None
         self._closed = False
         self._deaths = select.poll()
