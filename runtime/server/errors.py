@@ -51,6 +51,10 @@ class CheckQueueFullError(HeadwiseError):
     """Too many requests wait to be checked. Try again later."""
 
 
+class TooManyCallsError(HeadwiseError):
+    """A connection, a host or a tenant has too many calls open."""
+
+
 class DeadlineError(HeadwiseError):
     """A request took longer than a request may."""
 
@@ -62,6 +66,7 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (LeftError, grpc.StatusCode.CANCELLED),
     (StalledConnectionError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (CheckQueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TooManyCallsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),

@@ -1,4 +1,4 @@
-"""The state of the health service: it follows the shards' lives and the engine's progress."""
+"""The health service: its state follows the shards' lives and the engine's progress."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import asyncio
 import time
 
 import grpc
-from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.server.sessions import Context, Sessions
 
-MAX_WATCHING = 64
-"""Clients that watch the health at once."""
 _INTERVAL_S = 0.5
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthMonitor:
@@ -32,23 +30,18 @@ class HealthMonitor:
         Args:
             step_timeout_s: how long a step may take, in seconds, before the engine counts as hung.
         """
-        self.servicer = _HealthServicer()
-        self._sessions, self._services, self._step_timeout_s = sessions, ["", *services], step_timeout_s
-        self._serving: bool | None = None
+        self.servicer = HealthServicer(sessions, ["", *services])
+        self._sessions, self._step_timeout_s = sessions, step_timeout_s
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
         while True:
             self._sessions.llm.check_shards()
-            await self.set(self.problem() is None)
+            self.set(self.problem() is None)
             await asyncio.sleep(_INTERVAL_S)
 
-    async def set(self, serving: bool) -> None:
-        if serving == self._serving:
-            return
-        self._serving = serving
-        for service in self._services:
-            await self.servicer.set(service, SERVING if serving else NOT_SERVING)
+    def set(self, serving: bool) -> None:
+        self.servicer.set(serving)
 
     def problem(self) -> str | None:
         """Why clients should send no request now; None if they may."""
@@ -60,21 +53,51 @@ class HealthMonitor:
         return "a step makes no progress" if is_hung(llm.engine, self._step_timeout_s) else None
 
 
-class _HealthServicer(health_aio.HealthServicer):
-    """Limits the number of watching clients: health needs no token, so anybody could open any number of them."""
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1. A client that does not read holds up neither the state nor other clients: grpc's own servicer
+    keeps a lock while it writes."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_watching = 0
+    def __init__(self, sessions: Sessions, services: list[str]) -> None:
+        self._sessions, self._services = sessions, frozenset(services)
+        self._serving = True
+        self._watchers: set[asyncio.Event] = set()
+
+    def set(self, serving: bool) -> None:
+        """Notes the state of all services, and wakes whoever watches."""
+        if serving == self._serving:
+            return
+        self._serving = serving
+        for changed in self._watchers:
+            changed.set()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return self._response(request.service)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        if self._num_watching >= MAX_WATCHING:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHING} clients watch already")
-        self._num_watching += 1
+        """
+        Raises:
+            StalledError: the client has not read a state for the stall timeout.
+            LeftError: the client is gone.
+        """
+        changed, told = asyncio.Event(), None
+        self._watchers.add(changed)
         try:
-            await super().Watch(request, context)
+            while True:
+                changed.clear()
+                response = self._response(request.service)
+                if response.status != told:
+                    told = response.status
+                    await self._sessions.write(context, response)
+                await changed.wait()
         finally:
-            self._num_watching -= 1
+            self._watchers.remove(changed)
+
+    def _response(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in self._services:
+            return health_pb2.HealthCheckResponse(status=SERVICE_UNKNOWN)
+        return health_pb2.HealthCheckResponse(status=SERVING if self._serving else NOT_SERVING)
 
 
 def is_hung(engine: Engine, step_timeout_s: float) -> bool:

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from headwise.runtime.engine.request import Request
 
+SILENCE_S = 10.0
+"""For a client of the metrics to say what it wants, and to take what it gets."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -56,6 +58,9 @@ class Metrics:
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Serves the metrics on a thread of its own; returns the port, and a function that ends it."""
         server, thread = start_http_server(port, host, self.registry)
+        # Each connection has a thread; without a limit, one that says nothing would keep it.
+        handler: Any = server.RequestHandlerClass
+        server.RequestHandlerClass = type("Handler", (handler,), {"timeout": SILENCE_S})
 
         def stop() -> None:
             server.shutdown()

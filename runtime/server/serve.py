@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.server.service import InferenceService
 from headwise.runtime.server.sessions import Sessions
+from headwise.runtime.server.slots import Slots
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.workers.errors import InvalidValueError
@@ -46,9 +48,15 @@ _CHANNEL_OPTIONS = [
     # A client that is gone without a word is noticed.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Nor does a client stay that says nothing at all.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # Two servers on one port would each get some of the clients.
     ("grpc.so_reuseport", 0),
 ]
+
+_GRACE_S = 0.5
+"""For the last words of calls that have ended to reach their clients."""
+_END_S = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -176,7 +184,7 @@ class Server:
                 metrics_port, stop = _serve_metrics(sessions.metrics, options.metrics_host, options.metrics_port)
                 stack.callback(stop)
             await server.start()
-            stack.push_async_callback(server.stop, None)
+            stack.push_async_callback(self._end, server)
             monitor = asyncio.create_task(health.run())
             stack.callback(monitor.cancel)
             if options.openai_port is not None:
@@ -193,7 +201,7 @@ class Server:
         try:
             await asyncio.wait([drained, ended, stopping], return_when=asyncio.FIRST_COMPLETED)
             sessions.drain()
-            await health.set(False)
+            health.set(False)
             if self._llm.ended.is_set():
                 return self._died()
             idle, hurry = asyncio.create_task(sessions.idle()), asyncio.create_task(self._hurry.wait())
@@ -211,6 +219,14 @@ class Server:
             for task in (drained, ended, stopping):
                 task.cancel()
 
+    async def _end(self, server: grpc.aio.Server) -> None:
+        """Ends the calls that are open; those that are being answered have a moment for it."""
+        grace = None if self._hurry.is_set() else _GRACE_S
+        try:
+            await asyncio.wait_for(server.stop(grace), _END_S)
+        except TimeoutError:
+            _logger.error("calls did not end within %g s", _END_S)
+
     def _died(self) -> int:
         failure = self._llm.failure
         expected = isinstance(failure, ShardGroupDied)
@@ -218,10 +234,15 @@ class Server:
         return 3
 
     def _make_server(self, sessions: Sessions, health: HealthMonitor) -> grpc.aio.Server:
-        limit = self._options.max_queued_requests + self._llm.config.max_num_seqs + 256
-        guards = [AuthInterceptor(self._tokens, sessions.refuse)] if self._tokens else []
-        options = [*_CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", limit)]  # of one connection
-        server = grpc.aio.server(interceptors=guards, options=options, maximum_concurrent_rpcs=limit)
+        slots = Slots(sessions, self._options.max_queued_requests + self._llm.config.max_num_seqs + 256)
+        guards = [*([AuthInterceptor(self._tokens, sessions.refuse)] if self._tokens else []), slots]
+        options = [
+            *_CHANNEL_OPTIONS,
+            ("grpc.max_concurrent_streams", slots.of_connection),
+            # The other half of the files that this process may open is for the engine.
+            ("grpc.max_allowed_incoming_connections", min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1 << 30)),
+        ]
+        server = grpc.aio.server(interceptors=guards, options=options, maximum_concurrent_rpcs=slots.total)
         add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         if self._options.openai_port is not None:

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -172,8 +172,15 @@ class Sessions:
             StalledError: the client has not read for ``stall_timeout_s``.
             LeftError: the client is gone.
         """
+
+        async def write() -> None:
+            with suppress(grpc.aio.UsageError):  # of any but the first message
+                # Not with the message: gRPC would send it again with the status of a call whose first message stalled.
+                await context.send_initial_metadata(())
+            await context.write(message)
+
         try:
-            await asyncio.wait_for(context.write(message), self.stall_timeout_s)
+            await asyncio.wait_for(write(), self.stall_timeout_s)
         except TimeoutError:
             raise StalledError(f"the stream was not read for {self.stall_timeout_s:g} s") from None
         except grpc.aio.InternalError:  # before the call is cancelled for it

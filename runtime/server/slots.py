@@ -1,0 +1,138 @@
+"""How many calls may be open, and whose: no connection, host or tenant can hold all of them.
+
+gRPC cannot end a call whose client does not read: the call stays open after its handler has returned, until the client
+reads or its connection ends. So a call is counted from its headers until it is really over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from headwise.runtime.server.auth import Details, Handler
+from headwise.runtime.server.errors import TooManyCallsError, abort
+from headwise.runtime.server.sessions import Context, Sessions
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+HEALTH_CALLS = 256
+"""Of the health service, open at once. They have places of their own, for anybody may ask."""
+HEALTH_CALLS_OF_HOST = 64
+HEALTH_CALLS_OF_CONNECTION = 16
+MESSAGE_TIMEOUT_S = 60.0
+"""For a call's message to come, once its headers have."""
+_MARGIN = 1024
+"""Calls that are being refused."""
+
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+class Slots(grpc.aio.ServerInterceptor):
+    """Refuses calls of a connection, a host or a tenant that has too many open.
+
+    Attributes:
+        of_connection: calls that a connection may have open, those of the health service included.
+        total: calls that the server may have open.
+    """
+
+    def __init__(self, sessions: Sessions, of_client: int) -> None:
+        """
+        Args:
+            of_client: calls that a connection may have open, and a tenant on all its connections; a server takes twice
+                as many, so that one client leaves as many to others.
+        """
+        self.of_connection = of_client + HEALTH_CALLS_OF_CONNECTION
+        self.total = 2 * of_client + HEALTH_CALLS + _MARGIN
+        self._sessions, self._of_client = sessions, of_client
+        self._open: Counter[str] = Counter()
+
+    async def intercept_service(
+        self, continuation: Callable[[Details], Awaitable[Handler | None]], handler_call_details: Details
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        is_health = handler_call_details.method.startswith(_HEALTH)
+
+        # Of both sides' streams whatever the method is: others are not called before the message has come.
+        async def run(messages: AsyncIterator[Any], context: Context) -> None:
+            try:
+                self._take(context, self._health_limits(context) if is_health else self._limits(context))
+            except HeadwiseError as error:
+                if not is_health:
+                    self._sessions.refuse(error)
+                await abort(context, error)
+            try:
+                await self._run(handler, messages, context)
+            except HeadwiseError as error:
+                await abort(context, error)
+
+        return grpc.stream_stream_rpc_method_handler(run, handler.request_deserializer, handler.response_serializer)
+
+    async def _run(self, handler: Handler, messages: AsyncIterator[Any], context: Context) -> None:
+        behavior: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        answer = behavior(messages if handler.request_streaming else await _message(context), context)
+        if isinstance(answer, AsyncIterator):
+            async for response in answer:
+                await self._sessions.write(context, response)
+            return
+        response = await answer
+        if not handler.response_streaming:
+            await self._sessions.write(context, response)
+
+    def _take(self, context: Context, limits: dict[str, int]) -> None:
+        """Counts a call until it is over.
+
+        Args:
+            limits: how many calls may be open, by what they have in common.
+
+        Raises:
+            TooManyCallsError: as many are.
+        """
+        for name, limit in limits.items():
+            if self._open[name] >= limit:
+                raise TooManyCallsError(f"{name} has {limit} calls open, as many as it may; end some, or read them")
+        self._open.update(limits.keys())
+
+        def give_back(context: Context) -> None:
+            self._open.subtract(limits.keys())
+            for name in limits:
+                if not self._open[name]:
+                    del self._open[name]
+
+        context.add_done_callback(give_back)  # type: ignore[arg-type]  # the stubs want a class of their own
+
+    def _health_limits(self, context: Context) -> dict[str, int]:
+        connection = context.peer()
+        return {
+            "the health service": HEALTH_CALLS,
+            f"the health service, from {connection.rpartition(':')[0]},": HEALTH_CALLS_OF_HOST,
+            f"the health service, from {connection},": HEALTH_CALLS_OF_CONNECTION,
+        }
+
+    def _limits(self, context: Context) -> dict[str, int]:
+        """
+        Raises:
+            UnauthenticatedError: the call is nobody's.
+        """
+        tenant = self._sessions.tenant(context)
+        limits = {"this server": 2 * self._of_client, f"the connection {context.peer()}": self._of_client}
+        return limits | ({f"the tenant {tenant.name}": self._of_client} if tenant.name else {})
+
+
+async def _message(context: Context) -> Any:
+    """The one message of a call.
+
+    Raises:
+        InvalidValueError: it does not come.
+    """
+    try:
+        message = await asyncio.wait_for(context.read(), MESSAGE_TIMEOUT_S)
+    except TimeoutError:
+        raise InvalidValueError("message", None, f"must come within {MESSAGE_TIMEOUT_S:g} s") from None
+    if message is grpc.aio.EOF:
+        raise InvalidValueError("message", None, "this method takes one message")
+    return message
