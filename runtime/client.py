@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar, cast
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from headwise.runtime.addresses import leads_to_loopback
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
 from headwise.v1 import inference_pb2 as pb
@@ -134,24 +135,34 @@ class AsyncClient:
         cert: Path | None = None,
         key: Path | None = None,
         tls: bool = False,
+        insecure: bool = False,
         timeout: float | None = None,
         retries: int = RETRIES,
     ) -> None:
         """
         Args:
             address: ``host:port``.
-            token: is sent with each call. Without TLS it can be read on the way, so send it only to this machine then.
+            token: is sent with each call.
             ca: a PEM file with the certificate that signed the server's; None trusts what the system trusts.
             cert, key: PEM files with the client's own certificate and its key, for servers that ask for one.
             tls: whether to connect by TLS. Default: if ca, cert or key is given.
+            insecure: whether a token may go to another machine without TLS, where it can be read on the way. Default:
+                False.
             timeout: seconds for each call that brings no timeout of its own. Default: None, no limit.
             retries: how often a call is repeated that finds the server UNAVAILABLE, unless part of an answer has come.
                 Default: 3.
+
+        Raises:
+            InvalidValueError: the token would go to another machine in clear text.
         """
+        encrypted = bool(tls or ca or cert or key)
+        if token and not encrypted and not insecure and not leads_to_loopback(address):
+            limit = f"would go in clear text to {address}, which is not loopback"
+            raise InvalidValueError("token", "...", limit, "connect by TLS, or say insecure=True")
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self._timeout, self._retries = timeout, retries
         options = [("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0)]
-        if tls or ca or cert or key:
+        if encrypted:
             files = [path.read_bytes() if path is not None else None for path in (ca, key, cert)]
             credentials = grpc.ssl_channel_credentials(*files)
             self._channel = grpc.aio.secure_channel(address, credentials, options)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
@@ -56,6 +54,13 @@ def generate(
         Path | None,
         option("file", "Connect by TLS; the certificate (PEM) that signed the server's.", exists=True, dir_okay=False),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        option("file", "Your certificate (PEM), for servers that ask for one.", exists=True, dir_okay=False),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, option("file", "The key of that certificate (PEM).", exists=True, dir_okay=False)
+    ] = None,
     timeout: Annotated[
         float | None, option("seconds", "Time that the server gets to answer; default: no limit.", min=0)
     ] = None,
@@ -91,7 +96,12 @@ def generate(
     if server is not None:
         refuse_flags(ctx, ENGINE_PARAMETERS, "is for a model loaded here", "leave it out with --server")
     else:
-        refuse_flags(ctx, ("token", "tls_ca", "timeout"), "is for a server", "leave it out, or give --server")
+        refuse_flags(
+            ctx,
+            ("token", "tls_ca", "tls_cert", "tls_key", "timeout"),
+            "is for a server",
+            "leave it out, or give --server",
+        )
     form = given_form(json_schema, regex, choice)
     with told_in_flags(form):
         structured = structured_outputs(form)
@@ -109,7 +119,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     question: Any = [{"role": "user", "content": text}] if chat else text
     if server is not None:
-        _ask_server(server, token, tls_ca, timeout, question, params, as_json)
+        files = {"ca": tls_ca, "cert": tls_cert, "key": tls_key}
+        _ask_server(server, token, files, timeout, question, params, as_json)
         return
     assert model is not None
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
@@ -134,7 +145,7 @@ def _generate_here(model: str, settings: dict[str, Any], question: Any, params: 
 def _ask_server(
     server: str,
     token: str | None,
-    ca: Path | None,
+    files: dict[str, Path | None],
     timeout: float | None,
     question: Any,
     params: SamplingParams,
@@ -142,13 +153,14 @@ def _ask_server(
 ) -> None:
     from grpc import StatusCode
 
+    from headwise.runtime.addresses import leads_to_loopback
     from headwise.runtime.client import Client, Completion, ServerError
 
-    if token and ca is None and not _is_loopback(server):
+    if token and not any(files.values()) and not leads_to_loopback(server):
         limit = f"would go in clear text to {server}, which is not loopback"
         raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")
     try:
-        with Client(server, token=token, ca=ca, timeout=timeout) as client:
+        with Client(server, token=token, timeout=timeout, **files) as client:
             for item in client.stream(question, params, whole=as_json):
                 if as_json and isinstance(item, Completion):
                     print_json(asdict(item))
@@ -161,11 +173,3 @@ def _ask_server(
             raise
         print(f"headwise: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        host = urlsplit(f"//{address}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -48,12 +48,18 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, option("file", "Let in only clients with a certificate that this one (PEM) signed.")
     ] = None,
+    admin: Annotated[
+        list[str] | None,
+        option("name", "The name in an admin's certificate, for --tls-client-ca; may be given several times."),
+    ] = None,
     token_file: Annotated[
         Path | None, option("file", 'Let in only clients with a token of this file; its lines: "TENANT TOKEN [admin]".')
     ] = None,
     insecure: Annotated[
         bool,
-        typer.Option("--insecure", help="Serve anybody who reaches --host, without TLS or tokens."),
+        typer.Option(
+            "--insecure", help="Serve a --host that is not loopback without TLS, or without telling clients apart."
+        ),
     ] = False,
     max_queued_requests: Annotated[int, option("n", "Most requests that may wait; more are refused.", min=1)] = 1024,
     max_num_seqs: Annotated[int, option("n", "Most requests that are computed at the same time.", min=1)] = 128,
@@ -109,6 +115,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
+        admins=tuple(admin or ()),
         token_file=token_file,
         insecure=insecure,
         max_queued_requests=max_queued_requests,

@@ -1,10 +1,10 @@
-"""Who a client is: bearer tokens, and the tenants they stand for."""
+"""Who a client is: tenants, and the bearer tokens and certificates that stand for them."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ MIN_TOKEN_CHARACTERS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant: one of the parties that use a server. A token stands for a tenant.
+    """A tenant: one of the parties that use a server. A token or a certificate stands for a tenant.
 
     Attributes:
-        name: requests of different tenants share no cached blocks; empty on a server without tokens.
+        name: requests of different tenants share no cached blocks; empty on a server that does not tell them apart.
         admin: may drain the server, read KV events and end the requests of other tenants.
     """
 
@@ -52,7 +52,7 @@ class Tokens:
     def __init__(self, tenants: dict[bytes, Tenant]) -> None:
         """
         Args:
-            tenants: by the SHA-256 of their token. Without any, everybody is let in, as an admin.
+            tenants: by the SHA-256 of their token.
         """
         self._tenants = tenants
 
@@ -65,8 +65,6 @@ class Tokens:
         Raises:
             UnauthenticatedError: there is no ``authorization: Bearer …``, or no tenant has that token.
         """
-        if not self._tenants:
-            return Tenant(admin=True)
         value = next((value for key, value in metadata if key == "authorization"), "")
         scheme, _, token = (value.decode() if isinstance(value, bytes) else value).partition(" ")
         if scheme.lower() != "bearer" or not token:
@@ -78,6 +76,35 @@ class Tokens:
         if found is None:
             raise UnauthenticatedError("nobody has this token")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Which tenant a call is of.
+
+    Attributes:
+        tokens: where there are any, a call's token says it.
+        by_certificate: whether else the client's certificate says it.
+        admins: the names of tenants that are admins by their certificates.
+        trusting: whether everybody is an admin where neither says it. Only for a server that no other machine reaches.
+    """
+
+    tokens: Tokens
+    by_certificate: bool = False
+    admins: frozenset[str] = frozenset()
+    trusting: bool = False
+
+    def tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
+        """
+        Raises:
+            UnauthenticatedError: the call has no valid token, or its certificate names nobody.
+        """
+        if self.tokens:
+            return self.tokens.tenant(context.invocation_metadata() or ())
+        if self.by_certificate:
+            name = _name(context.auth_context())
+            return Tenant(name, name in self.admins)
+        return Tenant(admin=self.trusting)
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -137,6 +164,20 @@ def read_tokens(path: Path | None) -> Tokens:
     if not tenants:
         raise InvalidValueError("--token-file", str(path), "holds no token")
     return Tokens(tenants)
+
+
+def _name(certificate: Mapping[str, Iterable[bytes]]) -> str:
+    """The name in a client's certificate: the common name, or else the first alternative name.
+
+    Raises:
+        UnauthenticatedError: there is none, or it is not printable.
+    """
+    for field in ("x509_common_name", "x509_subject_alternative_name"):
+        for value in certificate.get(field, ()):
+            name = value.decode(errors="replace")
+            if name and name.isprintable():
+                return name
+    raise UnauthenticatedError("the certificate names nobody: it has no common name and no alternative name")
 
 
 def _digest(token: str) -> bytes:

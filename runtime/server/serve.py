@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import resource
@@ -21,10 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headwise.cluster.group import ShardGroupDied
+from headwise.runtime.addresses import is_loopback
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
-from headwise.runtime.server.auth import AuthInterceptor, Tokens, read_tokens
+from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
@@ -72,10 +72,12 @@ class ServeOptions:
         metrics_host: the address of the metrics; everybody who reaches it may read them. Default: 127.0.0.1.
         openai_port: where OpenAI's API is served, on ``host``; 0 takes a free port; None, the default, serves none.
         tls_cert, tls_key: PEM files of the server's certificate and its key, to encrypt connections; None does not.
-        tls_client_ca: a PEM file; only clients with a certificate that it signed are let in. Needs tls_cert.
+        tls_client_ca: a PEM file; only clients with a certificate that it signed are let in. Needs tls_cert. Without a
+            token_file, the common name of a client's certificate (or else its first alternative name) is its tenant.
+        admins: the tenants that are admins by the names of their certificates. Default: none.
         token_file: only clients with a token of this file are let in; see
             :func:`~headwise.runtime.server.auth.read_tokens`.
-        insecure: whether a host that is not loopback may be served without TLS and tokens. Default: False.
+        insecure: whether a host that is not loopback may be served to everybody, or in clear text. Default: False.
         max_queued_requests: most requests that may wait. Default: 1024.
         drain_timeout_s: seconds for running requests to end, once the server is told to stop. Default: 30.
         stall_timeout_s: seconds that a client may leave a stream unread. Default: 30.
@@ -93,6 +95,7 @@ class ServeOptions:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    admins: tuple[str, ...] = ()
     token_file: Path | None = None
     insecure: bool = False
     max_queued_requests: int = 1024
@@ -153,7 +156,9 @@ class Server:
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._gateway: Gateway | None = None
         metrics = Metrics(lambda: llm.submit(Engine.stats).result(5.0))
-        self.sessions = Sessions(llm, metrics, self._tokens, options.stall_timeout_s, options.max_request_s)
+        by_certificate = options.tls_client_ca is not None
+        access = Access(self._tokens, by_certificate, frozenset(options.admins), is_loopback(options.host))
+        self.sessions = Sessions(llm, metrics, access, options.stall_timeout_s, options.max_request_s)
 
     def stop(self) -> None:
         """Drains the server and ends it. A second call ends it at once, whatever it is doing."""
@@ -324,6 +329,10 @@ def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | No
     """The tokens and the TLS credentials of the options."""
     tokens, credentials = read_tokens(options.token_file), _credentials(options)
     _check_exposure(options, tokens, credentials)
+    if options.admins and (tokens or options.tls_client_ca is None):
+        limit = "names the certificates of admins, and tenants are not told apart by certificates here"
+        fix = "give --tls-client-ca and no --token-file; in a token file, write admin after the token"
+        raise InvalidValueError("--admin", ", ".join(options.admins), limit, fix)
     if options.openai_port is not None:
         check_gateway()
         if tokens or options.tls_client_ca is not None:
@@ -355,21 +364,15 @@ def _read(flag: str, path: Path) -> bytes:
 
 
 def _check_exposure(options: ServeOptions, tokens: Tokens, credentials: grpc.ServerCredentials | None) -> None:
-    if options.insecure or tokens or credentials is not None or _is_loopback(options.host):
+    if options.insecure or is_loopback(options.host):
         return
-    raise InvalidValueError(
-        "--host",
-        options.host,
-        "is not loopback, and anybody who reaches it could use the server",
-        "give --tls-cert and --tls-key, or --token-file, or say --insecure",
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not tokens and options.tls_client_ca is None:
+        limit = "is not loopback, and anybody who reaches it could use the server"
+        fix = "give --tls-cert and --tls-key, and --token-file or --tls-client-ca with them; or say --insecure"
+        raise InvalidValueError("--host", options.host, limit, fix)
+    if credentials is None:
+        limit = "is not loopback, and tokens would go there in clear text"
+        raise InvalidValueError("--host", options.host, limit, "give --tls-cert and --tls-key, or say --insecure")
 
 
 def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:

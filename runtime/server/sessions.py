@@ -18,7 +18,7 @@ from headwise.runtime.aio import AsyncLLM, Lane
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.output import FinishReason
-from headwise.runtime.server.auth import Tenant, Tokens
+from headwise.runtime.server.auth import Access, Tenant
 from headwise.runtime.server.errors import (
     CheckQueueFullError,
     DeadlineError,
@@ -97,14 +97,14 @@ class Sessions:
     """
 
     def __init__(
-        self, llm: AsyncLLM, metrics: Metrics, tokens: Tokens, stall_timeout_s: float, max_request_s: float
+        self, llm: AsyncLLM, metrics: Metrics, access: Access, stall_timeout_s: float, max_request_s: float
     ) -> None:
         """
         Args:
             stall_timeout_s: seconds that a client may leave a stream unread before its request is ended.
             max_request_s: seconds that a request may take, from its arrival to its end.
         """
-        self.llm, self.metrics, self.tokens = llm, metrics, tokens
+        self.llm, self.metrics, self._access = llm, metrics, access
         self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
         self.draining = False
         self.drained = asyncio.Event()
@@ -122,9 +122,9 @@ class Sessions:
     def tenant(self, context: Context) -> Tenant:
         """
         Raises:
-            UnauthenticatedError: the call has no valid token.
+            UnauthenticatedError: the call is nobody's.
         """
-        return self.tokens.tenant(context.invocation_metadata() or ())
+        return self._access.tenant(context)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""

@@ -292,7 +292,7 @@ def test_generate_sends_no_token_in_clear_text(
     service.asked.clear()
     monkeypatch.setenv("HEADWISE_TOKEN", "a-secret-of-mine")
     # The first is this machine too, and the service would answer.
-    for server in (f"0.0.0.0:{port}", "127.0.0.1.example.com:1", "[2001:db8::1]:1", "dns:///127.0.0.1:1", "[", ""):
+    for server in (f"0.0.0.0:{port}", "127.0.0.1.example.com:1", "[2001:db8::1]:1", "dns:///example.com:1", "[", ""):
         code, out, err = generate("--server", server)
         assert (code, out) == (2, "") and "--token=" in err and "--tls-ca" in err and "secret" not in err
     assert generate("--server", f"0.0.0.0:{port}", "--timeout", "2", "--tls-ca", str(certificate))[0] == 1

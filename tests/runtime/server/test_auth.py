@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import grpc
 import pytest
 
 from headwise.runtime import SamplingParams
-from headwise.runtime.client import AsyncClient, ServerError
-from headwise.runtime.server.auth import Tenant, Tokens, read_tokens
+from headwise.runtime.client import AsyncClient, Client, ServerError
+from headwise.runtime.server.auth import Tenant, _name, read_tokens
 from headwise.runtime.server.errors import UnauthenticatedError
 from headwise.runtime.server.serve import ServeOptions, _checked
 from headwise.runtime.server.sessions import Sessions
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
-from tests.runtime.server.conftest import Running
+from tests.runtime.server.conftest import DEADLINE_S, Running
 
 Serve = Callable[..., Running]
 ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
@@ -59,10 +59,6 @@ def test_a_bad_token_file_is_refused_without_telling_tokens(tmp_path: Path, text
     with pytest.raises(InvalidValueError, match="--token-file") as error:
         read_tokens(path)
     assert ALICE not in str(error.value)
-
-
-def test_no_tokens_let_everybody_in() -> None:
-    assert Tokens({}).tenant([]) == Tenant("", admin=True)
 
 
 def test_tenants_share_nothing_and_see_nothing_of_each_other(serve: Serve, token_file: Path) -> None:
@@ -152,8 +148,112 @@ def test_tls_and_certificates_of_clients(serve: Serve, certificates: Path) -> No
     mutual = serve(options=tls | {"tls_client_ca": other})
     with mutual.client(ca=good, cert=certificates / "other.pem", key=certificates / "other.key") as client:
         assert client.generate(PROMPT, SHORT).completion_tokens == 2
+        assert_no_admin(client)
     with mutual.client(ca=good, retries=0) as client, pytest.raises(ServerError):
         client.generate(PROMPT, SHORT, timeout=10.0)
+
+
+def assert_no_admin(client: Client) -> None:
+    assert not client.stats().json
+    with pytest.raises(ServerError) as error:
+        client.drain()
+    assert error.value.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_an_admin_is_named_by_the_certificate(serve: Serve, certificates: Path) -> None:
+    """``other`` is one tenant and an admin; ``good``, by a second authority that is trusted too, is another."""
+    both = certificates / "both-ca.pem"
+    both.write_text((certificates / "good-ca.pem").read_text() + (certificates / "other-ca.pem").read_text())
+    tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key", "tls_client_ca": both}
+    running = serve(options=tls | {"admins": ("other",)})
+
+    def client(name: str) -> Client:
+        return running.client(
+            ca=certificates / "good-ca.pem", cert=certificates / f"{name}.pem", key=certificates / f"{name}.key"
+        )
+
+    with client("good") as good, client("other") as other:
+        assert good.generate(PROMPT, SHORT).cached_tokens == 0
+        assert other.generate(PROMPT, SHORT).cached_tokens == 0  # nothing of another tenant
+        assert good.generate(PROMPT, SHORT).cached_tokens == 32
+        assert_no_admin(good)
+        assert other.stats().json
+        other.drain()
+    assert running.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("certificate", "name"),
+    [
+        ({"x509_common_name": [b"ops"], "x509_subject_alternative_name": [b"a"]}, "ops"),
+        ({"x509_common_name": [b""], "x509_subject_alternative_name": [b"spiffe://a/b", b"c"]}, "spiffe://a/b"),
+        ({"x509_common_name": [b"a\x1fb"]}, None),
+        ({}, None),
+    ],
+)
+def test_the_name_in_a_certificate(certificate: dict[str, list[bytes]], name: str | None) -> None:
+    if name is not None:
+        assert _name(certificate) == name
+        return
+    with pytest.raises(UnauthenticatedError):
+        _name(certificate)
+
+
+def test_strangers_on_a_public_host_are_no_admins(serve: Serve, certificates: Path) -> None:
+    tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
+    for options, ca in (({}, None), (tls, certificates / "good-ca.pem")):
+        running = serve(options={"host": "0.0.0.0", "insecure": True} | options)
+        port = running.address.rpartition(":")[2]
+        with Client(f"127.0.0.1:{port}", ca=ca, timeout=DEADLINE_S) as client:
+            assert client.generate(PROMPT, SHORT).completion_tokens == 2
+            assert_no_admin(client)
+
+
+ELSEWHERE = ("10.0.0.1:50051", "example.org:1", "dns:///example.org:1", "ipv4:127.0.0.1:1,8.8.8.8:1", "[::]:1")
+HERE = ("localhost:1", "127.8.8.8:1", "[::1]:1", "ipv6:[::1]:1", "dns:///localhost:1", "unix:///tmp/a")
+
+
+@pytest.mark.parametrize("target", [*ELSEWHERE, "dns://8.8.8.8/localhost:1"])
+def test_no_client_sends_a_token_elsewhere_in_clear_text(target: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InvalidValueError, match="token=") as error:
+            kind(target, token=ALICE)
+        assert ALICE not in str(error.value)
+    with Client(target, token=ALICE, tls=True), Client(target, token=ALICE, insecure=True), Client(target):
+        pass
+
+
+@pytest.mark.parametrize("target", HERE)
+def test_a_token_may_go_to_this_machine(target: str) -> None:
+    with Client(target, token=ALICE):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"host": "0.0.0.0", "token_file": True}, "--host"),
+        ({"host": "0.0.0.0", "tls": True}, "--host"),
+        ({"host": "0.0.0.0", "tls": True, "insecure": True, "admins": ("a",)}, "--admin"),
+        ({"admins": ("a",)}, "--admin"),
+        ({"tls": True, "tls_client_ca": True, "token_file": True, "admins": ("a",)}, "--admin"),
+        ({"host": "0.0.0.0", "tls": True, "token_file": True}, None),
+        ({"host": "0.0.0.0", "tls": True, "tls_client_ca": True}, None),
+        ({"host": "0.0.0.0", "token_file": True, "insecure": True}, None),
+        ({"host": "0.0.0.0", "tls": True, "insecure": True}, None),
+        ({"token_file": True}, None),
+    ],
+)
+def test_what_protects_a_public_host(
+    options: dict[str, Any], flag: str | None, token_file: Path, certificates: Path
+) -> None:
+    if options.pop("tls", False):
+        options |= {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
+    for name, path in {"token_file": token_file, "tls_client_ca": certificates / "good-ca.pem"}.items():
+        if name in options:
+            options[name] = path
+    with pytest.raises(InvalidValueError, match=flag) if flag else nullcontext():
+        _checked(ServeOptions("tiny", **options))
 
 
 @pytest.mark.parametrize(
