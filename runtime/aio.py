@@ -16,6 +16,7 @@ from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
+from headwise.runtime.engine.waiting import share
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.start import start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -37,6 +38,10 @@ class QueueFullError(HeadwiseError):
         )
 
 
+class TenantBusyError(HeadwiseError):
+    """A tenant has its share of something that tenants share; others are served. Try again later."""
+
+
 class AsyncLLM:
     """A model that is loaded, for one asyncio event loop. Create it and call its methods in that loop's thread.
 
@@ -55,7 +60,7 @@ class AsyncLLM:
 
         Args:
             max_queued_requests: most requests that may wait, for the first time or again after a preemption. Each of
-                ``n`` samples counts as one. Default: 1024.
+                ``n`` samples counts as one. A tenant may have half of what other tenants leave free. Default: 1024.
             quiet: print nothing on stderr.
 
         Raises: as :class:`~headwise.runtime.llm.LLM`.
@@ -118,14 +123,13 @@ class AsyncLLM:
         Raises:
             InvalidValueError: a request with this id still runs, or there are more samples than may ever wait.
             QueueFullError: too many requests wait.
+            TenantBusyError: too many requests of the tenant wait.
             EngineStoppedError, ShardGroupDied: the engine has ended.
         """
         request_id = requests[0].request_id
         if request_id in self._streams:
             raise InvalidValueError("request_id", request_id, "a request with this id still runs")
-        if len(requests) > self.max_queued_requests:
-            limit = f"max_queued_requests={self.max_queued_requests} (--max-queued-requests) may wait, each sample one"
-            raise InvalidValueError("n", len(requests), limit)
+        self._check_samples(requests)
         stream = self._streams[request_id] = _Stream(requests)
         try:
             await self.run(lambda engine: self._add(engine, requests))
@@ -189,10 +193,28 @@ class AsyncLLM:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self._loop.hurry()
 
+    def _check_samples(self, requests: Sequence[Request]) -> None:
+        """
+        Raises:
+            InvalidValueError: there are more samples of a request than may ever wait.
+        """
+        limit, of_tenant = self.max_queued_requests, ""
+        if requests[0].tenant:
+            limit, of_tenant = share(limit, 0), "a tenant may have half of "
+        if len(requests) > limit:
+            text = f"max_queued_requests={self.max_queued_requests} (--max-queued-requests) may wait, each sample one"
+            raise InvalidValueError("n", len(requests), of_tenant + text)
+
     def _add(self, engine: Engine, requests: Sequence[Request]) -> None:
-        waiting = engine.num_waiting
-        if waiting + len(requests) > self.max_queued_requests:
-            raise QueueFullError(waiting, self.max_queued_requests)
+        waiting, limit, tenant = engine.num_waiting, self.max_queued_requests, requests[0].tenant
+        if waiting + len(requests) > limit:
+            raise QueueFullError(waiting, limit)
+        own = engine.num_waiting_of(tenant)
+        if tenant and own + len(requests) > (most := share(limit, waiting - own)):
+            raise TenantBusyError(
+                f"{own} requests of tenant {tenant} wait; half of what others leave free of the queue may, "
+                f"now {most} of max_queued_requests={limit} (--max-queued-requests); try again later"
+            )
         for request in requests:
             engine.add(request, self.inputs.text_stream(request.params), self._take)
 

@@ -66,6 +66,10 @@ class Engine:
         """Requests that wait to be computed, for the first time or again."""
         return len(self._scheduler.waiting)
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """Those of them that a tenant asked for."""
+        return self._scheduler.waiting.num_of(tenant)
+
     @property
     def num_paused(self) -> int:
         """Requests that nobody takes tokens of at present."""

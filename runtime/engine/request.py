@@ -58,6 +58,7 @@ class Request:
         max_tokens: the most it may generate, the model's length already considered.
         streamed: someone waits for each token, not just for the last.
         paused: nobody takes its tokens at present, so that none are computed.
+        tenant: who asked for it; requests of several tenants take turns. Empty where tenants are not told apart.
         token_blocks: its tokens in full blocks with their digests; None takes no part in the prefix cache.
         generated: tokens seen so far.
         seat: while it runs, and after that until the last step in flight that computes it is done.
@@ -72,6 +73,7 @@ class Request:
     index: int = 0
     streamed: bool = True
     paused: bool = False
+    tenant: str = ""
     token_blocks: TokenBlocks | None = None
     state: RequestState = RequestState.WAITING
     generated: list[int] = field(default_factory=list)

@@ -7,15 +7,20 @@ prompt, one while it decodes, and a step computes some of them under a token bud
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
+from headwise.runtime.engine.waiting import Waiting
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import MAX_ADMIT_BYTES, RowAdmit, StepPlan, admit_bytes
+
+ROWS_PER_FREE_ROW = 7
+"""A tenant may have so many rows for each row that is left free, so that the next tenant finds one: 7 of 8 rows if no
+other tenant has any."""
 
 
 class ScheduledRow(NamedTuple):
@@ -69,25 +74,26 @@ class Scheduler:
     ) -> None:
         """Args: the settings of :class:`~headwise.runtime.config.EngineConfig`; ``max_mixed_prefill_tokens`` None is
         no limit of its own."""
-        self.waiting: deque[Request] = deque()
+        self.waiting = Waiting()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self._leaving: list[Request] = []  # not running any more, but a step in flight still computes them
         self._tables, self._budget = tables, max_num_batched_tokens
         self._mixed_budget = max_mixed_prefill_tokens or max_num_batched_tokens
         # No more rows than tokens in a step: else those that decode could leave nothing for a prompt, for ever.
-        self._free_rows = list(reversed(range(min(max_num_seqs, max_num_batched_tokens))))
+        self._num_rows = min(max_num_seqs, max_num_batched_tokens)
+        self._free_rows = list(reversed(range(self._num_rows)))
         self._dropped: list[int] = []
         self._next_step = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def schedule(self) -> Schedule | None:
         """The next step, or None when there is nothing to compute, or nothing before a step in flight is done.
 
-        Decodes come first, then prefill chunks, then requests that wait, the oldest first each time; what the shards
-        must know of earlier changes travels along.
+        Decodes come first, then prefill chunks, then requests that wait, the oldest first each time (of those
+        that wait, tenants take turns); what the shards must know of earlier changes travels along.
         """
         draft = _Draft(self._budget, MAX_ADMIT_BYTES)
         decodes: list[Request] = []
@@ -172,15 +178,18 @@ class Scheduler:
         return missing <= cache.num_available
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        later: list[Request] = []
-        while self.waiting and draft.budget > 0:
-            request = self.waiting[0]
+        rows_of = self._rows_of_tenants()
+        while draft.budget > 0 and (request := self.waiting.head) is not None:
             if request.paused:
-                later.append(self.waiting.popleft())
+                self.waiting.skip()
                 continue
             # A preempted request waits for its tokens in flight: the shards get them with its admission.
             if request.seat is not None:
                 break
+            # Unless nothing else is computed: then a row that is left free is of use to nobody.
+            if draft.counts and self._has_its_share(request, rows_of):
+                self.waiting.pass_over()
+                continue
             size = admit_bytes(request.num_tokens, request.sampling)
             if draft.admitted and size > draft.admit_bytes:
                 break
@@ -191,14 +200,15 @@ class Scheduler:
                 if (victim := self._newest_paused()) is None:
                     break
                 self._preempt(victim)
-                later.append(self.waiting.popleft())
+                self.waiting.skip()
                 if victim.seat is not None:  # the place is free once the steps in flight are done
                     break
                 continue
-            self.waiting.popleft()
             if admission is Admission.LATER:
-                later.append(request)
+                self.waiting.skip()
                 continue
+            self.waiting.take()
+            rows_of[request.tenant] += 1
             self.running.append(request)
             request.state = RequestState.RUNNING
             self._free_rows.pop()
@@ -207,7 +217,19 @@ class Scheduler:
             draft.budget -= draft.counts[request]
             draft.admit_bytes -= size
             draft.admitted.append(request)
-        self.waiting.extendleft(reversed(later))
+        self.waiting.rewind()
+
+    def _rows_of_tenants(self) -> Counter[str]:
+        """How many rows each tenant has. Rows of paused requests can be had by others, and count as free."""
+        if self.waiting.head is None or not self.waiting.head.tenant:  # tenants are not told apart
+            return Counter()
+        return Counter(request.tenant for request in self.running if not request.paused)
+
+    def _has_its_share(self, request: Request, rows_of: Counter[str]) -> bool:
+        """Whether a request waits because its tenant has many rows. One that had a row before gets it back."""
+        if not request.tenant or request.metrics.num_preemptions:
+            return False
+        return rows_of[request.tenant] >= ROWS_PER_FREE_ROW * (self._num_rows - rows_of.total())
 
     def _build(self, draft: _Draft) -> Schedule:
         plan = StepPlan(self._next_step, drops=self._dropped)
@@ -237,7 +259,7 @@ class Scheduler:
         """Takes its seat from a running request, whose tokens are computed again when there is room."""
         self._leave(request)
         request.state = RequestState.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.add_preempted(request)
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
 

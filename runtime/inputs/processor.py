@@ -126,13 +126,20 @@ class InputProcessor:
         return self.tokenizer.apply_chat_template([dict(message) for message in messages])
 
     def requests(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, number: int, cache_salt: str = ""
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        number: int,
+        cache_salt: str = "",
+        tenant: str = "",
     ) -> Iterator[Request]:
         """The ``n`` requests of a prompt.
 
         Args:
             number: of the call; the seed of one that brings none depends on it.
             cache_salt: the prefix cache is shared with requests that have the same, and no others.
+            tenant: who asks, if tenants are told apart.
 
         Raises:
             InvalidValueError: a parameter or the salt is wrong, or a grammar, which is compiled for it if it is new.
@@ -158,6 +165,7 @@ class InputProcessor:
                 ),
                 max_tokens=min(params.max_tokens or room, room),
                 index=index,
+                tenant=tenant,
                 token_blocks=blocks.copy() if blocks is not None else None,
             )
 

@@ -10,7 +10,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime.aio import QueueFullError
+from headwise.runtime.aio import QueueFullError, TenantBusyError
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.inputs.grammars import GrammarTrialError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -44,7 +44,7 @@ class LeftError(HeadwiseError):
 
 
 class StalledConnectionError(HeadwiseError):
-    """On one connection, too many streams were not read."""
+    """On one connection, or of one tenant, too many streams were not read."""
 
 
 class CheckQueueFullError(HeadwiseError):
@@ -62,6 +62,7 @@ class DeadlineError(HeadwiseError):
 _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (InvalidValueError, grpc.StatusCode.INVALID_ARGUMENT),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (TenantBusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StalledError, grpc.StatusCode.CANCELLED),
     (LeftError, grpc.StatusCode.CANCELLED),
     (StalledConnectionError, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -239,7 +239,7 @@ class Server:
         return 3
 
     def _make_server(self, sessions: Sessions, health: HealthMonitor) -> grpc.aio.Server:
-        slots = Slots(sessions, self._options.max_queued_requests + self._llm.config.max_num_seqs + 256)
+        slots = Slots(sessions)
         guards = [*([AuthInterceptor(self._tokens, sessions.refuse)] if self._tokens else []), slots]
         options = [
             *_CHANNEL_OPTIONS,

@@ -166,7 +166,7 @@ class InferenceService(InferenceServiceServicer):
         params = convert.sampling_params(request.sampling_params)
         ids = convert.prompt_ids(inputs, request)
         salt = call.tenant.cache_salt(request.cache_salt)
-        requests = list(inputs.requests(call.engine_id, ids, params, number, salt))
+        requests = list(inputs.requests(call.engine_id, ids, params, number, salt, call.tenant.name))
         for one in requests:
             one.streamed = request.stream or not request.HasField("stream")
         return requests

@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from headwise.runtime.aio import AsyncLLM, Lane
+from headwise.runtime.aio import AsyncLLM, Lane, TenantBusyError
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
+from headwise.runtime.engine.waiting import share
 from headwise.runtime.output import FinishReason
 from headwise.runtime.server.auth import Access, Tenant
 from headwise.runtime.server.errors import (
@@ -41,6 +42,10 @@ MAX_REQUEST_ID = 128
 MAX_STALLED = 8
 """Streams of one connection that were ended because nobody read them, and whose end nobody reads either: until the
 connection is closed they take room here, and it gets no more."""
+MAX_STALLED_OF_TENANT = 4 * MAX_STALLED
+"""The same of one tenant, over how many connections ever."""
+SPARE_CALLS = 256
+"""Calls that a server takes at once beyond those whose requests run or wait: quick ones, and refusals."""
 MAX_CHECKING = 32
 """Of a tenant, in each lane of :meth:`AsyncLLM.off_loop`, where a grammar takes up to a tenth of a second."""
 
@@ -92,6 +97,7 @@ class Sessions:
     """The calls that run, and whether more are let in. All services of a server share it.
 
     Attributes:
+        max_calls: most calls that run at once; a tenant may have half of what other tenants leave free.
         draining: whether new requests are refused.
         drained: is set when a client has asked to drain, and no call runs any more.
     """
@@ -106,10 +112,13 @@ class Sessions:
         """
         self.llm, self.metrics, self._access = llm, metrics, access
         self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
+        self.max_calls = llm.max_queued_requests + llm.config.max_num_seqs + SPARE_CALLS
         self.draining = False
         self.drained = asyncio.Event()
         self._calls: dict[str, Call] = {}
-        self._stalled: Counter[str] = Counter()
+        self._calls_of: Counter[str] = Counter()  # by tenant
+        self._stalled: Counter[str] = Counter()  # by connection
+        self._stalled_of: Counter[str] = Counter()  # by tenant, where tenants are told apart
         self._checking: Counter[tuple[str, Lane | None]] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -163,7 +172,7 @@ class Sessions:
         finally:
             self._account(call, code)
         if failure is not None:
-            await self._fail(context, failure)
+            await self._fail(context, call.tenant, failure)
 
     async def write(self, context: Context, message: object) -> None:
         """Sends a message to the client.
@@ -247,10 +256,7 @@ class Sessions:
     def _admit(self, context: Context, call: Call) -> None:
         if self.draining:
             raise UnavailableError("this server drains and takes no more requests; use another")
-        if self._stalled[context.peer()] >= MAX_STALLED:
-            raise StalledConnectionError(
-                f"{MAX_STALLED} streams of this connection were not read for {self.stall_timeout_s:g} s each; close it"
-            )
+        self._check_share(context, call.tenant)
         left = context.time_remaining()
         if left is not None and left > self.max_request_s:
             limit = f"must be at most {self.max_request_s:g} s away (--max-request-time)"
@@ -258,23 +264,50 @@ class Sessions:
         if call.engine_id in self._calls:
             raise InvalidValueError("request_id", call.request_id, "a request with this id still runs")
         self._calls[call.engine_id] = call
+        self._calls_of[call.tenant.name] += 1
         self._empty.clear()
+
+    def _check_share(self, context: Context, tenant: Tenant) -> None:
+        """
+        Raises:
+            StalledConnectionError: too many streams of the connection, or of the tenant, were not read.
+            TenantBusyError: too many calls of the tenant run.
+        """
+        unread = f"were not read for {self.stall_timeout_s:g} s each"
+        if self._stalled[context.peer()] >= MAX_STALLED:
+            raise StalledConnectionError(f"{MAX_STALLED} streams of this connection {unread}; close it")
+        if not tenant.name:
+            return
+        if self._stalled_of[tenant.name] >= MAX_STALLED_OF_TENANT:
+            limit = f"{MAX_STALLED_OF_TENANT} streams of tenant {tenant.name} {unread}"
+            raise StalledConnectionError(f"{limit}; close their connections")
+        own = self._calls_of[tenant.name]
+        if own >= (most := share(self.max_calls, len(self._calls) - own)):
+            raise TenantBusyError(
+                f"{own} calls of tenant {tenant.name} run; half of what others leave free may, now {most} "
+                f"of {self.max_calls} (--max-queued-requests, --max-num-seqs and {SPARE_CALLS}); try again later"
+            )
 
     def _forget(self, call: Call) -> None:
         del self._calls[call.engine_id]
+        _take_away(self._calls_of, call.tenant.name)
         if not self._calls:
             self._empty.set()
 
-    async def _fail(self, context: Context, error: Exception) -> None:
+    async def _fail(self, context: Context, tenant: Tenant, error: Exception) -> None:
         """Sends the status of an error. If the client does not read, that waits until it does, or leaves."""
-        peer, stalled = context.peer(), isinstance(error, StalledError)
-        self._stalled[peer] += stalled
+        if not isinstance(error, StalledError):
+            await abort(context, error)
+        peer = context.peer()
+        self._stalled[peer] += 1
+        if tenant.name:
+            self._stalled_of[tenant.name] += 1
         try:
             await abort(context, error)
         finally:
-            self._stalled[peer] -= stalled
-            if not self._stalled[peer]:
-                del self._stalled[peer]
+            _take_away(self._stalled, peer)
+            if tenant.name:
+                _take_away(self._stalled_of, tenant.name)
 
     def _account(self, call: Call | None, code: grpc.StatusCode) -> None:
         self.metrics.requests.labels(code.name).inc()
@@ -286,6 +319,13 @@ class Sessions:
                 self.metrics.observe(call.requests, total)
                 line |= _about(call.requests) | {"total_s": round(total, 4)}
         requests_log.info(json.dumps(line))
+
+
+def _take_away(counts: Counter[str], name: str) -> None:
+    """Counts one less, and forgets a name that has none."""
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]
 
 
 def _about(requests: list[Request]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from headwise.runtime.engine.waiting import share
 from headwise.runtime.server.auth import Details, Handler
 from headwise.runtime.server.errors import TooManyCallsError, abort
 from headwise.runtime.server.sessions import Context, Sessions
@@ -35,18 +36,14 @@ class Slots(grpc.aio.ServerInterceptor):
 
     Attributes:
         of_connection: calls that a connection may have open, those of the health service included.
-        total: calls that the server may have open.
+        total: calls that the server may have open: twice as many as a connection, so that one client leaves as many to
+            others.
     """
 
-    def __init__(self, sessions: Sessions, of_client: int) -> None:
-        """
-        Args:
-            of_client: calls that a connection may have open, and a tenant on all its connections; a server takes twice
-                as many, so that one client leaves as many to others.
-        """
-        self.of_connection = of_client + HEALTH_CALLS_OF_CONNECTION
-        self.total = 2 * of_client + HEALTH_CALLS + _MARGIN
-        self._sessions, self._of_client = sessions, of_client
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions, self._of_client = sessions, sessions.max_calls
+        self.of_connection = self._of_client + HEALTH_CALLS_OF_CONNECTION
+        self.total = 2 * self._of_client + HEALTH_CALLS + _MARGIN
         self._open: Counter[str] = Counter()
 
     async def intercept_service(
@@ -107,9 +104,10 @@ class Slots(grpc.aio.ServerInterceptor):
 
     def _health_limits(self, context: Context) -> dict[str, int]:
         connection = context.peer()
+        everybody, host = "the health service", f"the health service, from {connection.rpartition(':')[0]},"
         return {
-            "the health service": HEALTH_CALLS,
-            f"the health service, from {connection.rpartition(':')[0]},": HEALTH_CALLS_OF_HOST,
+            everybody: HEALTH_CALLS,
+            host: min(HEALTH_CALLS_OF_HOST, self._share(host, everybody, HEALTH_CALLS)),
             f"the health service, from {connection},": HEALTH_CALLS_OF_CONNECTION,
         }
 
@@ -118,9 +116,16 @@ class Slots(grpc.aio.ServerInterceptor):
         Raises:
             UnauthenticatedError: the call is nobody's.
         """
-        tenant = self._sessions.tenant(context)
-        limits = {"this server": 2 * self._of_client, f"the connection {context.peer()}": self._of_client}
-        return limits | ({f"the tenant {tenant.name}": self._of_client} if tenant.name else {})
+        tenant, everybody, most = self._sessions.tenant(context), "this server", 2 * self._of_client
+        limits = {everybody: most, f"the connection {context.peer()}": self._of_client}
+        if tenant.name:
+            name = f"the tenant {tenant.name}"
+            limits[name] = self._share(name, everybody, most)
+        return limits
+
+    def _share(self, one: str, everybody: str, most: int) -> int:
+        """What one of those who have calls open may have open: half of what others leave free."""
+        return share(most, self._open[everybody] - self._open[one])
 
 
 async def _message(context: Context) -> Any:

@@ -174,7 +174,9 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         params = sampling_params(request.sampling_params)
         tokenized = request.WhichOneof("input") == "tokenized"
         ids = inputs.token_ids(request.tokenized.input_ids if tokenized else request.text)
-        requests = list(inputs.requests(call.engine_id, ids, params, number, call.tenant.cache_salt("")))
+        requests = list(
+            inputs.requests(call.engine_id, ids, params, number, call.tenant.cache_salt(""), call.tenant.name)
+        )
         for one in requests:
             one.streamed = request.stream
         return requests

@@ -253,6 +253,26 @@ def test_decodes_never_take_the_whole_budget_from_a_prompt() -> None:
     assert late.state is RequestState.FINISHED
 
 
+def test_a_tenant_leaves_a_row_for_the_next_as_long_as_it_gets_on_itself() -> None:
+    sched, _ = scheduler(rows=8, budget=64)
+    alices = [request(f"a{i}", 3, 9) for i in range(10)]
+    for r in alices:
+        r.tenant = "alice"
+        sched.add(r)
+    finish_step(sched, sched.schedule())
+    assert len(sched.running) == 7
+    bob = request("b", 3, 9)
+    bob.tenant = "bob"
+    sched.add(bob)
+    finish_step(sched, sched.schedule())
+    assert bob.state is RequestState.RUNNING and sched.waiting.num_of("alice") == 3
+    # Rows of requests that are paused are there to be had, by their own tenant too.
+    for r in alices[:7]:
+        r.paused = True
+    finish_step(sched, sched.schedule())
+    assert {r.request_id for r in alices if not r.paused and r.state is RequestState.RUNNING} == {"a7", "a8", "a9"}
+
+
 def cached(sched: Scheduler, prompt: Request) -> int:
     cache = sched._tables.cache
     cache.check_integrity(sched._tables.computing([r for r in (prompt,) if r.seat is not None]))
