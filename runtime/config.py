@@ -53,8 +53,8 @@ class EngineConfig(BaseModel):
             the one unused for longest; ``"cost_aware"`` the one that is worth least, by the time to compute it again
             and by how often it was used.
         cache_quota: largest share, from 0 to 1, of the prefix cache and of each tier below it that requests with the
-            same cache_salt may fill. It limits what is kept, not what running requests need. None, the default, is no
-            limit.
+            same cache_salt may fill; on a server with tokens, that a tenant may fill, whatever its salts. It limits
+            what is kept, not what running requests need. None, the default, is no limit.
         host_kv_memory: host memory of each rank for KV blocks that left the device, in bytes or such as ``"4GiB"``.
             None, the default, keeps none there.
         disk_kv_path: a folder where each rank keeps KV blocks that left its memory, as files. The next engine with the

@@ -241,7 +241,7 @@ class Bench:
         self.pool, self.group = BlockPool(blocks), group or PlainGroup()
         self.events = KvEvents(1)
         share = None if quota is None else max(1, int(quota * blocks))
-        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_namespace=share, **cache)
+        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_owner=share, **cache)
         ledger = Ledger(self.group.transfer, self.group.transferred, 1)
         self.tiers = Tiers(self.cache, ledger, *tiers, blocks, quota, self.events) if any(tiers) else None
         tables, pins = BlockTables(self.cache, self.tiers), Pins(self.cache, blocks - 8)

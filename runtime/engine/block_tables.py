@@ -92,7 +92,7 @@ class BlockTables:
             OutOfBlocksError: there is no room.
         """
         seat = seat_of(request)
-        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _namespace(request))
+        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _owner(request))
         seat.block_ids += new
         return new
 
@@ -197,7 +197,7 @@ class BlockTables:
 
     def _seat(self, request: Request, row: int, chain: list[CachedBlock], missing: int) -> None:
         """Makes the seat of a request whose chain is held, and gives it the rest of its blocks."""
-        new = self.cache.allocate(missing, Use.COMPUTE, _namespace(request))
+        new = self.cache.allocate(missing, Use.COMPUTE, _owner(request))
         num_cached = len(chain) * self._block_size
         request.seat = Seat(row, [node.block for node in chain] + new, chain, len(chain), num_cached)
         if request.token_blocks is None:
@@ -232,5 +232,5 @@ class BlockTables:
                     del self._coming[digest]
 
 
-def _namespace(request: Request) -> bytes:
-    return request.token_blocks.namespace if request.token_blocks is not None else b""
+def _owner(request: Request) -> bytes:
+    return request.token_blocks.owner if request.token_blocks is not None else b""

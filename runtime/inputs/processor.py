@@ -148,7 +148,7 @@ class InputProcessor:
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
         check_salt(cache_salt)
-        blocks = self._identity.token_blocks(token_ids, cache_salt) if self._identity is not None else None
+        blocks = self._identity.token_blocks(token_ids, cache_salt, tenant) if self._identity is not None else None
         structured = params.structured_outputs
         grammar = self._grammars.grammar(structured) if structured is not None else ""
         room = self.max_model_len - len(token_ids)

@@ -35,7 +35,7 @@ class Demoter:
         for block in host.dirty(min(count, MAX_BATCH)):
             if block.key.digest in self._demoting:  # an earlier block of that digest, whose copy is void by now
                 continue
-            if not self._books.expect(disk, block.key.namespace):
+            if not self._books.expect(disk, block.owner):
                 break
             block.readers += 1
             host.clean(block)
@@ -47,13 +47,13 @@ class Demoter:
 
     def _demoted(self, blocks: list[TierBlock], outcome: Outcome) -> None:
         disk = self._books.tiers[Tier.DISK]
-        self._books.settle(disk, (block.key.namespace for block in blocks))
+        self._books.settle(disk, (block.owner for block in blocks))
         self._demoting -= {block.key.digest for block in blocks}
         for block in blocks:
             block.readers -= 1
             if block.key.digest in outcome.failed:
                 self._books.counts["disk_refused"] += 1
             elif not outcome.void and block.key.digest not in disk:
-                self._books.add(disk, block.key)
+                self._books.add(disk, block.key, block.owner)
                 self._books.count(Tier.DISK, "inserted", 1)
         self._books.discard(Tier.DISK, [block.key for block in blocks if block.key.digest not in disk])

@@ -20,6 +20,7 @@ class CachedBlock:
 
     Attributes:
         digest, namespace, tokens: its identity, see :mod:`headwise.runtime.kv.identity`.
+        owner: whose quota it counts for.
         parent: the block before; None for a sequence's first.
         index: how many blocks come before it.
         block: the number of its memory.
@@ -38,13 +39,24 @@ class CachedBlock:
         "hits",
         "index",
         "namespace",
+        "owner",
         "parent",
         "tokens",
         "unwanted",
     )
 
-    def __init__(self, digest: bytes, namespace: bytes, tokens: bytes, parent: CachedBlock | None, block: int) -> None:
+    def __init__(
+        self,
+        digest: bytes,
+        namespace: bytes,
+        tokens: bytes,
+        parent: CachedBlock | None,
+        block: int,
+        owner: bytes | None = None,
+    ) -> None:
+        """Args: ``owner``: None is the namespace."""
         self.digest, self.namespace, self.tokens, self.parent, self.block = digest, namespace, tokens, parent, block
+        self.owner = namespace if owner is None else owner
         self.index: int = 0 if parent is None else parent.index + 1
         self.children: set[CachedBlock] = set()
         self.cached, self.unwanted, self.hits = True, False, 0

@@ -46,12 +46,22 @@ class TokenBlocks:
 
     Attributes:
         digests: of the full blocks, in order.
+        owner: whose quota the blocks count for.
     """
 
-    __slots__ = ("_hash", "_tokens", "block_size", "digests", "namespace")
+    __slots__ = ("_hash", "_tokens", "block_size", "digests", "namespace", "owner")
 
-    def __init__(self, namespace: bytes, block_size: int, tokens: Sequence[int] = (), hash: Hash = sha256) -> None:
+    def __init__(
+        self,
+        namespace: bytes,
+        block_size: int,
+        tokens: Sequence[int] = (),
+        hash: Hash = sha256,
+        owner: bytes | None = None,
+    ) -> None:
+        """Args: ``owner``: all blocks of a namespace have the same; None is the namespace itself."""
         self.namespace, self.block_size, self._hash = namespace, block_size, hash
+        self.owner = namespace if owner is None else owner
         self.digests: list[bytes] = []
         self._tokens = bytearray()
         self.extend(tokens)
@@ -77,7 +87,7 @@ class TokenBlocks:
         return self.digests[index - 1] if index else ROOT
 
     def copy(self) -> TokenBlocks:
-        other = TokenBlocks(self.namespace, self.block_size, (), self._hash)
+        other = TokenBlocks(self.namespace, self.block_size, (), self._hash, self.owner)
         other.digests, other._tokens = list(self.digests), bytearray(self._tokens)
         return other
 
@@ -94,5 +104,7 @@ class KvIdentity:
     def namespace(self, cache_salt: str = "") -> bytes:
         return namespace_digest(self.fingerprint, self.dtype, self.block_size, "dense", cache_salt, self.hash)
 
-    def token_blocks(self, tokens: Sequence[int], cache_salt: str = "") -> TokenBlocks:
-        return TokenBlocks(self.namespace(cache_salt), self.block_size, tokens, self.hash)
+    def token_blocks(self, tokens: Sequence[int], cache_salt: str = "", tenant: str = "") -> TokenBlocks:
+        """Args: ``tenant``: its quota is the one that all its blocks count for; empty: each salt has a quota."""
+        owner = tenant.encode() if tenant else None
+        return TokenBlocks(self.namespace(cache_salt), self.block_size, tokens, self.hash, owner)

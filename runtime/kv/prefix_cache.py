@@ -29,9 +29,9 @@ class PrefixCache:
         block_size: int,
         eviction: EvictionName = "lru",
         events: KvEvents | None = None,
-        max_blocks_per_namespace: int | None = None,
+        max_blocks_per_owner: int | None = None,
     ) -> None:
-        """Args: ``max_blocks_per_namespace``: most cached blocks with one cache salt; None is no limit of its own."""
+        """Args: ``max_blocks_per_owner``: most cached blocks of one owner; None is no limit of its own."""
         self.pool, self.block_size = pool, block_size
         self.counts: Counter[str] = Counter()
         self.on_idle: Callable[[CachedBlock], None] = _ignore
@@ -39,9 +39,9 @@ class PrefixCache:
         self._events = events
         self._index: dict[bytes, CachedBlock] = {}
         self._policy: EvictionPolicy = POLICIES[eviction]()
-        self._quota = max_blocks_per_namespace
-        self._of_namespace: dict[bytes, Lru] = {}  # the idle blocks of each, kept only where there is a quota
-        self._kept: Counter[bytes] = Counter()  # cached blocks of each namespace
+        self._quota = max_blocks_per_owner
+        self._of_owner: dict[bytes, Lru] = {}  # the idle blocks of each, kept only where there is a quota
+        self._kept: Counter[bytes] = Counter()  # cached blocks of each owner
 
     @property
     def num_available(self) -> int:
@@ -77,17 +77,17 @@ class PrefixCache:
                 return count
         return len(chain)
 
-    def allocate(self, count: int, use: Use = Use.COMPUTE, namespace: bytes = b"") -> list[int]:
-        """Takes so many blocks, for which idle ones are evicted; those of ``namespace`` first if it has its full quota,
-        or will have it once these are cached.
+    def allocate(self, count: int, use: Use = Use.COMPUTE, owner: bytes = b"") -> list[int]:
+        """Takes so many blocks, for which idle ones are evicted; those of ``owner`` first if it has its full quota, or
+        will have it once these are cached.
 
         Raises:
             OutOfBlocksError: fewer than that are available; none is evicted then.
         """
         if count <= self.num_available:
-            full = self._quota is not None and self._kept[namespace] + count > self._quota
+            full = self._quota is not None and self._kept[owner] + count > self._quota
             while self.pool.num_free < count:
-                own = self._own_victim(namespace) if full else None
+                own = self._own_victim(owner) if full else None
                 node = own or self._policy.victim()
                 if node is None:
                     raise IntegrityError(f"{self.pool.num_idle} blocks are idle, but none can be evicted")
@@ -100,7 +100,7 @@ class PrefixCache:
         Returns:
             What the cache holds for it: the block itself, or a block that another request computed, which the caller
             then holds beside its own to keep its chain. None if the block is not cached: its parent is not any more,
-            its digest is that of other tokens, or the namespace has its full quota and all of that is used.
+            its digest is that of other tokens, or the owner has its full quota and all of that is used.
         """
         digest = blocks.digests[index]
         if parent is not None and not parent.cached:
@@ -109,16 +109,16 @@ class PrefixCache:
             found = self._find(blocks, index, parent)
             self.counts["duplicate_blocks"] += found is not None
             return found
-        if self._has_full_quota(blocks.namespace):
-            victim = self._own_victim(blocks.namespace)
+        if self._has_full_quota(blocks.owner):
+            victim = self._own_victim(blocks.owner)
             if victim is None:
                 self.counts["quota_refused_blocks"] += 1
                 return None
             self._evict(victim, "quota")
         self.pool.cache(block)
-        node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block)
+        node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block, blocks.owner)
         self._index[digest] = node
-        self._kept[node.namespace] += 1
+        self._kept[node.owner] += 1
         if parent is not None:
             parent.children.add(node)
         if self._events is not None:
@@ -142,7 +142,7 @@ class PrefixCache:
         if self.pool.release(block, use) and node is not None:
             self._policy.add(node)
             if self._quota is not None:
-                self._of_namespace.setdefault(node.namespace, Lru()).add(node)
+                self._of_owner.setdefault(node.owner, Lru()).add(node)
             self.on_idle(node)
 
     def clear(self, cause: str = "reset") -> None:
@@ -164,7 +164,7 @@ class PrefixCache:
     def stats(self) -> dict[str, Any]:
         """Blocks by state, and counts since the start: tokens ``queried``, ``hit`` and ``inserted``;
         ``duplicate_blocks``, computed twice and kept once; ``collisions``, digests met that stood for other tokens;
-        ``quota_refused_blocks``, not cached for the quota of their salt was full and in use;
+        ``quota_refused_blocks``, not cached for the quota of their owner was full and in use;
         ``evictions`` in blocks by cause; ``integrity_checks`` passed."""
         evictions = {name.removeprefix("evicted_"): n for name, n in self.counts.items() if name.startswith("evicted_")}
         return {
@@ -192,8 +192,8 @@ class PrefixCache:
             raise IntegrityError(f"{self.pool.num_idle} blocks are idle, {len(self._policy)} can be evicted")
         for digest, node in self._index.items():
             self._check_node(digest, node)
-        if +self._kept != Counter(node.namespace for node in self._index.values()):
-            raise IntegrityError("the blocks of a namespace are not as many as counted")
+        if +self._kept != Counter(node.owner for node in self._index.values()):
+            raise IntegrityError("the blocks of an owner are not as many as counted")
         self.counts["integrity_checks"] += 1
 
     def _check_node(self, digest: bytes, node: CachedBlock) -> None:
@@ -215,12 +215,12 @@ class PrefixCache:
         self.counts["collisions"] += 1
         return None
 
-    def _has_full_quota(self, namespace: bytes) -> bool:
-        return self._quota is not None and self._kept[namespace] >= self._quota
+    def _has_full_quota(self, owner: bytes) -> bool:
+        return self._quota is not None and self._kept[owner] >= self._quota
 
-    def _own_victim(self, namespace: bytes) -> CachedBlock | None:
-        """What a namespace that has its full quota loses next; None if all of it is used."""
-        idle = self._of_namespace.get(namespace)
+    def _own_victim(self, owner: bytes) -> CachedBlock | None:
+        """What an owner that has its full quota loses next; None if all of it is used."""
+        idle = self._of_owner.get(owner)
         return idle.victim() if idle is not None else None
 
     def _evict(self, node: CachedBlock, cause: str) -> None:
@@ -230,10 +230,10 @@ class PrefixCache:
             self._busy(node)
         node.cached = False
         del self._index[node.digest]
-        self._kept[node.namespace] -= 1
-        if not self._kept[node.namespace]:
-            del self._kept[node.namespace]
-            self._of_namespace.pop(node.namespace, None)
+        self._kept[node.owner] -= 1
+        if not self._kept[node.owner]:
+            del self._kept[node.owner]
+            self._of_owner.pop(node.owner, None)
         self.pool.uncache(node.block)
         if node.parent is not None:
             node.parent.children.discard(node)
@@ -245,7 +245,7 @@ class PrefixCache:
 
     def _busy(self, node: CachedBlock) -> None:
         self._policy.remove(node)
-        if self._quota is not None and (own := self._of_namespace.get(node.namespace)) is not None:
+        if self._quota is not None and (own := self._of_owner.get(node.owner)) is not None:
             own.remove(node)
         self.on_busy(node)
 

@@ -70,7 +70,7 @@ class Restorer:
         """
         self._cache.hold(chain, Use.TRANSFER)
         try:
-            memory = self._cache.allocate(len(wanted), Use.TRANSFER, blocks.namespace)
+            memory = self._cache.allocate(len(wanted), Use.TRANSFER, blocks.owner)
         except BaseException:
             self._cache.release(chain, Use.TRANSFER)
             raise

@@ -65,7 +65,7 @@ class Saver:
         nodes: list[CachedBlock] = []
         while self._unsaved and len(nodes) < min(count, MAX_BATCH):
             node = next(iter(self._unsaved))
-            if not self._books.expect(self._top, node.namespace):
+            if not self._books.expect(self._top, node.owner):
                 self._demoter.keep_reserve()
                 break
             del self._unsaved[node]
@@ -79,7 +79,7 @@ class Saver:
 
     def _saved(self, nodes: list[CachedBlock], keys: list[BlockKey], outcome: Outcome) -> None:
         tier = self._top.tier
-        self._books.settle(self._top, (node.namespace for node in nodes))
+        self._books.settle(self._top, (node.owner for node in nodes))
         useless: list[BlockKey] = []
         for node, key in zip(nodes, keys, strict=True):
             del self._copying[node.digest]
@@ -91,7 +91,7 @@ class Saver:
                 # Its memory was taken while it was copied, or a rank does not have it: no good to anybody.
                 useless.append(key)
                 continue
-            self._books.add(self._top, key)
+            self._books.add(self._top, key, node.owner)
             self._books.count(tier, "inserted", 1)
         self._books.discard(tier, useless)
         self._try_again(key.digest for key in useless)

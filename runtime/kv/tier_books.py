@@ -33,7 +33,7 @@ class TierBooks:
         """
         Args:
             capacities: how many blocks each tier holds, the topmost first; 0 is no such tier.
-            quota: the share of each tier that one cache salt may fill.
+            quota: the share of each tier that one owner may fill.
         """
         self.tiers = {tier: TierIndex(tier, size, quota) for tier, size in capacities.items() if size}
         self.block_size = block_size
@@ -54,30 +54,30 @@ class TierBooks:
             found.append(block)
         return found
 
-    def make_room(self, index: TierIndex, namespace: bytes) -> bool:
+    def make_room(self, index: TierIndex, owner: bytes) -> bool:
         """Drops what must go for one more block; False if nothing can go now."""
-        if not index.is_full(namespace):
+        if not index.is_full(owner):
             return True
-        victim = index.victim(namespace)
+        victim = index.victim(owner)
         if victim is None:
             return False
         self.drop(index, [victim], "room")
         return True
 
-    def expect(self, index: TierIndex, namespace: bytes) -> bool:
+    def expect(self, index: TierIndex, owner: bytes) -> bool:
         """Keeps room in a tier for one more block, until :meth:`settle`; False if there can be none now."""
-        if not self.make_room(index, namespace):
+        if not self.make_room(index, owner):
             return False
-        index.incoming[namespace] += 1
+        index.incoming[owner] += 1
         return True
 
-    def settle(self, index: TierIndex, namespaces: Iterable[bytes]) -> None:
+    def settle(self, index: TierIndex, owners: Iterable[bytes]) -> None:
         """Blocks that were expected have come, or will not."""
-        index.incoming -= Counter(namespaces)
+        index.incoming -= Counter(owners)
 
-    def add(self, index: TierIndex, key: BlockKey) -> None:
+    def add(self, index: TierIndex, key: BlockKey, owner: bytes) -> None:
         """Every rank has a block in a tier."""
-        index.add(TierBlock(key, index.tier), clean=index.tier is not Tier.HOST or Tier.DISK not in self.tiers)
+        index.add(TierBlock(key, index.tier, owner), clean=index.tier is not Tier.HOST or Tier.DISK not in self.tiers)
         if self._events is not None:
             self._events.stored([key.digest], key.parent, index.tier.value)
 

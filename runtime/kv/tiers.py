@@ -45,7 +45,7 @@ class Tiers:
             host_blocks, disk_blocks: how many blocks they hold; 0 is none, and one of them is not.
             reserve: blocks on the device that can be had at once are kept at least so many, by saving idle ones early;
                 the same of the host's blocks, by copying them to the disk.
-            quota: the share of each tier that one cache salt may fill.
+            quota: the share of each tier that one owner may fill.
         """
         self._ledger, self.cost = ledger, RestoreCost()
         self.books = TierBooks(
@@ -56,7 +56,7 @@ class Tiers:
         self.restorer = Restorer(cache, self.books, ledger, self.cost)
 
     def adopt(self, keys: Iterable[BlockKey], useless: Sequence[BlockKey] = ()) -> None:
-        """The disk holds blocks from before.
+        """The disk holds blocks from before. Whose they were is not known; each namespace is an owner of its own.
 
         Args:
             keys: those that every rank has, the oldest first.
@@ -66,7 +66,7 @@ class Tiers:
         for key in keys:
             if not self.books.make_room(disk, key.namespace):
                 break
-            self.books.add(disk, key)
+            self.books.add(disk, key, key.namespace)
         self.books.discard(Tier.DISK, useless)
         self._ledger.flush()
 

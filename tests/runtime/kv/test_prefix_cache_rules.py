@@ -74,7 +74,7 @@ def test_an_earlier_match_is_gone_on_with_and_its_lost_end_is_not() -> None:
 
 
 def test_one_salts_churn_takes_no_others_blocks_but_for_what_it_holds() -> None:
-    cache = PrefixCache(BlockPool(12), SIZE, max_blocks_per_namespace=4)
+    cache = PrefixCache(BlockPool(12), SIZE, max_blocks_per_owner=4)
     theirs = compute(cache, salted("b", 0), 4)
     for first in range(20):
         compute(cache, salted("a", first), 4)
@@ -83,7 +83,7 @@ def test_one_salts_churn_takes_no_others_blocks_but_for_what_it_holds() -> None:
 
 
 def test_all_of_ones_own_go_before_any_of_the_others() -> None:
-    cache = PrefixCache(BlockPool(8), SIZE, max_blocks_per_namespace=4)
+    cache = PrefixCache(BlockPool(8), SIZE, max_blocks_per_owner=4)
     theirs = compute(cache, salted("b", 0), 4)
     mine = compute(cache, salted("a", 0), 4)
     cache.allocate(4, Use.COMPUTE, mine[0].namespace)

@@ -18,7 +18,7 @@ NAMESPACES = (b"a", b"b", b"c")
 
 
 def entry(name: int, namespace: bytes = b"a") -> TierBlock:
-    return TierBlock(BlockKey(bytes([name]), namespace, b"", b""), Tier.HOST)
+    return TierBlock(BlockKey(bytes([name]), namespace, b"", b""), Tier.HOST, namespace)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -154,6 +154,18 @@ def test_a_salt_with_its_full_share_gives_up_its_own() -> None:
     assert index.victim(b"a") is first
 
 
+def test_namespaces_of_one_owner_have_one_share() -> None:
+    index = TierIndex(Tier.HOST, 4, 0.5)
+    first, second, theirs = (
+        TierBlock(BlockKey(bytes([name]), bytes([name]), b"", b""), Tier.HOST, owner)
+        for name, owner in ((1, b"a"), (2, b"a"), (3, b"b"))
+    )
+    for block in (theirs, first, second):
+        index.add(block, clean=True)
+    index.check_integrity()
+    assert index.is_full(b"a") and index.victim(b"a") is first and not index.is_full(b"b")
+
+
 def test_a_salt_below_its_share_takes_from_anybody_when_all_is_full() -> None:
     index = TierIndex(Tier.HOST, 2, quota=0.5)
     theirs = entry(1, b"b")
@@ -181,7 +193,7 @@ def test_room_is_kept_for_what_is_on_its_way() -> None:
         (lambda index: setattr(index, "incoming", Counter({b"a": 4})), "at most 4"),
         (lambda index: index._dirty.__setitem__(b"\x01", None), "or both"),
         (lambda index: index._clean.clear(), "neither"),
-        (lambda index: index._of_namespace.clear(), "namespaces"),
+        (lambda index: index._of_owner.clear(), "owners"),
     ],
 )
 def test_books_that_do_not_add_up_are_noticed(spoil: object, message: str) -> None:

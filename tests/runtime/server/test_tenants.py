@@ -125,6 +125,18 @@ def test_a_tenant_has_at_most_half_of_the_calls(
         cancel(calls)
 
 
+def test_a_quota_is_the_tenants_whatever_its_salts(serve: Serve, token_file: Path) -> None:
+    running = serve(options={"token_file": token_file}, num_blocks=64, cache_quota=0.25)
+    with running.client(token=ALICE) as alice, running.client(token=BOB) as bob:
+        bob.generate(PROMPT, SHORT)
+        for number in range(12):
+            alice.generate(PROMPT, SHORT, cache_salt=f"salt {number}")
+        cached = running.stats()["prefix_cache"]
+        assert cached["cached_blocks"] == 2 + 16 and cached["evictions"] == {"quota": 8}
+        assert alice.generate(PROMPT, SHORT, cache_salt="salt 11").cached_tokens == 32
+        assert alice.generate(PROMPT, SHORT, cache_salt="salt 0").cached_tokens == 0
+
+
 def test_a_tenant_whose_streams_nobody_reads_gets_no_more_over_other_connections(
     serve: Serve, token_file: Path
 ) -> None:
