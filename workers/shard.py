@@ -178,6 +178,8 @@ class Shard:
         self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # in a process that goes on, others can have the memory now
 
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of

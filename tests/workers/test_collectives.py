@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.cuda._utils import _get_device_index
 
 from headwise.workers.collectives import (
     CollectiveMismatchError,
@@ -30,6 +31,7 @@ from headwise.workers.collectives import (
 )
 from headwise.workers.collectives.shared_memory import SLOT_BYTES
 from headwise.workers.collectives.spin import CONTROL_BYTES
+from headwise.workers.collectives.torch_distributed import TorchDistributed
 from headwise.workers.errors import InvalidValueError, PeerDiedError
 from tests.effort import examples, thorough
 from tests.workers.processes import FORKED
@@ -484,3 +486,22 @@ def test_a_closed_group_gives_back_memory_and_descriptors() -> None:
     assert mappings() == 0
     # A group that kept one would add one each round; one alone is another library's, which opens it when it likes.
     assert len(os.listdir("/proc/self/fd")) < before + rounds
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_nccl_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
+    chosen: list[int] = []
+
+    class FakeNccl:
+        class Options:
+            pass
+
+        def __init__(self, store: Any, rank: int, world_size: int, options: Options) -> None:
+            assert (rank, world_size) == (0, 1)
+
+    # As torch.cuda.set_device, a device without an index is a ValueError.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
+    monkeypatch.setattr(TorchDistributed, "barrier", lambda self: None)
+    connect(open_rendezvous("nccl", 1), 0, 1, 10.0, device).close()
+    assert chosen == [index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,3 +177,20 @@ def test_memory_that_cannot_be_had_after_all_is_a_typed_error(
     with pytest.raises(InvalidValueError, match=r"^kv_memory='1MiB': 8 blocks take"):
         made.allocate(8)
     made.close()
+
+
+def test_a_closed_shard_gives_its_gpu_memory_back(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loaded(spec)
+    made.allocate(8)
+    assert made._model is not None and made._kv_cache is not None
+    kept = [weakref.ref(made._model), weakref.ref(made._kv_cache)]
+    alive: list[int] = []
+
+    def empty_cache() -> None:
+        """Frees what no tensor uses any more, as torch's does."""
+        alive.append(sum(reference() is not None for reference in kept))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    made._device = torch.device("cuda")
+    made.close()
+    assert alive == [0]

@@ -52,7 +52,7 @@ class TorchDistributed(Collectives):
         backend: "gloo" or "nccl".
         store: that of rank 0, or a connection to it.
         prefix: the group's name in the store.
-        device: the rank's own; NCCL wants one CUDA device a rank.
+        device: the rank's own; NCCL wants one CUDA device a rank. ``cuda`` is the first that the process sees.
 
     Raises:
         RendezvousError: not all ranks came in time, or torch is built without the backend.
@@ -69,7 +69,8 @@ class TorchDistributed(Collectives):
         device: torch.device,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self._device = device if backend == "nccl" else torch.device("cpu")
+        # With an index, which torch.cuda.set_device asks for: the first GPU that this process sees, if none is given.
+        self._device = torch.device("cuda", device.index or 0) if backend == "nccl" else torch.device("cpu")
         self._store: Store = PrefixStore(prefix, store)
         self._gave_up: str | None = None
         self._pending = False
