@@ -172,7 +172,7 @@ def test_nobody_loses_a_seat_to_a_request_that_waits_for_copies(restored: bool) 
         scheduler.add(request)
     assert scheduler.schedule() is None
     assert scheduler.num_preemptions == 0 and scheduler.running == streams
-    assert list(scheduler.waiting) == [waits, behind], "the one behind takes nothing of its room"
+    assert scheduler.waiting.head is waits and len(scheduler.waiting) == 2, "the one behind takes nothing of its room"
     [save] = bed.send()
     assert save.op is Op.SAVE
     bed.answer(save)
