@@ -39,7 +39,7 @@ class EngineChannel(ABC):
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ChannelError: the rank does not read, or the payload is too large.
+            ChannelError: the rank does not read, the payload is too large, or the channel is closed.
         """
 
     def send_all(self, kind: Kind, payload: bytes) -> None:
@@ -49,7 +49,8 @@ class EngineChannel(ABC):
 
     @abstractmethod
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
-        """The next message and the rank it is from; None when the time is over or :meth:`wake` was called."""
+        """The next message and the rank it is from; None when the time is over, :meth:`wake` was called or the channel
+        is closed."""
 
     @abstractmethod
     def wake(self) -> None:

@@ -34,7 +34,7 @@ class ShardGroup(ABC):
 
     An engine calls :meth:`start` once, then :meth:`submit` and :meth:`collect` in pairs, with as many plans in
     flight as it likes: every rank runs its plans in the order of submission. :meth:`close` may be called at any
-    time, more than once, and leaves nothing behind.
+    time, on any thread, more than once, and leaves nothing behind; whoever waits for the group gets ShardGroupDied.
     """
 
     @abstractmethod
@@ -90,6 +90,10 @@ class ShardGroup(ABC):
     def death(self) -> ShardGroupDied | None:
         """What ended the group, as far as that is noticed without a call. May be read on any thread."""
         return None
+
+    def hurry(self) -> None:  # noqa: B027 - for groups whose close() waits long
+        """Has :meth:`close`, now or later, wait only a moment for what a rank is at, which may never end. May be called
+        on any thread."""
 
     @abstractmethod
     def close(self) -> None:

@@ -25,6 +25,8 @@ from headwise.workers.spec import ShardSpec
 MEET_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
 """How long loading or the steps under way may take until a rank's thread is left alone; a thread cannot be killed."""
+HURRY_S = 1.0
+"""How long, once somebody is in a hurry."""
 
 
 class LocalGroupFactory(GroupFactory):
@@ -90,13 +92,17 @@ class LocalShardGroup(ChannelGroup):
             wait([run], timeout=1.0)  # a rank tells of its death, and then ends
             raise death from (run.exception() if run.done() else None)
 
+    def hurry(self) -> None:
+        for thread in self._ranks:
+            thread.hurry()
+
     def close(self) -> None:
+        if self._mailbox is not None:
+            self._mailbox.declare_dead(0, CLOSED)  # for an engine that still waits for a step
         self._channel.send_all(Kind.CLOSE, b"")
         for thread in self._ranks:
             thread.end(CLOSE_TIMEOUT_S)
         self._ranks = []
-        if self._mailbox is not None:
-            self._mailbox.declare_dead(0, CLOSED)  # for an engine that still waits for a step
 
     def _ended(self, rank: int, run: Future[None]) -> None:
         """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
@@ -112,6 +118,7 @@ class _RankThread:
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headwise-shard", daemon=True)
         self._thread.start()
 
@@ -125,7 +132,12 @@ class _RankThread:
         self.submit(Rank.close)
         self._calls.put(None)
         if threading.current_thread() is not self._thread:  # on which a forgotten group may be collected
-            self._thread.join(timeout_s)
+            self._over.wait(timeout_s)
+            self._thread.join(HURRY_S)
+
+    def hurry(self) -> None:
+        """Has :meth:`end` wait for HURRY_S only."""
+        self._over.set()
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -135,3 +147,4 @@ class _RankThread:
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # or the error would keep the model and its KV memory
                 future.set_exception(error)
+        self._over.set()

@@ -35,10 +35,11 @@ class RayShardGroup(ChannelGroup):
     def close(self) -> None:
         if self._watcher is not None:
             self._watcher.stop()  # before the ranks end, or it would report their end as a death
+        alive = self.death is None
+        if self._mailbox is not None:
+            self._mailbox.declare_dead(0, CLOSED)  # first, so that an engine that waits for a step leaves the channel
         try:
-            self._ranks.end(ask=self.death is None)
+            self._ranks.end(ask=alive)
         finally:
             if self._watcher is not None:
                 self._watcher.join()  # before anybody leaves the Ray that its thread waits on
-            if self._mailbox is not None:
-                self._mailbox.declare_dead(0, CLOSED)

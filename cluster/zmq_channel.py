@@ -57,7 +57,9 @@ class ZmqEngineChannel(EngineChannel):
         self._context = zmq.Context()
         self._folder: str | None = None
         self._authenticator: ThreadAuthenticator | None = None
-        self._lock = threading.Lock()
+        # Each guards the sockets of one use, so that close() destroys none under a thread that uses it. Reentrant: a
+        # forgotten channel may be collected, and closed, on the thread that uses it.
+        self._sending, self._receiving, self._waking = threading.RLock(), threading.RLock(), threading.RLock()
         self._closed = False
         try:
             self._keys = _Keys(world_size) if transport == "tcp" else None
@@ -69,12 +71,13 @@ class ZmqEngineChannel(EngineChannel):
             plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
             self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
             self._wake_in, self._wake_out = _pair(self._context)
+            self._poller = zmq.Poller()
+            self._poller.register(self._replies, zmq.POLLIN)
+            self._poller.register(self._wake_in, zmq.POLLIN)
         except BaseException:
-            self.close()
+            self._closed = True
+            self._destroy()
             raise
-        self._poller = zmq.Poller()
-        self._poller.register(self._replies, zmq.POLLIN)
-        self._poller.register(self._wake_in, zmq.POLLIN)
 
     def endpoint(self, rank: int) -> ShardEndpoint:
         """What :class:`ZmqShardChannel` of that rank connects with."""
@@ -84,30 +87,45 @@ class ZmqEngineChannel(EngineChannel):
         return ShardEndpoint(rank, self._plans_at[rank], self._replies_at, self._keys.server[0], public, secret)
 
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
-        _send(self._plans[rank], [bytes([kind]), payload], f"rank {rank}")
+        with self._sending:
+            if self._closed:
+                raise ChannelError(f"the channel to rank {rank} is closed")
+            _send(self._plans[rank], [bytes([kind]), payload], f"rank {rank}")
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
-        events = dict(self._poller.poll(_milliseconds(timeout_s)))
-        if self._replies in events:
-            kind, rank, payload = self._replies.recv_multipart()
-            return Kind(kind[0]), int.from_bytes(rank, "big"), payload
-        if self._wake_in in events:
-            self._wake_in.recv()
-        return None
+        with self._receiving:
+            if self._closed:
+                return None
+            events = dict(self._poller.poll(_milliseconds(timeout_s)))
+            if self._replies in events:
+                kind, rank, payload = self._replies.recv_multipart()
+                return Kind(kind[0]), int.from_bytes(rank, "big"), payload
+            if self._wake_in in events:
+                self._wake_in.recv()
+            return None
 
     def wake(self) -> None:
-        with self._lock:
+        with self._waking:
             if not self._closed:
-                # A full queue says that many calls before this one are still to be seen: one more adds nothing.
-                with contextlib.suppress(zmq.Again):
-                    self._wake_out.send(b"", zmq.NOBLOCK)
+                self._ring()
 
     def close(self) -> None:
-        """Closes the sockets and removes their folder. Idempotent. Messages not read yet are lost."""
-        with self._lock:
+        """Closes the sockets and removes their folder. Idempotent. May be called on any thread: a :meth:`receive` in
+        progress ends at once, a :meth:`send` within SEND_TIMEOUT_S. Messages not read yet are lost."""
+        with self._waking:
             if self._closed:
                 return
             self._closed = True
+            self._ring()
+        with self._sending, self._receiving:
+            self._destroy()
+
+    def _ring(self) -> None:
+        # A full queue says that many calls before this one are still to be seen: one more adds nothing.
+        with contextlib.suppress(zmq.Again):
+            self._wake_out.send(b"", zmq.NOBLOCK)
+
+    def _destroy(self) -> None:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.destroy(linger=0)

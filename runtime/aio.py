@@ -192,6 +192,7 @@ class AsyncLLM:
     def hurry(self) -> None:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self._loop.hurry()
+        self.engine.generation.group.hurry()
 
     def _check_samples(self, requests: Sequence[Request]) -> None:
         """

@@ -39,6 +39,7 @@ class EngineLoop:
         self._functions: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any] | None] | None]
         self._functions = queue.SimpleQueue()
         self._failing: Future[Any] | None = None
+        self._closing = False
         self._lock = threading.Lock()
         self._ended: BaseException | None = None
         self._over = threading.Event()
@@ -83,7 +84,9 @@ class EngineLoop:
         self._functions.put((function, None))
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Ends the loop after the step in progress. Idempotent."""
+        """Ends the loop after the step in progress; close the engine's group next, which ends a step that took longer
+        than ``timeout_s``. Idempotent."""
+        self._closing = True
         self._functions.put(None)
         # A forgotten LLM may be collected on the engine's thread, which cannot wait for itself.
         if threading.current_thread() is not self._thread:
@@ -103,7 +106,8 @@ class EngineLoop:
                     self._engine.step()
                 self._engine.busy_since = None
         except ShardGroupDied as death:
-            ended = death
+            if not self._closing:  # else the group was closed under a step that did not end
+                ended = death
         except BaseException as error:
             detail = f": {error}" if isinstance(error, HeadwiseError) else ""
             ended = EngineStoppedError(f"the engine has failed: {type(error).__name__}{detail}")

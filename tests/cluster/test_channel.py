@@ -71,6 +71,29 @@ def test_wake_ends_a_wait(channel: EngineChannel) -> None:
     assert answers == [None]
 
 
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_closing_ends_what_another_thread_does_with_the_sockets(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwise.cluster.zmq_channel.SEND_TIMEOUT_S", 0.5)
+    channel = ZmqEngineChannel(1, transport)
+
+    def send_for_ever() -> None:
+        while True:
+            channel.send(0, Kind.STEP, b"")
+
+    with ThreadPoolExecutor(2) as pool:
+        receiving, sending = pool.submit(channel.receive, DEADLINE_S), pool.submit(send_for_ever)
+        threading.Event().wait(0.1)  # both are in the midst of it, the sender for nobody reads
+        started = time.monotonic()
+        channel.close()
+        assert receiving.result(DEADLINE_S) is None
+        with pytest.raises(ChannelError, match=r"closed|has not read"):
+            sending.result(DEADLINE_S)
+        assert time.monotonic() - started < DEADLINE_S / 2
+    assert channel.receive(DEADLINE_S) is None
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_rank_that_fails_on_another_thread_hears_of_it_where_it_receives(
     channel: EngineChannel, ranks: Sequence[ShardChannel], waits: bool

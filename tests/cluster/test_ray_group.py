@@ -20,6 +20,7 @@ from headwise.cluster.group import GroupStartError, ShardGroupDied
 from headwise.cluster.ray_factory import RayGroupFactory
 from headwise.cluster.ray_ranks import RayRanks
 from headwise.runtime import LLM, SamplingParams
+from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from tests.checkpoints import small_spec
@@ -194,6 +195,18 @@ def test_close_after_an_exception_and_twice(checkpoint: Callable[..., Path]) -> 
         for _ in model.stream(prompts()[0], LONG):
             _ = 1 / 0
     model.close()
+    nothing_left(pids)
+
+
+def test_close_while_a_step_hangs(checkpoint: Callable[..., Path]) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        pids = model.stats()["shard_pids"]
+        waiting = model._loop.submit(lambda engine: engine.generation.group.collect())  # of a step that nobody computes
+        model._loop.hurry()
+    with pytest.raises(EngineStoppedError, match="the engine is closed"):
+        waiting.result(10)
+    model._loop._thread.join(10)
+    assert not model._loop._thread.is_alive()
     nothing_left(pids)
 
 
