@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import msgpack
+import psutil
 import ray
 
 from headwise.cluster.channel import Kind
@@ -36,6 +37,7 @@ class ShardActor:
             "node_id": ray.get_runtime_context().get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
+            "born": psutil.Process().create_time(),
         }
 
     def open_rendezvous(self, kind: str, host: str) -> dict[str, Any]:

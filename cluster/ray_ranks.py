@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import msgpack
@@ -10,7 +11,7 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
@@ -20,8 +21,12 @@ from headwise.cluster.zmq_channel import ZmqEngineChannel
 from headwise.workers.collectives import Rendezvous
 from headwise.workers.spec import ShardSpec
 
+_logger = logging.getLogger(__name__)
+
 CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end once they are asked to before they are killed, and killed ones to be gone."""
+_TASK_TIMEOUT_S = 10.0
+"""How long Ray gets to start a process on another node."""
 
 
 class RayRanks:
@@ -55,7 +60,7 @@ class RayRanks:
             )
             self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"]))))
         self._places = self._all("place")
-        transport = "ipc" if self._node_ids() == {ray.get_runtime_context().get_node_id()} else "tcp"
+        transport = "ipc" if self._node_ids() == {self._here()} else "tcp"
         self._channel = ZmqEngineChannel(len(self._actors), transport, ray.util.get_node_ip_address())
         return self._channel
 
@@ -79,7 +84,7 @@ class RayRanks:
         return self._runs
 
     def end(self, ask: bool) -> None:
-        """Waits until the processes on this host are gone, and closes the channel.
+        """Waits until the ranks' processes are gone, on every node, and closes the channel.
 
         Args:
             ask: tell the ranks that run to close, and give them CLOSE_TIMEOUT_S for it, before all actors are killed.
@@ -104,6 +109,9 @@ class RayRanks:
 
     def _node_ids(self) -> set[str]:
         return {place["node_id"] for place in self._places}
+
+    def _here(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._wait([getattr(actor, method).remote(*args) for actor in self._actors])
@@ -148,10 +156,44 @@ class RayRanks:
         if self._rendezvous is not None:
             Rendezvous(**self._rendezvous).close()  # ranks killed before all had met leave a file, if it is here
         self._actors, self._runs, self._refs, self._rendezvous = [], [], [], None
-        here, processes = ray.get_runtime_context().get_node_id(), []
         places, self._places = self._places, []
+        self._await_processes(places)
+
+    def _await_processes(self, places: list[dict[str, Any]]) -> None:
+        """Waits until the ranks' processes are gone: what they hold, such as a GPU's memory or the disk tier's folder,
+        the next group may want at once."""
+        nodes: dict[str, list[tuple[int, float]]] = {}
         for place in places:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if place["node_id"] == here:
-                    processes.append(psutil.Process(place["pid"]))
-        psutil.wait_procs(processes, timeout=CLOSE_TIMEOUT_S)
+            nodes.setdefault(place["node_id"], []).append((place["pid"], place["born"]))
+        local, tasks = nodes.pop(self._here(), []), dict[str, Any]()
+        for node in nodes.keys() & {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            task = ray.remote(await_processes).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            tasks[node] = task.remote(nodes[node])
+        alive = await_processes(local)
+        for node, ref in tasks.items():
+            try:
+                alive += ray.get(ref, timeout=_TASK_TIMEOUT_S + 2 * CLOSE_TIMEOUT_S)
+            except RayError as error:
+                _logger.warning("whether the ranks on node %s have ended is unknown: %s", node, first_lines(error))
+        if alive:
+            _logger.warning("processes %s of ranks that were killed are not gone", alive)
+
+
+def await_processes(processes: list[tuple[int, float]]) -> list[int]:
+    """Waits until processes of this host, given by id and time of creation, are gone; kills those that are not in time.
+
+    Returns:
+        The ids of those that are not gone even so.
+    """
+    running = []
+    for pid, born in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if (process := psutil.Process(pid)).create_time() == born:  # and not another that has its id now
+                running.append(process)
+    _, alive = psutil.wait_procs(running, timeout=CLOSE_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=CLOSE_TIMEOUT_S)
+    return [process.pid for process in alive]

@@ -210,6 +210,19 @@ def test_close_while_a_step_hangs(checkpoint: Callable[..., Path]) -> None:
     nothing_left(pids)
 
 
+@pytest.mark.parametrize("node", [thorough("here"), "elsewhere"])
+def test_a_rank_that_does_not_end_by_itself_is_ended(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, node: str
+) -> None:
+    """A process that is stopped does nothing that it is told, wherever it is."""
+    if node == "elsewhere":
+        monkeypatch.setattr(RayRanks, "_here", lambda self: "another node")
+    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+        pids = model.stats()["shard_pids"]
+        os.kill(pids[1], signal.SIGSTOP)
+    nothing_left(pids)
+
+
 def test_an_actor_sets_its_threads_before_torch_is_imported() -> None:
     code = "import sys, headwise.cluster.actor, headwise.workers.spec; print({'torch', 'numba'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
