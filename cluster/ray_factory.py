@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import ray
+from ray._private.state import available_resources_per_node  # there is no public way without a dashboard
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from headwise.cluster import ray_session
@@ -14,8 +15,8 @@ from headwise.workers.spec import ShardSpec
 
 
 class RayGroupFactory(GroupFactory):
-    """The first :meth:`make` joins Ray and makes a placement group of one bundle a rank, on one node where that fits;
-    all groups take their turn in it."""
+    """The first :meth:`make` joins Ray and makes a placement group of one bundle a rank, on one node if one has
+    room for all; all groups take their turn in it."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class RayGroupFactory(GroupFactory):
             self._joined = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._placement is None:
-            self._placement = placement_group(*self._bundles(nodes))
+            self._placement = placement_group(*self._bundles(nodes, list(available_resources_per_node().values())))
         if not self._placement.wait(self._start_timeout_s):
             raise GroupStartError(self._no_room(self._placement, len(nodes)))
         return RayShardGroup(self._spec, self._placement, self._start_timeout_s)
@@ -57,8 +58,15 @@ class RayGroupFactory(GroupFactory):
                 self._joined = False
                 ray_session.leave()
 
-    def _bundles(self, nodes: list[dict[str, float]]) -> tuple[list[dict[str, float]], str]:
-        """What each rank wants, and the strategy to place them by."""
+    def _bundles(
+        self, nodes: list[dict[str, float]], free: list[dict[str, float]]
+    ) -> tuple[list[dict[str, float]], str]:
+        """What each rank wants, and the strategy to place them by.
+
+        Args:
+            nodes, free: what each node has, and what of it is free. Where no node has room for all ranks now, they are
+                spread: a node that others use may never have it.
+        """
         ranks, gpu = self._spec.tensor_parallel_size, self._spec.device == "cuda"
         cpus = self._cpus
         if cpus is None:
@@ -66,7 +74,7 @@ class RayGroupFactory(GroupFactory):
             # Ray counts in ten-thousandths: three thirds of a core, rounded up, would not fit in it.
             cpus = 1.0 if gpu else math.floor(cores / ranks * 10_000) / 10_000
         bundle = {"CPU": cpus} | ({"GPU": 1.0} if gpu else {})
-        fits = any(all(node.get(name, 0) >= amount * ranks for name, amount in bundle.items()) for node in nodes)
+        fits = any(all(node.get(name, 0) >= amount * ranks for name, amount in bundle.items()) for node in free)
         return [bundle] * ranks, "STRICT_PACK" if fits else "PACK"
 
     def _no_room(self, placement: PlacementGroup, num_nodes: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from typing import Any
 
 import msgpack
@@ -15,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
-from headwise.cluster.group import Progress, ShardGroupDied
+from headwise.cluster.group import GroupStartError, Progress, ShardGroupDied
 from headwise.cluster.ray_watcher import first_lines
 from headwise.cluster.zmq_channel import ZmqEngineChannel
 from headwise.workers.collectives import Rendezvous
@@ -27,6 +28,8 @@ CLOSE_TIMEOUT_S = 5.0
 """How long ranks get to end once they are asked to before they are killed, and killed ones to be gone."""
 _TASK_TIMEOUT_S = 10.0
 """How long Ray gets to start a process on another node."""
+SILENCE_TIMEOUT_S = 600.0
+"""How long ranks may take to start without one of them being done, or another layer loaded."""
 
 
 class RayRanks:
@@ -73,7 +76,7 @@ class RayRanks:
             actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing)
             for rank, (actor, sharing) in enumerate(zip(self._actors, self._ranks_on_host(), strict=True))
         ]
-        affordable = min(self._wait(loads, progress))
+        affordable = min(self._wait(loads, progress or (lambda done, total: None)))
         blocks = min(affordable, num_blocks or affordable)
         self._all("allocate", blocks)
         return int(blocks)
@@ -117,16 +120,29 @@ class RayRanks:
         return self._wait([getattr(actor, method).remote(*args) for actor in self._actors])
 
     def _wait(self, refs: list[Any], progress: Progress | None = None) -> list[Any]:
-        """The results in order; the first error, whichever rank it comes from, ends the wait."""
+        """The results in order; the first error, whichever rank it comes from, ends the wait.
+
+        Raises:
+            GroupStartError: nothing was heard of any rank for SILENCE_TIMEOUT_S.
+        """
         self._refs += refs
-        waiting = list(refs)
+        waiting, heard = list(refs), time.monotonic()
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=0.05)
             for ref in ready:
                 self._get(ref, refs.index(ref))
+                heard = time.monotonic()
             while progress is not None and self._channel is not None and (got := self._channel.receive(0)):
                 if got[0] == Kind.PROGRESS:
                     progress(*msgpack.unpackb(got[2]))
+                    heard = time.monotonic()
+            if waiting and time.monotonic() - heard > SILENCE_TIMEOUT_S:
+                silent = [rank for rank, ref in enumerate(refs) if ref in waiting]
+                raise GroupStartError(
+                    f"ranks {silent} of {self._spec.tensor_parallel_size} have not started, and nothing was heard of "
+                    f"them for {SILENCE_TIMEOUT_S:g} s; look at their logs, and whether {self._spec.model_dir} can be "
+                    "read on their nodes"
+                )
         return [ray.get(ref) for ref in refs]
 
     def _get(self, ref: Any, rank: int) -> Any:

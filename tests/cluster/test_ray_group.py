@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import psutil
 import pytest
 import ray
 
+from headwise.cluster import ray_ranks
+from headwise.cluster.channel import Kind
 from headwise.cluster.group import GroupStartError, ShardGroupDied
 from headwise.cluster.ray_factory import RayGroupFactory
 from headwise.cluster.ray_ranks import RayRanks
@@ -180,6 +183,36 @@ def test_tcp_and_gloo_between_nodes(checkpoint: Callable[..., Path], monkeypatch
         pids = model.stats()["shard_pids"]
     assert [output.outputs[0].token_ids for output in outputs] == expected(checkpoint("uneven"))
     nothing_left(pids)
+
+
+@pytest.mark.parametrize(("free", "strategy"), [([4, 1], "STRICT_PACK"), ([3, 3], "PACK"), ([0, 0], "PACK")])
+def test_ranks_go_to_one_node_if_it_has_room_now(free: list[float], strategy: str) -> None:
+    factory = RayGroupFactory(small_spec(Path("nowhere"), tensor_parallel_size=2), cpus_per_rank=2)
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
+    assert factory._bundles(nodes, [{"CPU": cpus} for cpus in free]) == ([{"CPU": 2}] * 2, strategy)
+
+
+def test_ranks_of_which_nothing_is_heard_do_not_start_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    progress = [(Kind.PROGRESS, 0, msgpack.packb((layer, 12))) for layer in range(1, 13)]
+    loaded: list[int] = []
+
+    class Channel:
+        def receive(self, timeout_s: float) -> Any:
+            return progress.pop(0) if progress and now >= 400 * (13 - len(progress)) else None
+
+    def wait(refs: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        nonlocal now
+        now += 100.0
+        return [], refs
+
+    monkeypatch.setattr(ray_ranks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ray, "wait", wait)
+    ranks = RayRanks(small_spec(Path("/models/big"), tensor_parallel_size=2), None, 1.0)
+    ranks._channel = Channel()
+    with pytest.raises(GroupStartError, match=r"ranks \[0, 1\] of 2 have not started.* for 600 s.*/models/big"):
+        ranks._wait(["rank 0", "rank 1"], lambda done, total: loaded.append(done))
+    assert loaded == list(range(1, 13)) and now == 400 * 12 + 700
 
 
 def test_the_ranks_of_each_host_are_counted() -> None:
