@@ -23,7 +23,8 @@ def argmax(logits_BV: Tensor, num_threads: int) -> Tensor:
     ids_B = np.empty(len(logits_BV), np.int64)
     rows, width = logits_BV.shape
     arguments = (logits_BV.data_ptr(), logits_BV.stride(0), rows, width, ids_B)
-    threads = min(usable_threads(num_threads), rows)
+    # The whole team even for fewer rows: libgomp ends the threads that a call leaves out, and starts them anew later.
+    threads = usable_threads(num_threads) if rows > 1 else 1
     with launching(threads):
         (_find_best_in_threads if threads > 1 else _find_best_alone)(*arguments)
     return torch.from_numpy(ids_B)

@@ -71,7 +71,10 @@ class Team(NamedTuple):
 
 @contextmanager
 def launching(threads: int) -> Iterator[None]:
-    """To be held while a compiled function with so many threads runs; with one, Numba's pool is never entered."""
+    """To be held while a compiled function with so many threads runs; with one, Numba's pool is never entered.
+
+    Calls of one thread have the same number, or one: each change of it costs threads that end and start.
+    """
     if threads == 1:
         yield
         return
