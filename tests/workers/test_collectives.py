@@ -28,8 +28,9 @@ from headwise.workers.collectives import (
     Solo,
     connect,
     open_rendezvous,
+    spin,
 )
-from headwise.workers.collectives.shared_memory import SLOT_BYTES
+from headwise.workers.collectives.shared_memory import SLOT_BYTES, SharedMemory
 from headwise.workers.collectives.spin import CONTROL_BYTES
 from headwise.workers.collectives.torch_distributed import TorchDistributed
 from headwise.workers.errors import InvalidValueError, PeerDiedError
@@ -505,3 +506,40 @@ def test_nccl_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch, device: str, in
     monkeypatch.setattr(TorchDistributed, "barrier", lambda self: None)
     connect(open_rendezvous("nccl", 1), 0, 1, 10.0, device).close()
     assert chosen == [index]
+
+
+def test_why_a_rank_gave_up_can_be_read_once_its_status_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a core that writes in another order: what is written before a release is there before it."""
+    rendezvous, written = open_rendezvous("shared_memory", 1), []
+    peers = connect(rendezvous, 0, 1)
+    assert isinstance(peers, SharedMemory)
+    write_word = spin.write_word
+
+    def record(address: int, value: int) -> None:
+        length = peers._get(0, spin.CAUSE_BYTES)
+        written.append((address - peers._address, bytes(peers._controls[0, spin.CAUSE : spin.CAUSE + length])))
+        write_word(address, value)
+
+    monkeypatch.setattr(spin, "write_word", record)
+    peers.abort("no disk")
+    assert written == [(spin.CAUSE_BYTES, b""), (spin.STATUS, b"no disk")]
+    peers.close()
+
+
+def test_a_rank_that_attaches_this_moment_is_watched_under_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendezvous = open_rendezvous("shared_memory", 1)
+    peers = connect(rendezvous, 0, 1)
+    assert isinstance(peers, SharedMemory)
+    looked: list[int] = []
+
+    def attach_meanwhile(rank: int, offset: int) -> int:
+        """The other rank attaches after the first look at it."""
+        looked.append(offset)
+        return {spin.PID: os.getppid(), spin.STATUS: 1}[offset] if len(looked) > 1 else 0
+
+    monkeypatch.setattr(peers, "_get", attach_meanwhile)
+    peers._watch_peers()
+    assert looked == [spin.STATUS] and peers._watched == {}
+    peers._watch_peers()
+    assert list(peers._watched) == [0]
+    peers.close()

@@ -203,8 +203,10 @@ class SharedMemory(Collectives):
 
     def _watch_peers(self) -> None:
         for peer in range(self.world_size):
-            pid = self._get(peer, spin.PID)
-            if peer in self._watched or pid == os.getpid() or self._get(peer, spin.STATUS) == _ABSENT:
+            if peer in self._watched or self._get(peer, spin.STATUS) == _ABSENT:
+                continue
+            pid = self._get(peer, spin.PID)  # after the status, before which it was written
+            if pid == os.getpid():
                 continue
             try:
                 # Unlike kill(pid, 0), it tells a killed process that nobody has reaped yet from a living one.
@@ -244,10 +246,10 @@ class SharedMemory(Collectives):
         )
 
     def _get(self, rank: int, offset: int) -> int:
-        return int(self._controls[rank, offset : offset + 8].view(np.int64)[0])
+        return spin.read_word(self._address + rank * spin.CONTROL_BYTES + offset)
 
     def _set(self, offset: int, value: int) -> None:
-        self._controls[self.rank, offset : offset + 8].view(np.int64)[0] = value
+        spin.write_word(self._address + self.rank * spin.CONTROL_BYTES + offset, value)
 
 
 def _file_bytes(world_size: int) -> int:

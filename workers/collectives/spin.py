@@ -52,6 +52,17 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @kernel
+def write_word(address: int, value: int) -> None:
+    """Write a word of a control block; who reads it with :func:`read_word` then sees all that was written before."""
+    store_release(address, value)
+
+
+@kernel
+def read_word(address: int) -> int:
+    return int(load_acquire(address))
+
+
+@kernel
 def _await_flag(flag: int, sequence: int, spins: int, may_yield: bool, scratch: int) -> bool:
     """Wait until a flag has come to ``sequence``; False after _RETURNS_AFTER_NS without it."""
     for _ in range(spins):

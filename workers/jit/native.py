@@ -13,7 +13,7 @@ import numba
 from llvmlite import ir
 
 from headwise.workers.jit.kernel_cache import kernel
-from headwise.workers.jit.vectors import FLOAT, I64, INT, at, cgutils, define, load, store
+from headwise.workers.jit.vectors import FLOAT, I32, I64, INT, at, cgutils, define, load, store
 
 _types: Any = numba.types
 
@@ -22,7 +22,13 @@ sched_yield = _types.ExternalFunction("sched_yield", _types.int32())
 
 _clock_gettime = _types.ExternalFunction("clock_gettime", _types.int32(_types.int32, _types.intp))
 _CLOCK_MONOTONIC = time.CLOCK_MONOTONIC
-_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+_MACHINE = platform.machine()
+_PAUSES: dict[str, tuple[str, list[Any]]] = {
+    "x86_64": ("llvm.x86.sse2.pause", []),
+    # The barrier holds the core up for about as long as x86's pause does; most cores ignore the hint "yield".
+    "aarch64": ("llvm.aarch64.isb", [I32(15)]),
+}
+"""By machine: the intrinsic of a waiting loop, and its arguments."""
 
 
 def _emit_load_float(builder: Any, address: Any, offset: Any) -> Any:
@@ -59,9 +65,10 @@ def _emit_swap_if(builder: Any, address: Any, expected: Any, value: Any) -> Any:
 
 
 def _emit_pause(builder: Any) -> None:
-    if _IS_X86:
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+    if _MACHINE in _PAUSES:
+        name, arguments = _PAUSES[_MACHINE]
+        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 load_float = define(_emit_load_float, (INT, INT), FLOAT)
