@@ -156,7 +156,6 @@ class InferenceService(InferenceServiceServicer):
                 raise PermissionDeniedError("draining takes an admin's token")
             self._sessions.drain()
             await self._sessions.idle()
-            self._sessions.drained.set()
             return pb.DrainResponse()
         except Exception as error:
             await abort(context, error)

@@ -99,7 +99,7 @@ class Sessions:
     Attributes:
         max_calls: most calls that run at once; a tenant may have half of what other tenants leave free.
         draining: whether new requests are refused.
-        drained: is set when a client has asked to drain, and no call runs any more.
+        drained: is set when new requests are refused, and no call runs any more.
     """
 
     def __init__(
@@ -138,6 +138,8 @@ class Sessions:
     def drain(self) -> None:
         """Refuses new requests from now on."""
         self.draining = True
+        if not self._calls:
+            self.drained.set()
 
     async def idle(self) -> None:
         """Returns once no call runs."""
@@ -293,6 +295,8 @@ class Sessions:
         _take_away(self._calls_of, call.tenant.name)
         if not self._calls:
             self._empty.set()
+            if self.draining:
+                self.drained.set()
 
     async def _fail(self, context: Context, tenant: Tenant, error: Exception) -> None:
         """Sends the status of an error. If the client does not read, that waits until it does, or leaves."""

@@ -194,6 +194,19 @@ def test_draining_finishes_what_runs_and_takes_no_more(serve: Serve) -> None:
     assert running.exit_code.result(DEADLINE_S) == 0
 
 
+def test_a_drain_goes_on_when_whoever_asked_for_it_is_gone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve()
+    with running.client() as client, running.client(retries=0) as operator:
+        stream = client.stream(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True))
+        next(stream)
+        with steps_held(monkeypatch), pytest.raises(ServerError) as error:
+            operator.drain(timeout=0.3)
+        assert error.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        last = list(stream)[-1]
+        assert isinstance(last, Completion) and last.completion_tokens == 20
+        assert running.exit_code.result(DEADLINE_S) == 0
+
+
 def test_stopping_twice_ends_at_once(serve: Serve) -> None:
     running = serve(options={"drain_timeout_s": DEADLINE_S})
     with running.client(retries=0) as client:
