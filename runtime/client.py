@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 from headwise.runtime.addresses import leads_to_loopback
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
+from headwise.runtime.server.tls import channel_credentials
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -153,7 +154,7 @@ class AsyncClient:
                 Default: 3.
 
         Raises:
-            InvalidValueError: the token would go to another machine in clear text.
+            InvalidValueError: the token would go to another machine in clear text, or a file cannot be used.
         """
         encrypted = bool(tls or ca or cert or key)
         if token and not encrypted and not insecure and not leads_to_loopback(address):
@@ -163,9 +164,7 @@ class AsyncClient:
         self._timeout, self._retries = timeout, retries
         options = [("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0)]
         if encrypted:
-            files = [path.read_bytes() if path is not None else None for path in (ca, key, cert)]
-            credentials = grpc.ssl_channel_credentials(*files)
-            self._channel = grpc.aio.secure_channel(address, credentials, options)
+            self._channel = grpc.aio.secure_channel(address, channel_credentials(ca, cert, key), options)
         else:
             self._channel = grpc.aio.insecure_channel(address, options)
         self._stub = InferenceServiceStub(self._channel)

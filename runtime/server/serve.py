@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime.addresses import is_loopback
+from headwise.runtime.addresses import is_loopback, join
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
@@ -31,6 +31,7 @@ from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.server.service import InferenceService
 from headwise.runtime.server.sessions import Sessions
 from headwise.runtime.server.slots import Slots
+from headwise.runtime.server.tls import server_credentials
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.workers.errors import InvalidValueError
@@ -119,6 +120,7 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
             :class:`~headwise.runtime.llm.LLM`.
     """
     _checked(options)  # before a model is loaded for nothing
+    _check_ports(options)
     _configure_logging()
 
     def ready(about: dict[str, Any]) -> None:
@@ -351,16 +353,7 @@ def _credentials(options: ServeOptions) -> grpc.ServerCredentials | None:
         if options.tls_client_ca is not None:
             raise InvalidValueError("--tls-client-ca", str(options.tls_client_ca), "needs --tls-cert and --tls-key")
         return None
-    certificate, key = _read("--tls-cert", options.tls_cert), _read("--tls-key", options.tls_key)
-    ca = _read("--tls-client-ca", options.tls_client_ca) if options.tls_client_ca is not None else None
-    return grpc.ssl_server_credentials([(key, certificate)], ca, ca is not None)
-
-
-def _read(flag: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidValueError(flag, str(path), f"cannot be read: {error.strerror}") from None
+    return server_credentials(options.tls_cert, options.tls_key, options.tls_client_ca)
 
 
 def _check_exposure(options: ServeOptions, tokens: Tokens, credentials: grpc.ServerCredentials | None) -> None:
@@ -373,6 +366,39 @@ def _check_exposure(options: ServeOptions, tokens: Tokens, credentials: grpc.Ser
     if credentials is None:
         limit = "is not loopback, and tokens would go there in clear text"
         raise InvalidValueError("--host", options.host, limit, "give --tls-cert and --tls-key, or say --insecure")
+
+
+def _check_ports(options: ServeOptions) -> None:
+    """Tries each address, and gives it back: it is bound for good only once the model is loaded."""
+    for flag, host, port in (
+        ("--port", options.host, options.port),
+        ("--metrics-port", options.metrics_host, options.metrics_port),
+        ("--openai-port", options.host, options.openai_port),
+    ):
+        if port is not None:
+            _check_port(flag, host, port)
+
+
+def _check_port(flag: str, host: str, port: int) -> None:
+    """
+    Raises:
+        InvalidValueError: another process has the address, or this host does not have it.
+    """
+    failure = ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                    return
+                except OSError as error:
+                    failure = failure or str(error.strerror)
+    except OSError as error:
+        failure = str(error.strerror)
+    raise InvalidValueError(
+        flag, join(host, port), f"cannot be bound: {failure}", "choose another, or 0 for a free one"
+    )
 
 
 def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:

@@ -20,6 +20,7 @@ import pytest
 from headwise.runtime.client import Client, Increment, ServerError
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
+from headwise.workers.errors import InvalidValueError
 from tests.runtime.conftest import Run
 
 T = TypeVar("T")
@@ -156,7 +157,7 @@ def test_closing_while_many_threads_call(address: str) -> None:
 
 def test_a_client_that_cannot_be_made_leaves_nothing() -> None:
     def fail() -> int:
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(InvalidValueError, match="ca="):
             Client("127.0.0.1:1", ca=Path("/nowhere"))
         return psutil.Process().num_fds()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 from collections.abc import Callable
 from contextlib import aclosing, nullcontext
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import AsyncClient, Client, ServerError
+from headwise.runtime.config import engine_config
+from headwise.runtime.server import serve as serve_module
 from headwise.runtime.server.auth import Tenant, _name, read_tokens
 from headwise.runtime.server.errors import UnauthenticatedError
 from headwise.runtime.server.serve import ServeOptions, _checked
@@ -272,6 +276,54 @@ def test_what_protects_a_public_host(
 def test_options_that_are_refused(options: dict[str, Any], flag: str) -> None:
     with pytest.raises(InvalidValueError, match=flag):
         _checked(ServeOptions("tiny", **options))
+
+
+@pytest.mark.parametrize(
+    ("files", "flag"),
+    [
+        ({"tls_cert": "good.key"}, "--tls-cert"),
+        ({"tls_cert": "half"}, "--tls-cert"),
+        ({"tls_cert": "."}, "--tls-cert"),
+        ({"tls_key": "good.pem"}, "--tls-key"),
+        ({"tls_key": "other.key"}, "--tls-key=.* is not the key of"),
+        ({"tls_key": "elliptic"}, "--tls-key=.* is not the key of"),
+        ({"tls_key": "encrypted"}, "--tls-key=.*not encrypted"),
+        ({"tls_client_ca": "good.key"}, "--tls-client-ca"),
+        ({"tls_client_ca": "ext"}, "--tls-client-ca"),
+    ],
+)
+def test_files_of_tls_are_checked_before_a_model_is_loaded(
+    files: dict[str, str], flag: str, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (certificates / "half").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    for made in (
+        "ecparam -genkey -name prime256v1 -noout -out elliptic",
+        "rsa -in good.key -aes128 -passout pass:secret -out encrypted",
+    ):
+        subprocess.run(["openssl", *made.split()], check=True, capture_output=True, timeout=30, cwd=certificates)
+    monkeypatch.setattr(serve_module, "AsyncLLM", lambda *_, **__: pytest.fail("loaded"))
+    paths = {
+        name: certificates / file for name, file in ({"tls_cert": "good.pem", "tls_key": "good.key"} | files).items()
+    }
+    with pytest.raises(InvalidValueError, match=flag):
+        serve_module.serve(engine_config(model="nowhere"), ServeOptions("tiny", port=0, **paths))
+    if "tls_client_ca" not in paths:
+        with pytest.raises(InvalidValueError, match=flag.replace("--tls-", "")):
+            Client("127.0.0.1:1", cert=paths["tls_cert"], key=paths["tls_key"])
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port", "--openai-port"])
+def test_a_port_is_checked_before_a_model_is_loaded(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "AsyncLLM", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        name = flag.removeprefix("--").replace("-", "_")
+        options = ServeOptions("tiny", **{"port": 0} | {name: other.getsockname()[1]})
+        with pytest.raises(InvalidValueError, match=f"{flag}=.*in use"):
+            serve_module.serve(engine_config(model="nowhere"), options)
+    with pytest.raises(InvalidValueError, match=r"--port=.*192\.0\.2\.1:0"):  # an address of no host
+        serve_module.serve(
+            engine_config(model="nowhere"), ServeOptions("tiny", host="192.0.2.1", port=0, insecure=True)
+        )
 
 
 @pytest.mark.parametrize(
