@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -131,7 +132,8 @@ async def _turn_away(error: UnauthenticatedError, messages: object, context: Any
 
 
 def read_tokens(path: Path | None) -> Tokens:
-    """Reads a file with a line for each token: ``TENANT TOKEN``, or ``TENANT TOKEN admin``. # starts a comment.
+    """Reads a file with a line for each token: ``TENANT TOKEN``, or ``TENANT TOKEN admin``. A word that starts
+    with # starts a comment; a token may hold one.
 
     Raises:
         InvalidValueError: the file cannot be read, or a line has another form; names the line, never the token.
@@ -144,7 +146,7 @@ def read_tokens(path: Path | None) -> Tokens:
         raise InvalidValueError("--token-file", str(path), f"cannot be read: {error}") from None
     tenants: dict[bytes, Tenant] = {}
     for number, line in enumerate(lines, start=1):
-        fields = line.partition("#")[0].split()
+        fields = list(takewhile(lambda word: not word.startswith("#"), line.split()))
         if not fields:
             continue
         if len(fields) not in (2, 3) or fields[2:] not in ([], ["admin"]):

@@ -53,9 +53,29 @@ def test_a_token_file_is_read(token_file: Path) -> None:
     assert ALICE not in repr(vars(tokens))
 
 
+def test_a_token_may_hold_what_starts_a_comment_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {ALICE}#1\nbob {BOB}#2 # no admin\n")
+    tokens = read_tokens(path)
+    assert tokens.tenant([("authorization", f"Bearer {ALICE}#1")]) == Tenant("alice")
+    assert tokens.tenant([("authorization", f"Bearer {BOB}#2")]) == Tenant("bob")
+    for cut in (ALICE, BOB):
+        with pytest.raises(UnauthenticatedError):
+            tokens.tenant([("authorization", f"Bearer {cut}")])
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "# nothing\n", "alice\n", f"alice {ALICE} boss\n", "alice short\n", f"alice {ALICE}\nbob {ALICE}\n"],
+    [
+        f"alice #{ALICE}\n",
+        f"alice {ALICE} admin#\n",
+        "",
+        "# nothing\n",
+        "alice\n",
+        f"alice {ALICE} boss\n",
+        "alice short\n",
+        f"alice {ALICE}\nbob {ALICE}\n",
+    ],
 )
 def test_a_bad_token_file_is_refused_without_telling_tokens(tmp_path: Path, text: str) -> None:
     path = tmp_path / "tokens"
