@@ -253,7 +253,7 @@ class AsyncClient:
         return str((await self._call(self._stub.Detokenize, request)).text)
 
     async def abort(self, *request_ids: str) -> None:
-        """Ends requests; their callers get the output so far, with the finish_reason ``abort``."""
+        """Ends requests, 1,024 at most; their callers get the output so far, with the finish_reason ``abort``."""
         await self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids))
 
     async def model(self) -> pb.GetModelResponse:

@@ -88,9 +88,7 @@ class InferenceService(InferenceServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         try:
-            tenant = self._sessions.tenant(context)
-            for request_id in request.request_ids:
-                self._sessions.abort(tenant, request_id)
+            self._sessions.abort(self._sessions.tenant(context), request.request_ids)
             return pb.AbortResponse()
         except Exception as error:
             await abort(context, error)

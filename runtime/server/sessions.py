@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -39,6 +39,8 @@ requests_log = logging.getLogger("headwise.requests")
 """One line a request: JSON, without prompt or output."""
 
 MAX_REQUEST_ID = 128
+MAX_ABORTED = 1024
+"""Requests that one call may end."""
 MAX_STALLED = 8
 """Streams of one connection that were ended because nobody read them, and whose end nobody reads either: until the
 connection is closed they take room here, and it gets no more."""
@@ -72,6 +74,11 @@ class Call:
     def request_id(self) -> str:
         """The request's id as the client knows it."""
         return self.engine_id.partition(_SEPARATOR)[2]
+
+    @property
+    def full_name(self) -> str:
+        """What an admin calls the request."""
+        return f"{self.tenant.name}/{self.request_id}"
 
     async def run(self) -> AsyncGenerator[list[Delta]]:
         """Yields the new deltas of its samples, until all have ended.
@@ -116,6 +123,7 @@ class Sessions:
         self.draining = False
         self.drained = asyncio.Event()
         self._calls: dict[str, Call] = {}
+        self._named: dict[str, set[Call]] = {}  # by TENANT/ID, which more than one may have: both may hold slashes
         self._calls_of: Counter[str] = Counter()  # by tenant
         self._stalled: Counter[str] = Counter()  # by connection
         self._stalled_of: Counter[str] = Counter()  # by tenant, where tenants are told apart
@@ -201,14 +209,22 @@ class Sessions:
         """Counts and logs a call that was refused before its message was read."""
         self._account(None, code_of(error))
 
-    def abort(self, tenant: Tenant, request_id: str) -> None:
-        """Ends a request of a tenant; an admin may name another's TENANT/ID. Unknown ids are ignored: the request may
-        just have ended."""
-        for call in list(self._calls.values()):
-            names = {call.request_id} if call.tenant.name == tenant.name else set()
+    def abort(self, tenant: Tenant, request_ids: Collection[str]) -> None:
+        """Ends requests of a tenant; an admin may name another's TENANT/ID. Unknown ids are ignored: the request may
+        just have ended.
+
+        Raises:
+            InvalidValueError: there are more than MAX_ABORTED ids.
+        """
+        if len(request_ids) > MAX_ABORTED:
+            limit = f"a call may end {MAX_ABORTED} requests at most"
+            raise InvalidValueError("request_ids", f"{len(request_ids)} ids", limit, "make several calls")
+        for request_id in set(request_ids):
+            own = self._calls.get(f"{tenant.name}{_SEPARATOR}{request_id}")
+            found = {own} if own is not None else set()
             if tenant.admin:
-                names.add(f"{call.tenant.name}/{call.request_id}")
-            if request_id in names:
+                found |= self._named.get(request_id, set())
+            for call in found:
                 call.abort()
 
     async def check(self, call: Call, make: Callable[[], list[Request]], lane: Lane | None) -> list[Request]:
@@ -266,6 +282,7 @@ class Sessions:
         if call.engine_id in self._calls:
             raise InvalidValueError("request_id", call.request_id, "a request with this id still runs")
         self._calls[call.engine_id] = call
+        self._named.setdefault(call.full_name, set()).add(call)
         self._calls_of[call.tenant.name] += 1
         self._empty.clear()
 
@@ -292,6 +309,9 @@ class Sessions:
 
     def _forget(self, call: Call) -> None:
         del self._calls[call.engine_id]
+        self._named[call.full_name].discard(call)
+        if not self._named[call.full_name]:
+            del self._named[call.full_name]
         _take_away(self._calls_of, call.tenant.name)
         if not self._calls:
             self._empty.set()

@@ -71,9 +71,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     async def Abort(self, request: vllm_engine_pb2.AbortRequest, context: Context) -> vllm_engine_pb2.AbortResponse:
         try:
-            tenant = self._sessions.tenant(context)
-            for request_id in request.request_ids:
-                self._sessions.abort(tenant, request_id)
+            self._sessions.abort(self._sessions.tenant(context), request.request_ids)
             return vllm_engine_pb2.AbortResponse()
         except Exception as error:
             await abort(context, error)

@@ -19,6 +19,7 @@ from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.inputs.processor import MAX_MESSAGES
 from headwise.runtime.server.serve import ServeOptions, Server, _checked
+from headwise.runtime.server.sessions import MAX_ABORTED
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
@@ -131,6 +132,21 @@ def test_millions_of_entries_are_refused_at_once(serve: Serve, tmp_path: Path, k
         assert len(str(error.value.details())) < 400  # type: ignore[attr-defined]
         # Far more than it takes, far less than copying it all would.
         assert time.monotonic() - started < 5 and psutil.Process().memory_info().rss - rss < 600 << 20
+
+
+def test_a_call_ends_a_bounded_number_of_requests(serve: Serve) -> None:
+    running = serve()
+    with running.client(retries=0) as client:
+        names = [f"request {number}" for number in range(MAX_ABORTED)]
+        stream = client.stream(PROMPT, LONG, request_id=names[-1])
+        next(stream)
+        with pytest.raises(ServerError, match="at most; make several") as error:
+            client.abort(*names, "one more")
+        assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT and error.value.field == "request_ids"
+        client.abort(*names)
+        assert list(stream)[-1].samples[0].finish_reason == "abort"  # type: ignore[union-attr]
+        sessions = running.server.sessions
+        wait_until(lambda: not sessions._named and not sessions.num_calls)
 
 
 def test_text_that_cannot_fit_is_not_tokenized(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
