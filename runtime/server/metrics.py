@@ -32,6 +32,12 @@ class Metrics:
         self.requests = Counter(
             "headwise_requests_total", "Requests by the code they ended with.", ["code"], registry=self.registry
         )
+        self.tokenizations = Counter(
+            "headwise_tokenizations_total",
+            "Calls to Tokenize and Detokenize by the code they ended with.",
+            ["code"],
+            registry=self.registry,
+        )
         self.prompt_tokens = Counter("headwise_prompt_tokens_total", "Prompt tokens.", registry=self.registry)
         self.cached_tokens = Counter(
             "headwise_cached_prompt_tokens_total", "Prompt tokens found in the prefix cache.", registry=self.registry

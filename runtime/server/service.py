@@ -71,20 +71,16 @@ class InferenceService(InferenceServiceServicer):
                 raise InvalidValueError("input", None, "must be one of text and messages")
             return inputs.encode(request.text)
 
-        try:
-            self._sessions.tenant(context)
-            return pb.TokenizeResponse(token_ids=await self._llm.off_loop(tokenize, lane_of(request, self._llm.inputs)))
-        except Exception as error:
-            await abort(context, error)
+        async with self._sessions.call(context, method="Tokenize") as call:
+            token_ids = await self._sessions.off_loop(call, tokenize, lane_of(request, self._llm.inputs))
+        return pb.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        try:
-            self._sessions.tenant(context)
-            decode = partial(self._llm.inputs.decode, request.token_ids, skip)
-            return pb.DetokenizeResponse(text=await self._llm.off_loop(decode, lane_of(request, self._llm.inputs)))
-        except Exception as error:
-            await abort(context, error)
+        decode = partial(self._llm.inputs.decode, request.token_ids, skip)
+        async with self._sessions.call(context, method="Detokenize") as call:
+            text = await self._sessions.off_loop(call, decode, lane_of(request, self._llm.inputs))
+        return pb.DetokenizeResponse(text=text)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         try:

@@ -1,4 +1,4 @@
-"""The calls to generate: which tenant each is of, whether more are let in, and how each is logged when it ends."""
+"""The calls that cost work: which tenant each is of, whether more are let in, and how each is logged when it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
@@ -33,6 +33,7 @@ from headwise.runtime.server.errors import (
 from headwise.runtime.server.metrics import Metrics
 from headwise.workers.errors import InvalidValueError
 
+T = TypeVar("T")
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 requests_log = logging.getLogger("headwise.requests")
@@ -56,16 +57,17 @@ _SEPARATOR = "\x1f"
 
 
 class Call:
-    """One call to generate, from its arrival to its end.
+    """One call to generate, to tokenize or to detokenize, from its arrival to its end.
 
     Attributes:
+        method: the RPC's name.
         tenant: the tenant that made it.
         engine_id: the request's id in the engine, where ids of all tenants meet.
         requests: its samples, once they are checked.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
-        self.arrival = time.monotonic()
+    def __init__(self, llm: AsyncLLM, method: str) -> None:
+        self.arrival, self.method = time.monotonic(), method
         self.tenant, self.engine_id = Tenant(), ""
         self.requests: list[Request] = []
         self._llm, self._aborted = llm, False
@@ -154,15 +156,16 @@ class Sessions:
         await self._empty.wait()
 
     @asynccontextmanager
-    async def call(self, context: Context, request_id: str) -> AsyncIterator[Call]:
-        """A call to generate, for the length of the block. An error that the block raises becomes the call's status.
+    async def call(self, context: Context, request_id: str = "", method: str = "Generate") -> AsyncIterator[Call]:
+        """A call, for the length of the block. An error that the block raises becomes the call's status.
 
         The call is counted and logged, however it ends.
 
         Args:
             request_id: the client's id for it, which may be empty.
+            method: the RPC's name.
         """
-        call, code, failure = Call(self.llm), grpc.StatusCode.OK, None
+        call, code, failure = Call(self.llm, method), grpc.StatusCode.OK, None
         try:
             call.tenant = self.tenant(context)
             call.engine_id = self._engine_id(call.tenant, request_id)
@@ -228,23 +231,27 @@ class Sessions:
                 call.abort()
 
     async def check(self, call: Call, make: Callable[[], list[Request]], lane: Lane | None) -> list[Request]:
-        """Makes a call's requests off the event loop; see :meth:`AsyncLLM.off_loop`.
+        """Makes a call's requests; raises as :meth:`off_loop`."""
+        call.requests = await self.off_loop(call, make, lane)
+        for request in call.requests:
+            request.metrics.arrival = call.arrival
+        return call.requests
+
+    async def off_loop(self, call: Call, function: Callable[[], T], lane: Lane | None) -> T:
+        """Runs a function that works on a call's input off the event loop; see :meth:`AsyncLLM.off_loop`.
 
         Raises:
-            CheckQueueFullError: too many requests of the tenant wait to be checked.
-            InvalidValueError: and whatever else ``make`` raises.
+            CheckQueueFullError: too many calls of the tenant wait for that.
+            InvalidValueError: and whatever else ``function`` raises.
         """
         waiting = call.tenant.name, lane
         if lane is not None and self._checking[waiting] >= MAX_CHECKING:
             raise CheckQueueFullError(f"{MAX_CHECKING} requests with a long text, or a new grammar, wait to be checked")
         self._checking[waiting] += 1
         try:
-            call.requests = await self.llm.off_loop(make, lane)
+            return await self.llm.off_loop(function, lane)
         finally:
-            self._checking[waiting] -= 1
-        for request in call.requests:
-            request.metrics.arrival = call.arrival
-        return call.requests
+            _take_away(self._checking, waiting)
 
     @asynccontextmanager
     async def _limit(self) -> AsyncIterator[None]:
@@ -334,18 +341,20 @@ class Sessions:
                 _take_away(self._stalled_of, tenant.name)
 
     def _account(self, call: Call | None, code: grpc.StatusCode) -> None:
-        self.metrics.requests.labels(code.name).inc()
+        method = call.method if call is not None else "Generate"
+        counts = self.metrics.requests if method == "Generate" else self.metrics.tokenizations
+        counts.labels(code.name).inc()
         line: dict[str, Any] = {"code": code.name}
         if call is not None:
             total = time.monotonic() - call.arrival
-            line = {"request": call.request_id, "tenant": call.tenant.name} | line
+            line = {"method": method, "request": call.request_id, "tenant": call.tenant.name} | line
             if call.requests:
                 self.metrics.observe(call.requests, total)
                 line |= _about(call.requests) | {"total_s": round(total, 4)}
         requests_log.info(json.dumps(line))
 
 
-def _take_away(counts: Counter[str], name: str) -> None:
+def _take_away(counts: Counter[T], name: T) -> None:
     """Counts one less, and forgets a name that has none."""
     counts[name] -= 1
     if not counts[name]:

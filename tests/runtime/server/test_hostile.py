@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
-from headwise.runtime.inputs.processor import MAX_MESSAGES
+from headwise.runtime.inputs.processor import MAX_MESSAGES, InputProcessor
 from headwise.runtime.server.serve import ServeOptions, Server, _checked
 from headwise.runtime.server.sessions import MAX_ABORTED
 from headwise.v1 import inference_pb2 as pb
@@ -167,6 +169,36 @@ def test_text_that_cannot_fit_is_not_tokenized(serve: Serve, tmp_path: Path, mon
             with pytest.raises(ServerError, match=f"{field}=") as error:
                 call()
             assert error.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_tokenizing_has_the_limits_of_other_calls(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve(spoken(tmp_path), options={"max_request_s": 1.5, "metrics_port": 0})
+    go_on, long = threading.Event(), "x" * 40_000
+    monkeypatch.setattr(InputProcessor, "encode", lambda *_: go_on.wait(DEADLINE_S) and [3])
+    with caplog.at_level(logging.INFO, "headwise.requests"), grpc.insecure_channel(running.address) as channel:
+        monkeypatch.setattr("headwise.runtime.server.sessions.MAX_CHECKING", 2)
+        stub = InferenceServiceStub(channel)
+        calls = [stub.Tokenize.future(pb.TokenizeRequest(text=long), timeout=1.0) for _ in range(3)]
+        codes = sorted(call.code().name for call in calls)
+        assert codes == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+        late = stub.Tokenize.future(pb.TokenizeRequest(text=long))  # without a deadline
+        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        go_on.set()
+        assert stub.Detokenize(pb.DetokenizeRequest(token_ids=[3]), timeout=1.0).text
+        running.loop.call_soon_threadsafe(running.server.sessions.drain)
+        wait_until(lambda: running.server.sessions.draining)
+        for call in (
+            stub.Tokenize.future(pb.TokenizeRequest(text="x")),
+            stub.Detokenize.future(pb.DetokenizeRequest(token_ids=[3])),
+        ):
+            assert call.code() is grpc.StatusCode.UNAVAILABLE
+        text = running.metrics()
+    for line in ('{code="DEADLINE_EXCEEDED"} 3.0', '{code="OK"} 1.0', '{code="UNAVAILABLE"} 2.0'):
+        assert f"headwise_tokenizations_total{line}" in text, line
+    methods = [json.loads(record.message)["method"] for record in caplog.records if record.name == "headwise.requests"]
+    assert methods.count("Tokenize") == 5 and methods.count("Detokenize") == 2
 
 
 def test_a_deadline_has_a_limit_and_none_is_the_limit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
