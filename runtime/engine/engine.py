@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, KeysView
 from typing import Any, NamedTuple
 
 from headwise.runtime.engine.generation import Generation
@@ -48,7 +48,8 @@ class Engine:
         self._scheduler, self._depth = scheduler, pipeline_depth
         self.busy_since: float | None = None
         self._in_flight: deque[Schedule] = deque()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, _Live] = {}  # by key
+        self._samples: dict[str, dict[str, _Live]] = {}  # by request id, then by key
         self._new: dict[Sink, list[Delta]] = {}
         self.num_steps = 0
         self.num_generated_tokens = 0
@@ -76,29 +77,30 @@ class Engine:
         return self._num_paused
 
     @property
-    def request_ids(self) -> set[str]:
+    def request_ids(self) -> KeysView[str]:
         """Of every request that waits or runs."""
-        return {live.request.request_id for live in self._live.values()}
+        return self._samples.keys()
 
     def add(self, request: Request, text: TextStream | None, sink: Sink) -> None:
         """Queues a request, whose key no other may have. Its deltas go to ``sink`` on the engine's thread, once a
         step, together with those of other requests that have the same."""
-        self._live[request.key] = _Live(request, text, sink)
+        live = self._live[request.key] = _Live(request, text, sink)
+        self._samples.setdefault(request.request_id, {})[request.key] = live
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Ends every sample of a request that still runs; each gets its last delta. Unknown ids are ignored: the
         request may just have finished."""
-        for live in [live for live in self._live.values() if live.request.request_id == request_id]:
+        for live in list(self._samples.get(request_id, {}).values()):
             self._emit(live, end(live.request, live.text, FinishReason.ABORT))
         self._deliver()
 
     def pause(self, request_id: str, paused: bool) -> None:
         """Computes nothing for a request until it is called with False; what is in flight still comes. Others may get
         its row and blocks meanwhile. Unknown ids are ignored."""
-        for request in [live.request for live in self._live.values()]:
-            if request.request_id == request_id and request.paused != paused:
-                request.paused = paused
+        for live in self._samples.get(request_id, {}).values():
+            if live.request.paused != paused:
+                live.request.paused = paused
                 self._num_paused += 1 if paused else -1
 
     def step(self) -> None:
@@ -253,6 +255,10 @@ class Engine:
         """Notes a delta for its sink; the last one ends its request."""
         if delta.finished:
             del self._live[live.request.key]
+            samples = self._samples[live.request.request_id]
+            del samples[live.request.key]
+            if not samples:
+                del self._samples[live.request.request_id]
             self._num_paused -= live.request.paused
             self._scheduler.finish(live.request)
         self._new.setdefault(live.sink, []).append(delta)

@@ -68,6 +68,36 @@ def test_every_request_gets_the_tokens_it_would_get_alone(depth: int, data: st.D
     assert bench.engine.num_generated_tokens == sum(map(len, bench.got.values()))
 
 
+class CountedName(str):
+    """A request id that counts how often it is compared."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.comparisons += 1
+        return str.__eq__(self, other)
+
+
+def test_to_end_or_pause_a_request_looks_at_no_other() -> None:
+    bench, names = Bench(rows=2), [CountedName(f"request {number}") for number in range(300)]
+    for name in names:
+        for index in range(2):
+            bench.add(make_request(name, [1, 2, 3], 5, index=index))
+    bench.step()
+    CountedName.comparisons = 0
+    for name in names:
+        bench.engine.pause(CountedName(name), True)
+    for name in names:
+        assert name in bench.engine.request_ids
+        bench.engine.abort(CountedName(name))
+    assert CountedName.comparisons < 20 * len(names), "each looks at all others"
+    assert set(bench.ended.values()) == {FinishReason.ABORT} and len(bench.ended) == 2 * len(names)
+    assert not bench.engine.request_ids and bench.engine.num_paused == 0
+    bench.run()
+    bench.check_idle()
+
+
 def test_depth_two_keeps_two_steps_in_flight_and_gives_the_same_tokens() -> None:
     got = []
     for depth in (1, 2):
