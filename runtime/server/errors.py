@@ -55,6 +55,10 @@ class TooManyCallsError(HeadwiseError):
     """A connection, a host or a tenant has too many calls open."""
 
 
+class SubscribersError(HeadwiseError):
+    """Too many clients are told of KV events."""
+
+
 class DeadlineError(HeadwiseError):
     """A request took longer than a request may."""
 
@@ -68,6 +72,7 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (StalledConnectionError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (CheckQueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TooManyCallsError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (SubscribersError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),

@@ -138,9 +138,10 @@ class InferenceService(InferenceServiceServicer):
                 raise PermissionDeniedError("which blocks tenants have is told to admins, such as a router, alone")
             if capacity > 1 << 16:
                 raise InvalidValueError("capacity", capacity, f"must be at most {1 << 16}")
-            async with aclosing(kv_messages(self._llm, capacity)) as messages:
-                async for kind, data in messages:
-                    await self._sessions.write(context, pb.SubscribeKvEventsResponse(**{kind: data}))
+            with self._sessions.subscriber():
+                async with aclosing(kv_messages(self._llm, capacity)) as messages:
+                    async for kind, data in messages:
+                        await self._sessions.write(context, pb.SubscribeKvEventsResponse(**{kind: data}))
         except Exception as error:
             await abort(context, error)
 

@@ -8,8 +8,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -26,6 +26,7 @@ from headwise.runtime.server.errors import (
     LeftError,
     StalledConnectionError,
     StalledError,
+    SubscribersError,
     UnavailableError,
     abort,
     code_of,
@@ -47,6 +48,8 @@ MAX_STALLED = 8
 connection is closed they take room here, and it gets no more."""
 MAX_STALLED_OF_TENANT = 4 * MAX_STALLED
 """The same of one tenant, over how many connections ever."""
+MAX_SUBSCRIBERS = 16
+"""Clients that are told of KV events: each has messages that wait for it, and snapshots made on the engine's thread."""
 SPARE_CALLS = 256
 """Calls that a server takes at once beyond those whose requests run or wait: quick ones, and refusals."""
 MAX_CHECKING = 32
@@ -130,6 +133,7 @@ class Sessions:
         self._stalled: Counter[str] = Counter()  # by connection
         self._stalled_of: Counter[str] = Counter()  # by tenant, where tenants are told apart
         self._checking: Counter[tuple[str, Lane | None]] = Counter()
+        self._num_subscribers = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -207,6 +211,21 @@ class Sessions:
             raise StalledError(f"the stream was not read for {self.stall_timeout_s:g} s") from None
         except grpc.aio.InternalError:  # before the call is cancelled for it
             raise LeftError("the client has left") from None
+
+    @contextmanager
+    def subscriber(self) -> Iterator[None]:
+        """A client is told of KV events, for the length of the block.
+
+        Raises:
+            SubscribersError: MAX_SUBSCRIBERS are already.
+        """
+        if self._num_subscribers >= MAX_SUBSCRIBERS:
+            raise SubscribersError(f"{MAX_SUBSCRIBERS} clients are told of KV events, and no more may be; end one")
+        self._num_subscribers += 1
+        try:
+            yield
+        finally:
+            self._num_subscribers -= 1
 
     def refuse(self, error: BaseException) -> None:
         """Counts and logs a call that was refused before its message was read."""

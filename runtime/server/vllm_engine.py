@@ -145,9 +145,10 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             tenant = self._sessions.tenant(context)
             namespace = self._llm.inputs.kv_namespace(tenant.cache_salt(""))
-            async with aclosing(kv_batches(self._llm, namespace)) as batches:
-                async for batch in batches:
-                    await self._sessions.write(context, batch)
+            with self._sessions.subscriber():
+                async with aclosing(kv_batches(self._llm, namespace)) as batches:
+                    async for batch in batches:
+                        await self._sessions.write(context, batch)
         except Exception as error:
             await abort(context, error)
 

@@ -21,7 +21,7 @@ from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.inputs.processor import MAX_MESSAGES, InputProcessor
 from headwise.runtime.server.serve import ServeOptions, Server, _checked
-from headwise.runtime.server.sessions import MAX_ABORTED
+from headwise.runtime.server.sessions import MAX_ABORTED, MAX_SUBSCRIBERS
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
@@ -149,6 +149,23 @@ def test_a_call_ends_a_bounded_number_of_requests(serve: Serve) -> None:
         assert list(stream)[-1].samples[0].finish_reason == "abort"  # type: ignore[union-attr]
         sessions = running.server.sessions
         wait_until(lambda: not sessions._named and not sessions.num_calls)
+
+
+def test_a_bounded_number_of_clients_is_told_of_kv_events(serve: Serve) -> None:
+    running = serve()
+    with grpc.insecure_channel(running.address) as channel:
+        stub = InferenceServiceStub(channel)
+        subscribed = [
+            stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(), timeout=DEADLINE_S) for _ in range(MAX_SUBSCRIBERS)
+        ]
+        for one in subscribed:
+            assert next(one).snapshot
+        with pytest.raises(grpc.RpcError, match=f"{MAX_SUBSCRIBERS} clients are told") as error:
+            next(stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(), timeout=DEADLINE_S))
+        assert code_of(error.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        subscribed[0].cancel()
+        wait_until(lambda: running.server.sessions._num_subscribers < MAX_SUBSCRIBERS)
+        assert next(stub.SubscribeKvEvents(pb.SubscribeKvEventsRequest(), timeout=DEADLINE_S)).snapshot
 
 
 def test_text_that_cannot_fit_is_not_tokenized(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
