@@ -34,6 +34,16 @@ class RequestMetrics:
     num_restored_tokens: int = 0
 
     @property
+    def queued(self) -> float:
+        """Seconds from arrival to the first step, or to the end without one."""
+        return max(0.0, (self.first_scheduled or self.finished) - self.arrival)
+
+    @property
+    def total(self) -> float:
+        """Seconds from arrival to the end; 0 before it."""
+        return self.finished - self.arrival if self.finished else 0.0
+
+    @property
     def time_to_first_token(self) -> float:
         """Seconds from arrival to the first token; 0 without one."""
         return self.first_token - self.arrival if self.first_token else 0.0

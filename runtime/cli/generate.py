@@ -36,6 +36,7 @@ from headwise.runtime.cli.printing import print_json, raise_if_failed, take, wri
 from headwise.workers.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from headwise.runtime.output import RequestMetrics
     from headwise.runtime.sampling_params import SamplingParams
 
 Stop = Annotated[list[str] | None, option("text", "Stop at this text; may be given several times.")]
@@ -135,11 +136,23 @@ def _generate_here(model: str, settings: dict[str, Any], question: Any, params: 
         if as_json:
             run = llm.generate if isinstance(question, str) else llm.chat
             [output] = run(question, params, use_tqdm=False)
-            print_json(asdict(output))
+            print_json(asdict(output) | {"metrics": _metrics(output.metrics)})
             raise_if_failed(output.outputs[0].finish_reason, output.error)
         else:
             _, last = take(llm.stream(question, params), show=True)
             raise_if_failed(last.finish_reason, last.error)
+
+
+def _metrics(metrics: RequestMetrics) -> dict[str, float]:
+    """Durations, by the names that a server's answer has; a clock's readings mean nothing outside this process."""
+    return {
+        "queued_s": metrics.queued,
+        "time_to_first_token_s": metrics.time_to_first_token,
+        "total_s": metrics.total,
+        "num_preemptions": metrics.num_preemptions,
+        "num_cached_tokens": metrics.num_cached_tokens,
+        "num_restored_tokens": metrics.num_restored_tokens,
+    }
 
 
 def _ask_server(

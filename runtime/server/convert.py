@@ -133,11 +133,7 @@ def result(requests: Sequence[Request]) -> pb.GenerateResult:
             completion_tokens=sum(len(request.generated) for request in requests),
             cached_tokens=metrics.num_cached_tokens,
         ),
-        timings=pb.Timings(
-            queued=max(0.0, (metrics.first_scheduled or metrics.finished) - metrics.arrival),
-            time_to_first_token=metrics.time_to_first_token,
-            total=metrics.finished - metrics.arrival,
-        ),
+        timings=pb.Timings(queued=metrics.queued, time_to_first_token=metrics.time_to_first_token, total=metrics.total),
     )
     for request in requests:
         assert request.finish_reason is not None

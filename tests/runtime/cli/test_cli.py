@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_generate_json_is_one_object_and_nothing_else(model: Path) -> None:
     [sample] = output["outputs"]
     assert (sample["index"], sample["text"], sample["finish_reason"]) == (0, expected(model, "hello"), "length")
     assert len(sample["token_ids"]) == 6 and all(isinstance(token, int) for token in sample["token_ids"])
+
+
+def test_generate_json_tells_how_long_it_took(headwise: Run, model: Path) -> None:
+    started = time.monotonic()
+    code, out, _ = headwise("generate", "hello", "--model", str(model), "--max-tokens", "6", "--json", *LOCAL)
+    metrics = json.loads(out)["metrics"]
+    assert code == 0 and metrics.keys() == {
+        *("queued_s", "time_to_first_token_s", "total_s"),
+        *("num_preemptions", "num_cached_tokens", "num_restored_tokens"),
+    }
+    times = [metrics[name] for name in ("queued_s", "time_to_first_token_s", "total_s")]
+    assert 0 < times[0] < times[1] < times[2] < time.monotonic() - started
 
 
 def test_generate_with_stop_and_chat(headwise: Run, model: Path) -> None:
