@@ -246,7 +246,7 @@ class SharedMemory(Collectives):
         )
 
     def _get(self, rank: int, offset: int) -> int:
-        return spin.read_word(self._address + rank * spin.CONTROL_BYTES + offset)
+        return int(spin.read_word(self._address + rank * spin.CONTROL_BYTES + offset))
 
     def _set(self, offset: int, value: int) -> None:
         spin.write_word(self._address + self.rank * spin.CONTROL_BYTES + offset, value)
