@@ -30,6 +30,10 @@ class ChannelError(HeadwiseError):
     """A message could not be sent in time, or the channel cannot be set up."""
 
 
+class MessageTooLargeError(ChannelError):
+    """A message is over the limit, which is its sender's mistake and not its receiver's."""
+
+
 class EngineChannel(ABC):
     """The engine's end: one queue to each rank, one queue from all of them. For one thread, but for :meth:`wake`."""
 
@@ -39,7 +43,8 @@ class EngineChannel(ABC):
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ChannelError: the rank does not read, the payload is too large, or the channel is closed.
+            MessageTooLargeError: the payload is too large for every rank.
+            ChannelError: the rank does not read, or the channel is closed.
         """
 
     def send_all(self, kind: Kind, payload: bytes) -> None:
@@ -73,7 +78,8 @@ class ShardChannel(ABC):
         """May be called on any thread.
 
         Raises:
-            ChannelError: the engine does not read, or the payload is too large.
+            MessageTooLargeError: the payload is too large.
+            ChannelError: the engine does not read, or the channel is closed.
         """
 
     @abstractmethod

@@ -15,13 +15,18 @@ Progress = Callable[[int, int], None]
 
 
 class ShardGroupDied(HeadwiseError):
-    """A rank of the group is gone; the whole group is, since no rank can step without the others."""
+    """A rank of the group is gone; the whole group is, since no rank can step without the others.
 
-    def __init__(self, rank: int, node: str, cause: str) -> None:
+    Attributes:
+        rank, node: None where the group has ended for no rank's sake, as when it is closed.
+    """
+
+    def __init__(self, rank: int | None, node: str | None, cause: str) -> None:
         self.rank, self.node, self.cause = rank, node, cause
-        super().__init__(f"rank {rank} on node {node} died: {cause}")
+        who = "the shard group has ended" if rank is None else f"rank {rank} on node {node} died"
+        super().__init__(f"{who}: {cause}")
 
-    def __reduce__(self) -> tuple[type[ShardGroupDied], tuple[int, str, str]]:
+    def __reduce__(self) -> tuple[type[ShardGroupDied], tuple[int | None, str | None, str]]:
         return type(self), (self.rank, self.node, self.cause)
 
 

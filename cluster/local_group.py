@@ -88,6 +88,8 @@ class LocalShardGroup(ChannelGroup):
         try:
             return super().collect()
         except ShardGroupDied as death:  # with the rank's own error, and so its traceback
+            if death.rank is None:
+                raise
             run = self._runs[death.rank]
             wait([run], timeout=1.0)  # a rank tells of its death, and then ends
             raise death from (run.exception() if run.done() else None)
@@ -98,7 +100,7 @@ class LocalShardGroup(ChannelGroup):
 
     def close(self) -> None:
         if self._mailbox is not None:
-            self._mailbox.declare_dead(0, CLOSED)  # for an engine that still waits for a step
+            self._mailbox.declare_dead(None, CLOSED)  # for an engine that still waits for a step
         self._channel.send_all(Kind.CLOSE, b"")
         for thread in self._ranks:
             thread.end(CLOSE_TIMEOUT_S)
@@ -108,7 +110,7 @@ class LocalShardGroup(ChannelGroup):
         """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
         assert self._mailbox is not None, "start() comes first"
         error = run.exception()
-        self._mailbox.declare_dead(*((rank, CLOSED) if error is None else death_of(rank, error)))
+        self._mailbox.declare_dead(*((None, CLOSED) if error is None else death_of(rank, error)))
 
 
 class _RankThread:

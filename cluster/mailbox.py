@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgpack
 
-from headwise.cluster.channel import ChannelError, EngineChannel, Kind
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind, MessageTooLargeError
 from headwise.cluster.group import ShardGroupDied
 
 CLOSED = "the group is closed"
@@ -34,13 +34,15 @@ class Mailbox:
     def send_all(self, kind: Kind, payload: bytes) -> None:
         """
         Raises:
-            ShardGroupDied: a rank died, or does not read what it is sent.
+            ShardGroupDied: a rank died, or does not read what it is sent; or the payload is too large for any.
         """
         if self.death is not None:
             raise self.death
         for rank in range(len(self._nodes)):
             try:
                 self._channel.send(rank, kind, payload)
+            except MessageTooLargeError as error:
+                raise self.declare_dead(None, str(error)) from None
             except ChannelError as error:
                 raise self.declare_dead(rank, str(error)) from None
 
@@ -70,9 +72,13 @@ class Mailbox:
                 self._received[got[0]].append((got[1], got[2]))
         return self._received[kind].popleft()
 
-    def declare_dead(self, rank: int, cause: str) -> ShardGroupDied:
-        """Ends the group, unless a death is known already; returns the first. May be called on any thread."""
+    def declare_dead(self, rank: int | None, cause: str) -> ShardGroupDied:
+        """Ends the group, unless a death is known already; returns the first. May be called on any thread.
+
+        Args:
+            rank: the one that died; None where none did.
+        """
         if self.death is None:
-            self.death = ShardGroupDied(rank, self._nodes[rank], cause)
+            self.death = ShardGroupDied(rank, None if rank is None else self._nodes[rank], cause)
         self._channel.wake()
         return self.death

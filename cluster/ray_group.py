@@ -37,7 +37,9 @@ class RayShardGroup(ChannelGroup):
             self._watcher.stop()  # before the ranks end, or it would report their end as a death
         alive = self.death is None
         if self._mailbox is not None:
-            self._mailbox.declare_dead(0, CLOSED)  # first, so that an engine that waits for a step leaves the channel
+            self._mailbox.declare_dead(
+                None, CLOSED
+            )  # first, so that an engine that waits for a step leaves the channel
         try:
             self._ranks.end(ask=alive)
         finally:

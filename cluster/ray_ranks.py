@@ -17,9 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.group import GroupStartError, Progress, ShardGroupDied
+from headwise.cluster.rank import death_of
 from headwise.cluster.ray_watcher import first_lines
 from headwise.cluster.zmq_channel import ZmqEngineChannel
 from headwise.workers.collectives import Rendezvous
+from headwise.workers.errors import PeerDiedError
 from headwise.workers.spec import ShardSpec
 
 _logger = logging.getLogger(__name__)
@@ -148,15 +150,19 @@ class RayRanks:
     def _get(self, ref: Any, rank: int) -> Any:
         """
         Raises:
-            ShardGroupDied: the rank's process is gone; else what the rank itself raised.
+            ShardGroupDied: the rank's process is gone, or a peer's; else what the rank itself raised.
         """
         try:
             return ray.get(ref)
         except RayTaskError as error:
+            if isinstance(error.cause, PeerDiedError):
+                raise self._death(*death_of(rank, error.cause)) from None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except RayActorError as error:
-            node = self.nodes[rank] if self._places else "unknown"
-            raise ShardGroupDied(rank, node, first_lines(error)) from None
+            raise self._death(rank, first_lines(error)) from None
+
+    def _death(self, rank: int, cause: str) -> ShardGroupDied:
+        return ShardGroupDied(rank, self.nodes[rank] if self._places else "unknown", cause)
 
     def _end_actors(self, ask: bool) -> None:
         if ask and self._runs and self._channel is not None:

@@ -17,11 +17,12 @@ class RunWatcher:
     """Waits on a thread until one of a group's ranks stops running, and reports which and why, unless :meth:`stop` came
     first."""
 
-    def __init__(self, runs: list[Any], report: Callable[[int, str], object]) -> None:
+    def __init__(self, runs: list[Any], report: Callable[[int | None, str], object]) -> None:
         """
         Args:
             runs: Ray's references of every actor's run(), in rank order.
-            report: gets the rank that died and the cause, once, on the watcher's thread.
+            report: gets the rank that died, None if it is Ray that has gone, and the cause, once, on the watcher's
+                thread.
         """
         self._runs, self._report = runs, report
         self._stopped = threading.Event()
@@ -37,7 +38,8 @@ class RunWatcher:
         self._thread.join(5.0)
 
     def _watch(self) -> None:
-        rank, cause = 0, ""
+        rank: int | None = None
+        cause = ""
         while not cause and not self._stopped.is_set():
             try:
                 ready, _ = ray.wait(self._runs, timeout=0.25)
@@ -47,7 +49,9 @@ class RunWatcher:
                     cause = "its run() returned"
             except RayTaskError as error:
                 root = error.cause
-                rank, cause = death_of(rank, root) if isinstance(root, PeerDiedError) else (rank, first_lines(error))
+                cause = first_lines(error)
+                if rank is not None and isinstance(root, PeerDiedError):
+                    rank, cause = death_of(rank, root)
             except Exception as error:  # Ray itself may be gone
                 cause = first_lines(error)
         if not self._stopped.is_set():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from headwise.cluster.channel import ChannelError, EngineChannel, Kind, ShardChannel
+from headwise.cluster.channel import ChannelError, EngineChannel, Kind, MessageTooLargeError, ShardChannel
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import MAX_MESSAGE_BYTES
 
@@ -232,7 +232,7 @@ def _milliseconds(seconds: float | None) -> int | None:
 def _send(socket: zmq.Socket[bytes], parts: list[bytes], receiver: str) -> None:
     if len(parts[-1]) > MAX_MESSAGE_BYTES:
         # The receiving socket would drop the connection over it, and the message with it.
-        raise ChannelError(
+        raise MessageTooLargeError(
             f"a message of {len(parts[-1])} bytes to {receiver} is over the limit of {MAX_MESSAGE_BYTES}"
         )
     try:

@@ -181,8 +181,9 @@ def test_only_what_a_rank_knows_can_be_asked(group: ThreadShardGroup) -> None:
 def test_a_closed_group_computes_nothing(group: ThreadShardGroup) -> None:
     for _ in range(2):
         group.close()
-    with pytest.raises(ShardGroupDied, match="the group is closed"):
-        group.submit(PLAN)
+    for use in (lambda: group.submit(PLAN), group.collect):
+        with pytest.raises(ShardGroupDied, match=r"^the shard group has ended: the group is closed"):
+            use()
 
 
 def test_only_one_rank_without_ray(checkpoint: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,8 @@ from headwise.cluster.channel import ChannelError, Kind
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.mailbox import Mailbox
 from headwise.cluster.queue_channel import QueueEngineChannel
+from headwise.cluster.zmq_channel import ZmqEngineChannel
+from headwise.workers.plan import MAX_MESSAGE_BYTES
 
 DEADLINE_S = 10.0
 
@@ -64,3 +67,15 @@ def test_a_rank_that_does_not_read_is_the_one_that_died(
     monkeypatch.setattr(channel, "send", send)
     with pytest.raises(ShardGroupDied, match="rank 1 on node there died: has not read"):
         mailbox.send_all(Kind.STEP, b"")
+
+
+def test_no_rank_is_blamed_for_a_message_too_large_for_any() -> None:
+    channel = ZmqEngineChannel(2)
+    mailbox = Mailbox(channel, ["here", "there"])
+    with pytest.raises(
+        ShardGroupDied, match=f"the shard group has ended: a message of {MAX_MESSAGE_BYTES + 1}"
+    ) as death:
+        mailbox.send_all(Kind.STEP, bytes(MAX_MESSAGE_BYTES + 1))
+    assert death.value.rank is None and death.value.node is None
+    assert str(copy.copy(death.value)) == str(death.value)
+    channel.close()

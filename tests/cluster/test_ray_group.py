@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,15 +17,17 @@ import msgpack
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from headwise.cluster import ray_ranks
 from headwise.cluster.channel import Kind
 from headwise.cluster.group import GroupStartError, ShardGroupDied
 from headwise.cluster.ray_factory import RayGroupFactory
 from headwise.cluster.ray_ranks import RayRanks
+from headwise.cluster.ray_watcher import RunWatcher
 from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.engine.loop import EngineStoppedError
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.errors import InvalidValueError, PeerDiedError
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from tests.checkpoints import small_spec
 from tests.effort import thorough
@@ -83,6 +86,30 @@ def test_the_death_of_a_rank_is_reported_and_leaves_nothing(checkpoint: Callable
         with pytest.raises(ShardGroupDied):
             model.generate(prompts()[0], PARAMS)
     nothing_left(pids)
+
+
+def test_a_death_that_a_peer_tells_of_while_it_loads_is_the_peers(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(ref: object) -> object:
+        raise RayTaskError("load", "", PeerDiedError(1, "died (pid 7 is gone)"))
+
+    ranks = RayRanks(small_spec(checkpoint("uneven"), tensor_parallel_size=2), None, 1.0)  # type: ignore[arg-type]
+    ranks._places = [{"address": "here"}, {"address": "there"}]
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ShardGroupDied, match=r"rank 1 on node there died: died \(pid 7 is gone\)"):
+        ranks._get("rank 0's load", 0)
+
+
+def test_no_rank_is_blamed_where_ray_itself_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_: Any, **__: Any) -> object:
+        raise ConnectionError("the head node is gone")
+
+    reports: queue.SimpleQueue[tuple[int | None, str]] = queue.SimpleQueue()
+    monkeypatch.setattr(ray, "wait", wait)
+    watcher = RunWatcher([], lambda rank, cause: reports.put((rank, cause)))
+    assert reports.get(timeout=10) == (None, "the head node is gone")
+    watcher.join()
 
 
 @pytest.mark.thorough
