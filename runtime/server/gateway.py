@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from headwise.runtime.addresses import join
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 START_TIMEOUT_S = 120.0
@@ -82,7 +83,7 @@ class Gateway:
                 code = self._process.returncode
                 await self.stop()
                 ended = f"ended with {code}" if code is not None else f"did not answer within {START_TIMEOUT_S:g} s"
-                raise GatewayError(f"the gateway on {self._host}:{self.port} {ended}")
+                raise GatewayError(f"the gateway on {join(self._host, self.port)} {ended}")
             await asyncio.sleep(0.1)
         self._supervisor = asyncio.create_task(self._supervise())
 

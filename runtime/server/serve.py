@@ -294,8 +294,7 @@ class Server:
         Raises:
             InvalidValueError: another process has the address, or this host does not have it.
         """
-        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
-        address = f"{host}:{self._options.port}"
+        address = join(self._options.host, self._options.port)
         try:
             if self._credentials is not None:
                 return server.add_secure_port(address, self._credentials)
@@ -307,7 +306,7 @@ class Server:
     def _about(self, port: int, metrics_port: int | None) -> dict[str, Any]:
         llm, options = self._llm, self._options
         about: dict[str, Any] = {
-            "address": f"{options.host}:{port}",
+            "address": join(options.host, port),
             "model": options.name,
             "kv_tokens": llm.num_blocks * llm.config.block_size,
             "max_model_len": llm.inputs.max_model_len,
@@ -317,9 +316,9 @@ class Server:
             "tokens": bool(self._tokens),
         }
         if metrics_port is not None:
-            about["metrics"] = f"{options.metrics_host}:{metrics_port}"
+            about["metrics"] = join(options.metrics_host, metrics_port)
         if self._gateway is not None:
-            about["openai"] = f"{'https' if about['tls'] else 'http'}://{options.host}:{self._gateway.port}/v1"
+            about["openai"] = f"{'https' if about['tls'] else 'http'}://{join(options.host, self._gateway.port)}/v1"
         return about
 
 
