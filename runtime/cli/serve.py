@@ -42,7 +42,7 @@ def serve(
     openai_port: Annotated[
         int | None, option("port", "Serve OpenAI's API there; 0: any free one; default: none.", min=0, max=65535)
     ] = None,
-    name: Annotated[str | None, option("name", "The model's name for clients; default: what --model says.")] = None,
+    name: Annotated[str | None, option("name", "The model's name for clients; default: the end of --model.")] = None,
     tls_cert: Annotated[Path | None, option("file", "Encrypt with TLS: the server's certificate (PEM).")] = None,
     tls_key: Annotated[Path | None, option("file", "The key of that certificate (PEM).")] = None,
     tls_client_ca: Annotated[
@@ -106,7 +106,7 @@ def serve(
     settings |= {key: value for key, value in tiers.items() if value is not None}
     config = engine_config(model=model, enable_prefix_caching=prefix_caching, max_num_seqs=max_num_seqs, **settings)
     options = ServeOptions(
-        name=name or model,
+        name=name or Path(model).resolve().name,
         host=host,
         port=port,
         metrics_port=metrics_port,

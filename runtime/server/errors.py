@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from contextvars import ContextVar
 from typing import NoReturn
 
 import grpc
@@ -19,6 +20,12 @@ MAX_MESSAGE = 1000
 """Characters of a status. It is sent twice, and clients take headers of 8 KiB."""
 RETRY_AFTER_S = 1.0
 """What a client is told to wait when the queue is full."""
+
+ENGINE_ENDED = "the engine of this server has ended"
+"""What a tenant is told; how it ended, which names nodes and files, is for admins and the log."""
+
+for_admin: ContextVar[bool] = ContextVar("for_admin", default=False)
+"""Whether the call is an admin's."""
 
 _logger = logging.getLogger(__name__)
 
@@ -100,10 +107,13 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     """Ends a call with the status of an error, and its details: a wrong field as BadRequest, when to try again as
     RetryInfo.
 
-    Of an error that Headwise did not raise only the type is sent: its message may hold anything.
+    Of an error that Headwise did not raise only the type is sent: its message may hold anything. How the engine ended
+    is told to admins alone.
     """
     code = code_of(error)
     message = str(error) if isinstance(error, HeadwiseError) else f"internal error: {type(error).__name__}"
+    if isinstance(error, (ShardGroupDied, EngineStoppedError)) and not for_admin.get():
+        message = ENGINE_ENDED
     if code is grpc.StatusCode.INTERNAL:
         _logger.error("%s\n%s", message, trace(error))
     if len(message) > MAX_MESSAGE:

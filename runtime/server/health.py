@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headwise.runtime.engine.engine import Engine
+from headwise.runtime.server.errors import ENGINE_ENDED
 from headwise.runtime.server.sessions import Context, Sessions
 
 _INTERVAL_S = 0.5
@@ -47,7 +48,7 @@ class HealthMonitor:
         """Why clients should send no request now; None if they may."""
         llm = self._sessions.llm
         if llm.failure is not None:
-            return str(llm.failure)
+            return ENGINE_ENDED
         if self._sessions.draining:
             return "this server drains"
         return "a step makes no progress" if is_hung(llm.engine, self._step_timeout_s) else None

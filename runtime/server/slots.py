@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 
 from headwise.runtime.engine.waiting import share
-from headwise.runtime.server.auth import Details, Handler
-from headwise.runtime.server.errors import TooManyCallsError, abort
+from headwise.runtime.server.auth import Details, Handler, Tenant
+from headwise.runtime.server.errors import TooManyCallsError, abort, for_admin
 from headwise.runtime.server.sessions import Context, Sessions
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -57,7 +57,12 @@ class Slots(grpc.aio.ServerInterceptor):
         # Of both sides' streams whatever the method is: others are not called before the message has come.
         async def run(messages: AsyncIterator[Any], context: Context) -> None:
             try:
-                self._take(context, self._health_limits(context) if is_health else self._limits(context))
+                if is_health:
+                    self._take(context, self._health_limits(context.peer()))
+                else:
+                    tenant = self._sessions.tenant(context)
+                    for_admin.set(tenant.admin)
+                    self._take(context, self._limits(context.peer(), tenant))
             except HeadwiseError as error:
                 if not is_health:
                     self._sessions.refuse(error)
@@ -102,26 +107,21 @@ class Slots(grpc.aio.ServerInterceptor):
 
         context.add_done_callback(give_back)  # type: ignore[arg-type]  # the stubs want a class of their own
 
-    def _health_limits(self, context: Context) -> dict[str, int]:
-        connection = context.peer()
+    def _limits(self, connection: str, tenant: Tenant) -> dict[str, int]:
+        everybody, most = "this server", 2 * self._of_client
+        limits = {everybody: most, f"the connection {connection}": self._of_client}
+        if tenant.name:
+            name = f"the tenant {tenant.name}"
+            limits[name] = self._share(name, everybody, most)
+        return limits
+
+    def _health_limits(self, connection: str) -> dict[str, int]:
         everybody, host = "the health service", f"the health service, from {connection.rpartition(':')[0]},"
         return {
             everybody: HEALTH_CALLS,
             host: min(HEALTH_CALLS_OF_HOST, self._share(host, everybody, HEALTH_CALLS)),
             f"the health service, from {connection},": HEALTH_CALLS_OF_CONNECTION,
         }
-
-    def _limits(self, context: Context) -> dict[str, int]:
-        """
-        Raises:
-            UnauthenticatedError: the call is nobody's.
-        """
-        tenant, everybody, most = self._sessions.tenant(context), "this server", 2 * self._of_client
-        limits = {everybody: most, f"the connection {context.peer()}": self._of_client}
-        if tenant.name:
-            name = f"the tenant {tenant.name}"
-            limits[name] = self._share(name, everybody, most)
-        return limits
 
     def _share(self, one: str, everybody: str, most: int) -> int:
         """What one of those who have calls open may have open: half of what others leave free."""

@@ -77,18 +77,18 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             await abort(context, error)
 
     async def GetModelInfo(self, request: Any, context: Context) -> vllm_engine_pb2.GetModelInfoResponse:
-        inputs, path = self._llm.inputs, str(self._llm.model_path)
+        inputs = self._llm.inputs
         try:
             config = json.loads(await asyncio.to_thread((self._llm.model_path / "config.json").read_bytes))
         except OSError:  # gone since the model was loaded
             config = {}
         return vllm_engine_pb2.GetModelInfoResponse(
-            model_path=path,
+            model_path=self._name,  # the gateway has the path from its own options, and others are not told it
             is_generation=True,
             max_context_length=inputs.max_model_len,
             vocab_size=inputs.model.vocab_size,
             served_model_name=self._name,
-            tokenizer_path=path,
+            tokenizer_path=self._name,
             model_type=config.get("model_type", "llama"),
             architectures=config.get("architectures") or ["LlamaForCausalLM"],
             eos_token_ids=inputs.model.eos_token_ids,

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import AsyncClient, Client, ServerError
 from headwise.runtime.config import engine_config
@@ -24,6 +25,7 @@ from headwise.runtime.server.sessions import Sessions
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
 from tests.runtime.server.conftest import DEADLINE_S, Running
+from tests.thread_group import ThreadShardGroup
 
 Serve = Callable[..., Running]
 ALICE, BOB, ROOT = "alice-0123456789abcdef", "bob-0123456789abcdef", "root-0123456789abcdef"
@@ -113,6 +115,28 @@ def test_an_admin_ends_requests_of_others_by_their_full_names(serve: Serve, toke
         root.abort("alice/1")
         last = list(stream)[-1]
         assert last.samples[0].finish_reason == "abort"  # type: ignore[union-attr]
+
+
+def test_how_the_engine_ended_is_told_to_admins_alone(
+    serve: Serve, token_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def die(group: ThreadShardGroup) -> object:
+        raise ShardGroupDied(1, "10.1.2.3", "of /home/ops/a.py")
+
+    running = serve(options={"token_file": token_file})
+    with running.client(token=ALICE, retries=0) as alice, running.client(token=ROOT, retries=0) as root:
+        long = SamplingParams(max_tokens=400, ignore_eos=True)
+        streams = [client.stream(PROMPT, long) for client in (alice, root)]
+        for stream in streams:
+            next(stream)
+        monkeypatch.setattr(ThreadShardGroup, "collect", die)
+        for stream, is_told in zip(streams, (False, True), strict=True):
+            with pytest.raises(ServerError) as error:
+                list(stream)
+            assert error.value.code is grpc.StatusCode.UNAVAILABLE
+            assert ("10.1.2.3" in str(error.value)) is ("/home/ops" in str(error.value)) is is_told
+    assert running.exit_code.result(DEADLINE_S) == 3
+    assert "10.1.2.3" in caplog.text
 
 
 def test_names_of_tenants_and_ids_do_not_run_together() -> None:

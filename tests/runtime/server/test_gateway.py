@@ -207,6 +207,8 @@ def test_the_gateways_view_of_the_cache(server: dict[str, Any]) -> None:
         assert engine.GetLoads(vllm_engine_pb2.GetLoadsRequest(), timeout=DEADLINE_S).loads[0].num_running_reqs == 0
         info = engine.GetServerInfo(vllm_engine_pb2.GetServerInfoRequest(), timeout=DEADLINE_S)
         assert (info.server_type, info.block_size) == ("vllm-grpc", 16)
+        model = engine.GetModelInfo(vllm_engine_pb2.GetModelInfoRequest(), timeout=DEADLINE_S)
+        assert model.served_model_name == "smollm2" and "/" not in str(model)
 
 
 @pytest.mark.slow

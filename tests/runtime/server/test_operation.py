@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,8 +15,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
+from headwise.runtime.server import serve as serve_module
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.runtime.conftest import Run
 from tests.runtime.server.conftest import DEADLINE_S, Running
 from tests.thread_group import ThreadShardGroup
 
@@ -153,3 +156,23 @@ def test_kv_events_start_with_a_snapshot(serve: Serve) -> None:
         message = decode_events(next(events).events)
         assert [type(event) for event in message.events] == [Stored] and len(message.events[0].digests) == 2
         events.cancel()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [([], "my-model"), (["--name", "a/b"], "a/b"), (["--model", "smollm2"], "smollm2")]
+)
+def test_a_models_name_is_not_its_path(
+    headwise: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], name: str
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(serve_module, "serve", lambda _, about: served.append(about.name))
+    assert headwise("serve", "--model", str(tmp_path / "my-model"), *options)[0] == 0
+    assert served == [name]
+
+
+def test_addresses_of_ipv6_are_in_brackets(serve: Serve) -> None:
+    running = serve(options={"host": "::1", "metrics_host": "::1", "metrics_port": 0})
+    assert running.address.startswith("[::1]:") and running.about["metrics"].startswith("[::1]:")
+    with running.client(token="a-token-for-nobody") as client:
+        assert client.generate(PROMPT, SamplingParams(max_tokens=2)).completion_tokens
+    assert "headwise_engine_up 1.0" in running.metrics()
