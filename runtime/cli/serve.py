@@ -71,8 +71,14 @@ def serve(
         float, option("seconds", "Time that a request may take, its waiting included.", min=0.1)
     ] = 3600.0,
     step_timeout: Annotated[
-        float, option("seconds", "Time of a step after which the server reports that it is not healthy.", min=0.1)
-    ] = 8.0,
+        float | None,
+        option(
+            "seconds",
+            "Time of a step after which the server reports that it is not healthy; default: 4 times the slowest "
+            "recent step, at least 8.",
+            min=0.1,
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",

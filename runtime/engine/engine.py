@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, KeysView
@@ -19,6 +20,9 @@ from headwise.workers.plan import StepOutput
 
 TRANSFER_WAIT_S = 0.02
 """How long a step that has nothing to compute waits for blocks on their way."""
+
+STEP_HALF_LIFE_S = 3600.0
+"""After so long a slow step counts half."""
 
 Sink = Callable[[list[Delta]], None]
 """Gets what is new of its requests since the last time, in order."""
@@ -57,6 +61,13 @@ class Engine:
         self._cpu_seconds = 0.0
         self._next_check = 0.0
         self._num_paused = 0
+        self._slowest_step = 0.0, time.monotonic()  # its seconds, and when it was over
+
+    @property
+    def slowest_step_s(self) -> float:
+        """Seconds of the slowest step, which count less as time goes by. May be read by other threads."""
+        seconds, ended = self._slowest_step
+        return seconds * math.pow(0.5, (time.monotonic() - ended) / STEP_HALF_LIFE_S)
 
     @property
     def has_work(self) -> bool:
@@ -109,7 +120,7 @@ class Engine:
         Raises:
             ShardGroupDied: the group is gone; every request is still known.
         """
-        cpu_started = time.thread_time()
+        started, cpu_started = time.monotonic(), time.thread_time()
         self.generation.pins.expire()
         while len(self._in_flight) < self._depth and self._submit_next():
             pass
@@ -120,6 +131,9 @@ class Engine:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
+        ended = time.monotonic()
+        if ended - started > self.slowest_step_s:
+            self._slowest_step = ended - started, ended
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start, and what holds now. A block that is only kept for its content counts as free.

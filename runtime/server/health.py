@@ -13,6 +13,9 @@ from headwise.runtime.server.errors import ENGINE_ENDED
 from headwise.runtime.server.sessions import Context, Sessions
 
 _INTERVAL_S = 0.5
+MIN_STEP_TIMEOUT_S = 8.0
+SLOW_STEPS = 4
+"""So many times the slowest recent step is a step that hangs."""
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -26,10 +29,11 @@ class HealthMonitor:
         servicer: grpc.health.v1 for the server: ``Check`` and ``Watch``, of "" (the server) and of each service's name.
     """
 
-    def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float) -> None:
+    def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float | None) -> None:
         """
         Args:
-            step_timeout_s: how long a step may take, in seconds, before the engine counts as hung.
+            step_timeout_s: how long a step may take, in seconds, before the engine counts as hung; None: SLOW_STEPS
+                times the slowest recent step, and at least MIN_STEP_TIMEOUT_S.
         """
         self.servicer = HealthServicer(sessions, ["", *services])
         self._sessions, self._step_timeout_s = sessions, step_timeout_s
@@ -101,7 +105,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=SERVING if self._serving else NOT_SERVING)
 
 
-def is_hung(engine: Engine, step_timeout_s: float) -> bool:
-    """Whether the current step, or a call between two steps, has taken longer than ``step_timeout_s``."""
+def is_hung(engine: Engine, step_timeout_s: float | None) -> bool:
+    """Whether the current step, or a call between two steps, has taken longer than ``step_timeout_s``, which is as of
+    :class:`HealthMonitor`."""
+    if step_timeout_s is None:
+        step_timeout_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * engine.slowest_step_s)
     since = engine.busy_since
     return since is not None and time.monotonic() - since > step_timeout_s

@@ -83,7 +83,8 @@ class ServeOptions:
         drain_timeout_s: seconds for running requests to end, once the server is told to stop. Default: 30.
         stall_timeout_s: seconds that a client may leave a stream unread. Default: 30.
         max_request_s: seconds that a request may take, its waiting included. Default: 3600.
-        step_timeout_s: seconds that a step may take before the health service says NOT_SERVING. Default: 8.
+        step_timeout_s: seconds that a step may take before the health service says NOT_SERVING; None, the default, is
+            four times the slowest recent step, and at least 8.
         as_json: whether the line that says that the server is ready is JSON. Default: False.
     """
 
@@ -103,7 +104,7 @@ class ServeOptions:
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     max_request_s: float = 3600.0
-    step_timeout_s: float = 8.0
+    step_timeout_s: float | None = None
     as_json: bool = False
 
 

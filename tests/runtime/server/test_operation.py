@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.server import serve as serve_module
+from headwise.runtime.server.health import is_hung
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
+from headwise.workers.plan import StepOutput
+from tests.plain_group import Bench, make_request
 from tests.runtime.conftest import Run
 from tests.runtime.server.conftest import DEADLINE_S, Running
 from tests.thread_group import ThreadShardGroup
@@ -74,6 +78,34 @@ def test_a_hung_step_turns_it_not_serving_and_back(serve: Serve, monkeypatch: py
         hang.clear()
         go_on.set()
         assert next(watch).status == SERVING
+
+
+def test_a_step_of_a_slow_model_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bench = Bench()
+    step = bench.group.collect
+
+    def slow() -> StepOutput:
+        nonlocal now
+        now += 30.0
+        return step()
+
+    monkeypatch.setattr(bench.group, "collect", slow)
+    bench.engine.busy_since = now
+    now += 9.0
+    assert is_hung(bench.engine, None) and not is_hung(bench.engine, 10.0)
+    bench.add(make_request("a", [1, 2, 3], 1))
+    bench.engine.step()
+    bench.engine.busy_since = now
+    now += 100.0
+    assert not is_hung(bench.engine, None) and is_hung(bench.engine, 99.0), "steps take 30 s here"
+    now += 21.0
+    assert is_hung(bench.engine, None)
+    now += 3600.0
+    bench.engine.busy_since = now
+    now += 100.0
+    assert is_hung(bench.engine, None), "that was long ago"
 
 
 def test_a_dead_engine_ends_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
