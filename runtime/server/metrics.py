@@ -34,7 +34,7 @@ class Metrics:
         )
         self.tokenizations = Counter(
             "headwise_tokenizations_total",
-            "Calls to Tokenize and Detokenize by the code they ended with.",
+            "Calls to Tokenize, Detokenize and GetTokenizer by the code they ended with.",
             ["code"],
             registry=self.registry,
         )

@@ -60,7 +60,7 @@ _SEPARATOR = "\x1f"
 
 
 class Call:
-    """One call to generate, to tokenize or to detokenize, from its arrival to its end.
+    """One call to generate or to tokenize, or for the tokenizer, from its arrival to its end.
 
     Attributes:
         method: the RPC's name.

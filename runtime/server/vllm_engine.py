@@ -36,6 +36,8 @@ from headwise.runtime.structured_outputs import MAX_CHOICES, StructuredOutputsPa
 from headwise.workers.errors import InvalidValueError
 
 SERVICE = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+MAX_TOKENIZER_BYTES = 256 << 20
+"""Of the tokenizer's files, before they are zipped."""
 _CHUNK_BYTES = 1 << 20
 _NOT_SERVED = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "media_refs")
 _TOKENIZER_FILES = (
@@ -54,6 +56,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         """
         self._sessions, self._llm, self._health, self._name = sessions, sessions.llm, health, name
         self._started, self._last_request = time.monotonic(), 0.0
+        self._tokenizer: list[common_pb2.GetTokenizerChunk] | None = None  # once somebody has asked
+        self._zipping = asyncio.Lock()
 
     async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Context) -> None:
         self._last_request = time.time()
@@ -131,15 +135,12 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         return vllm_engine_pb2.GetLoadsResponse(loads=[load])
 
     async def GetTokenizer(self, request: Any, context: Context) -> None:
-        try:
-            data = await asyncio.to_thread(_zip, self._llm.model_path)
-            chunks = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
-            for index, chunk in enumerate(chunks):
-                last = index == len(chunks) - 1
-                digest = hashlib.sha256(data).hexdigest() if last else ""
-                await self._sessions.write(context, common_pb2.GetTokenizerChunk(data=chunk, sha256=digest))
-        except Exception as error:
-            await abort(context, error)
+        async with self._sessions.call(context, method="GetTokenizer"):
+            async with self._zipping:
+                if self._tokenizer is None:
+                    self._tokenizer = await asyncio.to_thread(_zipped_tokenizer, self._llm.model_path)
+            for chunk in self._tokenizer:
+                await self._sessions.write(context, chunk)
 
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
         try:
@@ -297,20 +298,28 @@ def _logprobs(tokens: Sequence[int], found: Sequence[Any]) -> vllm_engine_pb2.Ou
     )
 
 
-def _zip(folder: Path) -> bytes:
-    """The tokenizer's files of a model's directory, as a zip file.
+def _zipped_tokenizer(folder: Path) -> list[common_pb2.GetTokenizerChunk]:
+    """The tokenizer's files of a model's directory, as a zip file in pieces.
 
     Raises:
-        UnavailableError: the directory has none.
+        UnavailableError: the directory has none, or they are too large.
     """
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-        for name in names:
-            archive.write(folder / name, name)
+    names = [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not any(name.startswith("tokenizer.") for name in names):
         raise UnavailableError("the model has no tokenizer")
-    return data.getvalue()
+    size = sum((folder / name).stat().st_size for name in names)
+    if size > MAX_TOKENIZER_BYTES:
+        raise UnavailableError(f"the tokenizer's files have {size} bytes, and at most {MAX_TOKENIZER_BYTES} are sent")
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.write(folder / name, name)
+    zipped = data.getvalue()
+    chunks = [
+        common_pb2.GetTokenizerChunk(data=zipped[at : at + _CHUNK_BYTES]) for at in range(0, len(zipped), _CHUNK_BYTES)
+    ]
+    chunks[-1].sha256 = hashlib.sha256(zipped).hexdigest()
+    return chunks
 
 
 def add_to(server: grpc.aio.Server, service: VllmEngineService) -> None:

@@ -1,0 +1,81 @@
+"""The service for the gateway, asked without one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from headwise.runtime.server.health import HealthMonitor
+from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
+from tests.checkpoints import write_checkpoint
+from tests.runtime.server.conftest import DEADLINE_S, Running
+
+pytest.importorskip("smg_grpc_proto")
+from headwise.runtime.server import vllm_engine
+
+Serve = Callable[..., Running]
+
+
+class Context:
+    """What a call has of gRPC, and what was sent to it."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.code = grpc.StatusCode.OK
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def write(self, message: Any) -> None:
+        self.sent.append(message)
+
+    async def abort(self, code: grpc.StatusCode, *about: object) -> None:
+        self.code = code
+        raise grpc.aio.AbortError
+
+
+def tokenizers(running: Running, count: int) -> list[Context]:
+    """So many calls for the tokenizer, side by side."""
+
+    async def get() -> list[Context]:
+        sessions = running.server.sessions
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        contexts = [Context() for _ in range(count)]
+        await asyncio.gather(*[service.GetTokenizer(None, one) for one in contexts], return_exceptions=True)  # type: ignore[arg-type]
+        return contexts
+
+    return asyncio.run_coroutine_threadsafe(get(), running.loop).result(DEADLINE_S)
+
+
+def test_the_tokenizer_is_zipped_once(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
+    running, made, make = serve(tmp_path), [], zipfile.ZipFile
+    monkeypatch.setattr(vllm_engine.zipfile, "ZipFile", lambda *about: made.append(about) or make(*about))
+    contexts = tokenizers(running, 5)
+    data = b"".join(chunk.data for chunk in contexts[0].sent)
+    assert contexts[0].sent[-1].sha256 == hashlib.sha256(data).hexdigest()
+    assert {"tokenizer.json", "config.json"} <= set(make(io.BytesIO(data)).namelist())
+    assert all(one.sent == contexts[0].sent for one in contexts) and len(made) == 1
+
+
+def test_a_tokenizer_that_is_not_there_or_too_large_is_not_sent(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tokenizers(serve(), 1)[0].code is grpc.StatusCode.UNAVAILABLE
+    write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
+    monkeypatch.setattr(vllm_engine, "MAX_TOKENIZER_BYTES", 1000)
+    assert tokenizers(serve(tmp_path), 1)[0].code is grpc.StatusCode.UNAVAILABLE
