@@ -111,7 +111,8 @@ class Access:
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Turns away calls without a valid token, before their message is read. Health needs no token."""
 
-    def __init__(self, tokens: Tokens, on_refusal: Callable[[BaseException], None]) -> None:
+    def __init__(self, tokens: Tokens, on_refusal: Callable[[BaseException, str], None]) -> None:
+        """Args: ``on_refusal``: gets the error and the peer of each call that is turned away."""
         self._tokens, self._on_refusal = tokens, on_refusal
 
     async def intercept_service(
@@ -122,13 +123,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         try:
             self._tokens.tenant(handler_call_details.invocation_metadata or ())
         except UnauthenticatedError as error:
-            self._on_refusal(error)
-            return grpc.stream_stream_rpc_method_handler(partial(_turn_away, error))
+            return grpc.stream_stream_rpc_method_handler(partial(self._turn_away, error))
         return await continuation(handler_call_details)
 
-
-async def _turn_away(error: UnauthenticatedError, messages: object, context: Any) -> None:
-    await abort(context, error)
+    async def _turn_away(self, error: UnauthenticatedError, messages: object, context: Any) -> None:
+        self._on_refusal(error, context.peer())
+        await abort(context, error)
 
 
 def read_tokens(path: Path | None) -> Tokens:

@@ -13,7 +13,8 @@ from headwise.runtime.engine.request import Request
 
 SILENCE_S = 10.0
 """For a client of the metrics to say what it wants, and to take what it gets."""
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 2400, 3600)
+"""Up to the default of --max-request-time."""
 
 
 class Metrics:

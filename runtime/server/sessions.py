@@ -10,7 +10,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import unquote
 
 import grpc
 
@@ -187,7 +189,7 @@ class Sessions:
         except Exception as error:
             code, failure = code_of(error), error
         finally:
-            self._account(call, code)
+            self._account(call, code, context.peer())
         if failure is not None:
             await self._fail(context, call.tenant, failure)
 
@@ -227,9 +229,9 @@ class Sessions:
         finally:
             self._num_subscribers -= 1
 
-    def refuse(self, error: BaseException) -> None:
+    def refuse(self, error: BaseException, peer: str = "") -> None:
         """Counts and logs a call that was refused before its message was read."""
-        self._account(None, code_of(error))
+        self._account(None, code_of(error), peer)
 
     def abort(self, tenant: Tenant, request_ids: Collection[str]) -> None:
         """Ends requests of a tenant; an admin may name another's TENANT/ID. Unknown ids are ignored: the request may
@@ -359,18 +361,19 @@ class Sessions:
             if tenant.name:
                 _take_away(self._stalled_of, tenant.name)
 
-    def _account(self, call: Call | None, code: grpc.StatusCode) -> None:
+    def _account(self, call: Call | None, code: grpc.StatusCode, peer: str) -> None:
         method = call.method if call is not None else "Generate"
         counts = self.metrics.requests if method == "Generate" else self.metrics.tokenizations
         counts.labels(code.name).inc()
-        line: dict[str, Any] = {"code": code.name}
+        line: dict[str, Any] = {"peer": unquote(peer), "code": code.name}
         if call is not None:
             total = time.monotonic() - call.arrival
             line = {"method": method, "request": call.request_id, "tenant": call.tenant.name} | line
             if call.requests:
                 self.metrics.observe(call.requests, total)
                 line |= _about(call.requests) | {"total_s": round(total, 4)}
-        requests_log.info(json.dumps(line))
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        requests_log.info(json.dumps({"time": now} | line))
 
 
 def _take_away(counts: Counter[T], name: T) -> None:

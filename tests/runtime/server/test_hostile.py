@@ -71,6 +71,17 @@ def test_a_call_that_leaves_while_the_engine_is_in_a_step(serve: Serve, monkeypa
     assert running.end() == 0
 
 
+def test_who_has_no_token_is_logged(serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tokens").write_text(f"alice {TOKEN}\n")
+    running = serve(options={"token_file": tmp_path / "tokens"})
+    with caplog.at_level(logging.INFO, "headwise.requests"), running.client(retries=0) as client:
+        with pytest.raises(ServerError) as error:
+            client.stats()
+        assert error.value.code is grpc.StatusCode.UNAUTHENTICATED
+    [line] = [json.loads(record.message) for record in caplog.records if record.name == "headwise.requests"]
+    assert line["code"] == "UNAUTHENTICATED" and line["peer"].startswith("ipv4:127.0.0.1:") and line["time"]
+
+
 def test_who_has_no_token_takes_no_room(serve: Serve, tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text(f"alice {TOKEN}\n")

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -140,6 +141,7 @@ def test_metrics_are_scraped(serve: Serve) -> None:
         f"headwise_prompt_tokens_total {len(PROMPT)}.0",
         "headwise_time_to_first_token_seconds_count 1.0",
         "headwise_inter_token_latency_seconds_count 1.0",
+        'headwise_request_duration_seconds_bucket{le="3600.0"} 1.0',
         "headwise_engine_up 1.0",
         "headwise_requests_running 0.0",
         f'headwise_prefix_cache_queried_tokens_total{{tier="device"}} {len(PROMPT)}.0',
@@ -152,6 +154,8 @@ def test_a_request_is_one_line_without_its_prompt(serve: Serve, caplog: pytest.L
         client.generate(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True), request_id="mine")
     [line] = [json.loads(record.message) for record in caplog.records if record.name == "headwise.requests"]
     assert line["request"] == "mine" and line["code"] == "OK" and line["tokens"] == [5]
+    assert datetime.now(UTC) - datetime.fromisoformat(line["time"]) < timedelta(seconds=DEADLINE_S)
+    assert line["peer"].startswith("ipv4:127.0.0.1:")
     assert line["prompt_tokens"] == len(PROMPT) and str(PROMPT)[1:-1] not in str(line)
 
 
