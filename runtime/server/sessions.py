@@ -229,7 +229,7 @@ class Sessions:
         finally:
             self._num_subscribers -= 1
 
-    def refuse(self, error: BaseException, peer: str = "") -> None:
+    def refuse(self, error: BaseException, peer: str) -> None:
         """Counts and logs a call that was refused before its message was read."""
         self._account(None, code_of(error), peer)
 

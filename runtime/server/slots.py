@@ -65,7 +65,7 @@ class Slots(grpc.aio.ServerInterceptor):
                     self._take(context, self._limits(context.peer(), tenant))
             except HeadwiseError as error:
                 if not is_health:
-                    self._sessions.refuse(error)
+                    self._sessions.refuse(error, context.peer())
                 await abort(context, error)
             try:
                 await self._run(handler, messages, context)
