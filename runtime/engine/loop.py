@@ -149,14 +149,14 @@ class EngineLoop:
         try:
             self._on_failure(error)
         finally:
-            with self._lock:
+            with self._lock:  # no function comes after it
                 self._ended = error
-                if self._failing is not None:
-                    self._failing.set_exception(error)
-                while not self._functions.empty():
-                    item = self._functions.get()
-                    if item is not None and item[1] is not None and item[1].set_running_or_notify_cancel():
-                        item[1].set_exception(error)
+            if self._failing is not None:
+                self._failing.set_exception(error)
+            while not self._functions.empty():
+                item = self._functions.get()
+                if item is not None and item[1] is not None and item[1].set_running_or_notify_cancel():
+                    item[1].set_exception(error)
 
 
 def _is_for_caller(error: BaseException) -> bool:

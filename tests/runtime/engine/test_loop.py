@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -169,6 +169,30 @@ def test_a_dead_group_found_in_a_call_ends_the_loop(setup: Setup) -> None:
         setup.loop.run(fail_with(DIED), DEADLINE_S)
     assert setup.failures == [DIED]  # who waits for nothing but the end has heard of it first
     setup.join()
+
+
+def test_a_function_may_be_handed_in_when_another_s_failure_is_heard_of(setup: Setup) -> None:
+    again: list[BaseException] = []
+
+    def hand_in(done: Future[object]) -> None:
+        try:
+            setup.loop.submit(lambda _: "never")
+        except ShardGroupDied as error:
+            again.append(error)
+
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(engine: Counter) -> None:
+        inside.set()
+        assert go.wait(DEADLINE_S)
+        raise DIED
+
+    setup.loop.post(hold)
+    assert inside.wait(DEADLINE_S)
+    setup.loop.submit(lambda _: "never").add_done_callback(hand_in)
+    go.set()
+    setup.join()
+    assert again == [DIED]
 
 
 def test_post_does_not_wait_and_does_not_raise(setup: Setup) -> None:
