@@ -66,13 +66,14 @@ class Call:
 
     Attributes:
         method: the RPC's name.
+        peer: the client's address, which gRPC does not tell any more once the call has ended.
         tenant: the tenant that made it.
         engine_id: the request's id in the engine, where ids of all tenants meet.
         requests: its samples, once they are checked.
     """
 
-    def __init__(self, llm: AsyncLLM, method: str) -> None:
-        self.arrival, self.method = time.monotonic(), method
+    def __init__(self, llm: AsyncLLM, method: str, peer: str) -> None:
+        self.arrival, self.method, self.peer = time.monotonic(), method, peer
         self.tenant, self.engine_id = Tenant(), ""
         self.requests: list[Request] = []
         self._llm, self._aborted = llm, False
@@ -171,7 +172,7 @@ class Sessions:
             request_id: the client's id for it, which may be empty.
             method: the RPC's name.
         """
-        call, code, failure = Call(self.llm, method), grpc.StatusCode.OK, None
+        call, code, failure = Call(self.llm, method, context.peer()), grpc.StatusCode.OK, None
         try:
             call.tenant = self.tenant(context)
             call.engine_id = self._engine_id(call.tenant, request_id)
@@ -189,7 +190,7 @@ class Sessions:
         except Exception as error:
             code, failure = code_of(error), error
         finally:
-            self._account(call, code, context.peer())
+            self._account(call, code, call.peer)
         if failure is not None:
             await self._fail(context, call.tenant, failure)
 
@@ -365,15 +366,16 @@ class Sessions:
         method = call.method if call is not None else "Generate"
         counts = self.metrics.requests if method == "Generate" else self.metrics.tokenizations
         counts.labels(code.name).inc()
-        line: dict[str, Any] = {"peer": unquote(peer), "code": code.name}
-        if call is not None:
-            total = time.monotonic() - call.arrival
-            line = {"method": method, "request": call.request_id, "tenant": call.tenant.name} | line
-            if call.requests:
-                self.metrics.observe(call.requests, total)
-                line |= _about(call.requests) | {"total_s": round(total, 4)}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        requests_log.info(json.dumps({"time": now} | line))
+        line: dict[str, Any] = {"time": now, "peer": unquote(peer)}
+        if call is not None:
+            line |= {"method": method, "request": call.request_id, "tenant": call.tenant.name}
+        line["code"] = code.name
+        if call is not None and call.requests:
+            total = time.monotonic() - call.arrival
+            self.metrics.observe(call.requests, total)
+            line |= _about(call.requests) | {"total_s": round(total, 4)}
+        requests_log.info(json.dumps(line))
 
 
 def _take_away(counts: Counter[T], name: T) -> None:

@@ -25,6 +25,7 @@ from headwise.workers.plan import StepOutput
 from tests.plain_group import Bench, make_request
 from tests.runtime.conftest import Run
 from tests.runtime.server.conftest import DEADLINE_S, Running
+from tests.runtime.server.test_service import wait_until
 from tests.thread_group import ThreadShardGroup
 
 Serve = Callable[..., Running]
@@ -147,6 +148,22 @@ def test_metrics_are_scraped(serve: Serve) -> None:
         f'headwise_prefix_cache_queried_tokens_total{{tier="device"}} {len(PROMPT)}.0',
     ):
         assert line in text, line
+
+
+def test_the_line_of_a_call_whose_client_has_left_says_who_it_was(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve()
+    with caplog.at_level(logging.INFO, "headwise.requests"), grpc.insecure_channel(running.address) as channel:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=PROMPT), sampling_params=pb.SamplingParams(ignore_eos=True, max_tokens=450)
+        )
+        call = InferenceServiceStub(channel).Generate(request, timeout=DEADLINE_S)
+        next(call)
+        call.cancel()
+        wait_until(lambda: any(record.name == "headwise.requests" for record in caplog.records))
+    [line] = [json.loads(record.message) for record in caplog.records if record.name == "headwise.requests"]
+    assert line["code"] == "CANCELLED" and line["peer"].startswith("ipv4:127.0.0.1:")
 
 
 def test_a_request_is_one_line_without_its_prompt(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
