@@ -76,6 +76,7 @@ class Shard:
 
         Raises:
             CheckpointError: a file or tensor is missing or not what the configuration promises.
+            InvalidValueError: the host has no memory for ``host_kv_blocks``.
         """
         directory = Path(self._spec.model_dir)
         weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
@@ -106,8 +107,8 @@ class Shard:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
 
         Raises:
-            InvalidValueError: there is less memory than ``kv_memory`` and ``host_kv_blocks`` ask for, ``disk_kv_path``
-                cannot be used, or another engine uses it.
+            InvalidValueError: there is no memory for so many blocks, ``disk_kv_path`` cannot be used, or another engine
+                uses it.
         """
         spec = self._spec
         assert self._model is not None, "load() comes first"
@@ -184,18 +185,15 @@ class Shard:
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
         blocks is the group's."""
-        self._free_host = free_host_memory() // self._ranks_on_host
-        if self._device.type == "cpu":
-            self._free = max(0, self._free_host - self._spec.host_kv_blocks * self._bytes_per_block())
-        else:
-            self._free = available_memory(self._device)
+        on_host = free_host_memory() // self._ranks_on_host
+        tier = self._spec.host_kv_blocks * self._bytes_per_block()
+        if tier > on_host:
+            fix = "lower host_kv_memory (--host-kv-memory)"
+            raise InvalidValueError("host_kv_memory", f"{tier} bytes", self._has(on_host, "cpu"), fix)
+        self._free = on_host - tier if self._device.type == "cpu" else available_memory(self._device)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
         spec, heads = self._spec, self._partition.heads
-        tier = spec.host_kv_blocks * self._bytes_per_block()
-        if tier > self._free_host:
-            fix = "lower host_kv_memory (--host-kv-memory)"
-            raise InvalidValueError("host_kv_memory", f"{tier} bytes", self._has(self._free_host, "cpu"), fix)
         needed = num_blocks * self._bytes_per_block()
         limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._device.type)}"
         error = InvalidValueError("kv_memory", spec.kv_memory, limit, "lower kv_memory (--kv-memory)")
