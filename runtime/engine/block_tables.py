@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -138,6 +138,24 @@ class BlockTables:
             held += seat.block_ids
             held += [n.block for n, own in zip(seat.chain, seat.block_ids, strict=False) if n.block != own]
         return held
+
+    @property
+    def changes(self) -> int:
+        """Counts what changed in the books."""
+        return self.cache.pool.changes + (self.tiers.books.changes if self.tiers is not None else 0)
+
+    def checks(self, requests: Iterable[Request]) -> Iterator[None]:
+        """Checks the books in parts; void if anything changes before the last one.
+
+        Args:
+            requests: all that have a seat.
+
+        Raises:
+            IntegrityError: the books do not agree with each other, or with what the requests hold.
+        """
+        yield from self.cache.checks(self.computing(requests))
+        if self.tiers is not None:
+            yield from self.tiers.books.checks()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, KeysView
+from collections.abc import Callable, Iterator, KeysView
 from typing import Any, NamedTuple
 
 from headwise.runtime.engine.generation import Generation
@@ -23,6 +23,8 @@ TRANSFER_WAIT_S = 0.02
 
 STEP_HALF_LIFE_S = 3600.0
 """After so long a slow step counts half."""
+CHECK_S = 0.002
+"""How long a part of the check of an idle engine may hold up a request that comes meanwhile."""
 
 Sink = Callable[[list[Delta]], None]
 """Gets what is new of its requests since the last time, in order."""
@@ -59,7 +61,8 @@ class Engine:
         self.num_generated_tokens = 0
         self._seconds = dict.fromkeys(("schedule", "submit", "collect", "emit"), 0.0)
         self._cpu_seconds = 0.0
-        self._next_check = 0.0
+        self._check: Iterator[None] | None = None  # of the books, while nothing else is to do
+        self._check_seconds = self._next_check = 0.0
         self._num_paused = 0
         self._slowest_step = 0.0, time.monotonic()  # its seconds, and when it was over
 
@@ -71,6 +74,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        return self._is_busy or self._check is not None
+
+    @property
+    def _is_busy(self) -> bool:
         return bool(len(self._live) > self._num_paused or self._in_flight or self.generation.ledger.busy)
 
     @property
@@ -129,6 +136,7 @@ class Engine:
             self._collect_oldest()
         elif len(self._live) > self._num_paused and not moving:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
+        self._check_idle()
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
         ended = time.monotonic()
@@ -193,12 +201,22 @@ class Engine:
         self._scheduler.check_integrity()
 
     def _check_idle(self) -> None:
-        """Checks the books, at most a hundredth of the time: with many blocks that takes a while."""
-        started = time.monotonic()
-        if started >= self._next_check:
-            self.check_integrity()
+        """Checks the books while there is nothing else to do: at most a hundredth of the time, and a little at a time,
+        for with many blocks it takes a while."""
+        if self._is_busy:
+            self._check = None
+            return
+        started = ended = time.monotonic()
+        if self._check is None:
+            if started < self._next_check:
+                return
+            self._check, self._check_seconds = self._scheduler.checks(), 0.0
+        while self._check is not None and ended - started <= CHECK_S:
+            if next(self._check, True):
+                self._check = None
             ended = time.monotonic()
-            self._next_check = ended + 100 * (ended - started)
+        self._check_seconds += ended - started
+        self._next_check = ended + 100 * self._check_seconds
 
     def _move_blocks(self, wait: bool) -> bool:
         """Has blocks copied between the device and the tiers, and takes note of what is done.
@@ -254,8 +272,6 @@ class Engine:
                 self._emit(live, take_token(request, live.text, tokens[seat.row], output.logprobs.get(seat.row)))
         self._learn_cost(schedule, output)
         self._deliver()
-        if not self.has_work:
-            self._check_idle()
 
     def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
         """What a token takes to compute: of steps that mostly compute prompts."""

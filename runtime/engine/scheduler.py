@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -145,9 +145,16 @@ class Scheduler:
         Raises:
             IntegrityError: the books of the blocks do not agree with each other, or with what requests hold.
         """
-        self._tables.cache.check_integrity(self._tables.computing([*self.running, *self._leaving]))
-        if self._tables.tiers is not None:
-            self._tables.tiers.books.check_integrity()
+        for _ in self.checks():
+            pass
+
+    def checks(self) -> Iterator[None]:
+        """:meth:`check_integrity` in parts; ends early if the books change in between."""
+        changes = self._tables.changes
+        for _ in self._tables.checks([*self.running, *self._leaving]):
+            yield
+            if self._tables.changes != changes:
+                return
 
     def _compute(self, request: Request, draft: _Draft) -> None:
         """Gives a running request its part of the step, if there is budget and are blocks."""

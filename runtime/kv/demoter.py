@@ -37,7 +37,7 @@ class Demoter:
                 continue
             if not self._books.expect(disk, block.owner):
                 break
-            block.readers += 1
+            host.read(block)
             host.clean(block)
             blocks.append(block)
         self._demoting |= {block.key.digest for block in blocks}
@@ -46,11 +46,11 @@ class Demoter:
             self._ledger.start(Op.DEMOTE, Tier.DISK, keys, done=partial(self._demoted, blocks))
 
     def _demoted(self, blocks: list[TierBlock], outcome: Outcome) -> None:
-        disk = self._books.tiers[Tier.DISK]
+        host, disk = self._books.tiers[Tier.HOST], self._books.tiers[Tier.DISK]
         self._books.settle(disk, (block.owner for block in blocks))
         self._demoting -= {block.key.digest for block in blocks}
         for block in blocks:
-            block.readers -= 1
+            host.done(block)
             if block.key.digest in outcome.failed:
                 self._books.counts["disk_refused"] += 1
             elif not outcome.void and block.key.digest not in disk:

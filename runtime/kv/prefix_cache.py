@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from headwise.runtime.kv.blocks import BlockPool, IntegrityError, Use
+from headwise.runtime.kv.blocks import BlockPool, IntegrityError, Use, parts
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.eviction import POLICIES, CachedBlock, EvictionName, EvictionPolicy, Lru
 from headwise.runtime.kv.identity import ROOT, TokenBlocks
@@ -182,17 +182,26 @@ class PrefixCache:
         Raises:
             IntegrityError: the books of the pool, the index and the eviction policy do not agree.
         """
-        self.pool.check_integrity(computing)
-        blocks = {node.block for node in self._index.values()}
-        if len(blocks) != len(self._index) or len(blocks) != sum(map(self.pool.is_cached, range(self.pool.num_blocks))):
+        for _ in self.checks(computing):
+            pass
+
+    def checks(self, computing: Iterable[int] | None = None) -> Iterator[None]:
+        """:meth:`check_integrity` in parts; void if anything changes before the last one."""
+        yield from self.pool.checks(computing)
+        blocks, kept = bytearray(self.pool.num_blocks), Counter[bytes]()
+        for nodes in parts(self._index.items()):
+            yield
+            for digest, node in nodes:
+                self._check_node(digest, node)
+                blocks[node.block] = 1
+            kept.update(node.owner for _, node in nodes)
+        if not len(self._index) == sum(blocks) == self.pool.num_cached:
             raise IntegrityError(
-                f"{len(self._index)} cached blocks, {len(blocks)} numbers of them and the pool's cached ones differ"
+                f"{len(self._index)} cached blocks, {sum(blocks)} numbers of them and the pool's cached ones differ"
             )
         if len(self._policy) != self.pool.num_idle:
             raise IntegrityError(f"{self.pool.num_idle} blocks are idle, {len(self._policy)} can be evicted")
-        for digest, node in self._index.items():
-            self._check_node(digest, node)
-        if +self._kept != Counter(node.owner for node in self._index.values()):
+        if +self._kept != kept:
             raise IntegrityError("the blocks of an owner are not as many as counted")
         self.counts["integrity_checks"] += 1
 

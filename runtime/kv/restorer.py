@@ -87,7 +87,7 @@ class Restorer:
     def _load(self, tier: Tier, part: list[tuple[TierBlock, int]], restore: _Restore) -> None:
         blocks = [block for block, _ in part]
         for block in blocks:
-            block.readers += 1
+            self._books.tiers[tier].read(block)
             self._books.tiers[tier].touch(block)
         keys, into = [block.key for block in blocks], [block for _, block in part]
         self._ledger.start(Op.LOAD, tier, keys, into, partial(self._loaded, tier, blocks, restore))
@@ -95,7 +95,7 @@ class Restorer:
     def _loaded(self, tier: Tier, blocks: list[TierBlock], restore: _Restore, outcome: Outcome) -> None:
         index = self._books.tiers[tier]
         for block in blocks:
-            block.readers -= 1
+            index.done(block)
         if not outcome.failed:
             self._cost.saw_restore(tier, len(blocks), outcome.seconds, outcome.latency_s)
         damaged = [block for block in blocks if block.key.digest in outcome.failed and block.key.digest in index]

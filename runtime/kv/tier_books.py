@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from headwise.runtime.kv.events import KvEvents
@@ -134,6 +134,16 @@ class TierBooks:
         """
         for index in self.tiers.values():
             index.check_integrity()
+
+    def checks(self) -> Iterator[None]:
+        """:meth:`check_integrity` in parts; void if anything changes before the last one."""
+        for index in self.tiers.values():
+            yield from index.checks()
+
+    @property
+    def changes(self) -> int:
+        """Counts what changed in the tiers."""
+        return sum(index.changes for index in self.tiers.values())
 
     def _find(self, blocks: TokenBlocks, index: int) -> TierBlock | None:
         """A digest alone proves nothing: the tokens, and all before them, must be the same."""

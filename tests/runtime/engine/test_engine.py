@@ -18,7 +18,8 @@ from headwise.runtime.engine.request import seat_of
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, load_tokenizer
-from headwise.runtime.kv.blocks import BlockPool
+from headwise.runtime.kv import blocks as blocks_module
+from headwise.runtime.kv.blocks import BlockPool, IntegrityError
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
@@ -250,6 +251,58 @@ def test_a_request_that_nothing_can_schedule_is_an_error_and_not_a_hang() -> Non
     bench.add(make_request("a", [1] * 10, 8))
     with pytest.raises(RuntimeError, match="none can be scheduled"):
         bench.engine.step()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check looks at one block at a time, and lets others go before each."""
+    monkeypatch.setattr(blocks_module, "CHECK_PART", 1)
+    monkeypatch.setattr(engine_module, "CHECK_S", 0.0)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_check_of_an_idle_engine_lets_requests_go_first() -> None:
+    bench = Bench(blocks=40)
+    engine = bench.engine
+    for name in "ab":
+        bench.add(make_request(name, [1, 2, 3, 4, 5, int(name, 16)], 3))
+        while name + "#0" not in bench.ended:
+            engine._next_check = 0.0  # one that was given up is no reason to wait
+            engine.step()
+        for _ in range(5):
+            assert engine.has_work, "the check goes on"
+            engine.step()
+    assert engine.stats()["prefix_cache"]["integrity_checks"] == 0
+    for _ in range(500):
+        if not engine.has_work:
+            break
+        engine.step()
+    assert engine.stats()["prefix_cache"]["integrity_checks"] == 1
+    bench.check_idle()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_the_check_of_an_idle_engine_finds_ends_it() -> None:
+    bench = Bench(blocks=40)
+    bench.add(make_request("a", [1, 2, 3], 3))
+    while "a#0" not in bench.ended:
+        bench.step()
+    bench.pool._free.pop()
+    with pytest.raises(IntegrityError, match="listed otherwise"):
+        for _ in range(200):
+            bench.engine.step()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_check_is_void_once_something_changes() -> None:
+    bench = Bench(blocks=40)
+    bench.add(make_request("a", [1, 2, 3, 4, 5], 3))
+    while "a#0" not in bench.ended:
+        bench.engine.step()
+    assert bench.engine.has_work
+    bench.engine.reset_prefix_cache()
+    bench.engine.step()
+    assert not bench.engine.has_work and bench.engine.stats()["prefix_cache"]["integrity_checks"] == 0
 
 
 def test_what_is_new_is_delivered_once_a_step_to_each_sink() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from collections import Counter
 
 import pytest
@@ -119,6 +120,15 @@ def test_the_block_freed_last_is_handed_out_first() -> None:
     assert pool.allocate(2) == [blocks[0], blocks[2]]
 
 
+def test_states_are_counted_and_not_looked_for() -> None:
+    """The engine's thread tells them at every call of stats()."""
+    small, large = BlockPool(16), BlockPool(500_000)
+    for pool in (small, large):
+        pool.allocate(3, Use.TRANSFER)
+    seconds = [min(timeit.repeat(pool.states, number=20, repeat=5)) for pool in (small, large)]
+    assert seconds[1] < 100 * seconds[0]
+
+
 def test_an_allocation_is_all_or_nothing() -> None:
     pool = BlockPool(4)
     pool.allocate(2)
@@ -146,6 +156,7 @@ def test_a_block_that_loses_its_last_use_while_shared_no_longer_is_free() -> Non
         (lambda pool: pool._free.append(3), "listed otherwise"),
         (lambda pool: setattr(pool, "_num_idle", 0), "idle and 1 cached"),
         (lambda pool: setattr(pool, "_num_cached", 0), "idle and 1 cached"),
+        (lambda pool: setattr(pool, "_num_reserved", 1), "0 blocks are reserved, 1"),
         (lambda pool: pool._uses[Use.PIN].__setitem__(3, 1), "has uses"),
         (lambda pool: pool._uses[Use.PIN].__setitem__(3, -1), "has uses"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timeit
 from collections import Counter
 
 import pytest
@@ -73,11 +74,7 @@ class IndexMachine(RuleBasedStateMachine):
         one = data.draw(st.sampled_from(self.entries))
         if what == "touch":
             self.index.touch(one)
-            self.entries.remove(one)
-            self.entries.append(one)
-            if one in self.dirty:
-                self.dirty.remove(one)
-                self.dirty.append(one)
+            self.use_last(one)
         elif what == "clean":
             self.index.clean(one)
             if one in self.dirty:
@@ -87,11 +84,18 @@ class IndexMachine(RuleBasedStateMachine):
                 self.entries.append(one)
                 self.index.touch(one)
         elif what == "read":
-            one.readers += 1
-        elif what == "done":
-            one.readers = max(0, one.readers - 1)
-        else:
+            self.index.read(one)
+        elif what == "done" and one.readers:
+            self.index.done(one)
+            self.use_last(one)
+        elif what == "remove":
             self.take_out(one)
+
+    def use_last(self, one: TierBlock) -> None:
+        for order in (self.entries, self.dirty):
+            if one in order:
+                order.remove(one)
+                order.append(one)
 
     @rule(count=st.integers(0, 2), namespace=st.sampled_from(NAMESPACES))
     def expect(self, count: int, namespace: bytes) -> None:
@@ -120,14 +124,29 @@ def test_what_is_busy_is_passed_over() -> None:
     first, second = entry(1), entry(2)
     index.add(first, clean=True)
     index.add(second, clean=True)
-    first.readers = 2
+    index.read(first)
+    index.read(first)
     assert index.victim(b"a") is second
-    second.readers = 1
+    index.read(second)
     assert index.victim(b"a") is None
-    first.readers -= 1
+    index.done(first)
     assert index.victim(b"a") is None
-    first.readers -= 1
+    index.done(first)
     assert index.victim(b"a") is first
+    index.done(second)
+    assert index.victim(b"a") is first
+
+
+def test_what_was_read_while_the_tier_was_cleared_stays_away() -> None:
+    index = TierIndex(Tier.HOST, 2, 0.5)
+    old, new = entry(1), entry(1)
+    index.add(old, clean=True)
+    index.read(old)
+    index.remove(old)
+    index.add(new, clean=True)
+    index.done(old)
+    assert index.victim(b"a") is new and list(index) == [new]
+    index.check_integrity()
 
 
 def test_what_only_this_tier_has_is_no_victim_until_it_is_clean() -> None:
@@ -150,7 +169,7 @@ def test_a_salt_with_its_full_share_gives_up_its_own() -> None:
     assert index.victim(b"a") is first
     index.touch(first)
     assert index.victim(b"a") is second
-    second.readers = 1
+    index.read(second)
     assert index.victim(b"a") is first
 
 
@@ -187,13 +206,31 @@ def test_room_is_kept_for_what_is_on_its_way() -> None:
     assert index.num_free == 0 and index.is_full(b"a") and index.victim(b"a") is None
 
 
+@pytest.mark.parametrize("quota", [None, 0.5])
+@pytest.mark.parametrize("busy", ["read", "dirty"])
+def test_a_victim_is_not_looked_for_among_what_cannot_go(quota: float | None, busy: str) -> None:
+    seconds: list[float] = []
+    for size in (16, 100_000):
+        index = TierIndex(Tier.HOST, size + 2, quota)
+        for number in range(size):
+            block = TierBlock(BlockKey(number.to_bytes(32, "big"), b"a", b"", b""), Tier.HOST, b"a")
+            index.add(block, clean=busy == "read")
+            if busy == "read":
+                index.read(block)
+        last = entry(1)
+        index.add(last, clean=True)
+        assert index.victim(b"a") is last
+        seconds.append(min(timeit.repeat(lambda: index.victim(b"a"), number=20, repeat=5)))  # noqa: B023
+    assert seconds[1] < 100 * seconds[0]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda index: setattr(index, "incoming", Counter({b"a": 4})), "at most 4"),
-        (lambda index: index._dirty.__setitem__(b"\x01", None), "or both"),
-        (lambda index: index._clean.clear(), "neither"),
-        (lambda index: index._of_owner.clear(), "owners"),
+        (lambda index: index._dirty.__setitem__(b"\x01", entry(1)), "or both"),
+        (lambda index: index._idle.clear(), "neither"),
+        (lambda index: index._num_of.clear(), "owners"),
     ],
 )
 def test_books_that_do_not_add_up_are_noticed(spoil: object, message: str) -> None:
