@@ -193,11 +193,12 @@ class BlockTables:
         found: list[TierBlock] = []
         if blocks is not None and len(chain) < limit and not search.came_short:
             found = self.tiers.books.find(blocks, len(chain), limit)
-            if found and not self.tiers.restorer.worth(found):
-                found = []
-        if not self.tiers.saver.can_take(len(found) or missing):
+        worth = bool(found) and self.tiers.restorer.worth(found)
+        if not self.tiers.saver.can_take(len(found) if worth else missing):
             return Admission.ROOM_SOON
-        if blocks is None or not found:
+        if blocks is None or not worth:
+            if found:  # noted once, and not at every step that finds no room yet
+                self.tiers.restorer.decline(found)
             return None
         self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))
         for block in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from headwise.workers.kv.transfer import Tier
 
@@ -37,11 +37,14 @@ class RestoreCost:
         restore_s = (self._latency_s or 0.0) + sum(
             count * self._block_s.get(tier, 0.0) for tier, count in blocks.items()
         )
-        if restore_s < tokens * self._token_s:
-            return True
-        self._block_s = {tier: cost * _DOUBT for tier, cost in self._block_s.items()}
-        self._latency_s = (self._latency_s or 0.0) * _DOUBT
-        return False
+        return restore_s < tokens * self._token_s
+
+    def declined(self, tiers: Iterable[Tier]) -> None:
+        """Blocks of these tiers were computed, since restoring them was not worth it."""
+        for tier in set(tiers) & self._block_s.keys():
+            self._block_s[tier] *= _DOUBT
+        if self._latency_s is not None:
+            self._latency_s *= _DOUBT
 
     def stats(self) -> dict[str, float]:
         """The means in seconds, as far as they are known."""

@@ -50,11 +50,12 @@ class Restorer:
 
     def worth(self, found: Sequence[TierBlock]) -> bool:
         """Whether restoring these blocks is expected to be faster than computing them."""
-        tokens = len(found) * self._cache.block_size
-        worth = self._cost.worth(Counter(block.tier for block in found), tokens)
-        if not worth:
-            self._books.counts["declined_tokens"] += tokens
-        return worth
+        return self._cost.worth(Counter(block.tier for block in found), len(found) * self._cache.block_size)
+
+    def decline(self, found: Sequence[TierBlock]) -> None:
+        """Takes note that these blocks are computed, since restoring them was not worth it."""
+        self._cost.declined(block.tier for block in found)
+        self._books.counts["declined_tokens"] += len(found) * self._cache.block_size
 
     def restore(
         self,

@@ -9,7 +9,7 @@ from headwise.runtime.engine.request import Request, seat_of
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.prefix_cache import PrefixCache
-from headwise.workers.kv.transfer import Op
+from headwise.workers.kv.transfer import Op, Tier
 from tests.runtime.engine.test_block_tables import SIZE, make_request
 from tests.runtime.kv.test_tiers import Bed, sequence
 
@@ -185,3 +185,24 @@ def test_nobody_loses_a_seat_to_a_request_that_waits_for_copies(restored: bool) 
     assert seat_of(waits).num_computed == 9 and waits.metrics.num_restored_tokens == (8 if restored else 0)
     assert scheduler.num_preemptions == 0
     scheduler.check_integrity()
+
+
+def test_a_restore_is_declined_once_however_long_its_request_waits() -> None:
+    bed = Bed(blocks=12, host=32)
+    its = BlockTables(bed.cache, bed.tiers)
+    request = make_request("a", list(range(9)))
+    assert request.token_blocks is not None
+    bed.save(request.token_blocks)
+    bed.compute(sequence(77, 12))
+    bed.tiers.cost.saw_prefill(1, 1e-9)
+    bed.tiers.cost.saw_restore(Tier.HOST, 1, 4.0, 2.0)
+    for _ in range(10):
+        assert its.admit(request, 0) is Admission.ROOM_SOON
+    stats = bed.tiers.stats()
+    assert stats["declined_tokens"] == 0 and stats["seconds"]["host_block"] == 4.0
+    for job in bed.send():
+        bed.answer(job)
+    assert its.admit(request, 0) is Admission.SEATED and seat_of(request).num_computed == 0
+    stats = bed.tiers.stats()
+    assert stats["declined_tokens"] == 8
+    assert stats["seconds"]["host_block"] == pytest.approx(4.0 * 0.98)

@@ -52,13 +52,23 @@ def test_each_tier_has_costs_of_its_own() -> None:
     assert cost.worth({Tier.HOST: 4}, 16)
     assert not cost.worth({Tier.DISK: 4}, 16)
     assert cost.worth({Tier.HOST: 3, Tier.DISK: 1}, 24)
+    cost.declined([Tier.DISK, Tier.DISK])
     stats = cost.stats()
-    assert stats["host_block"] == pytest.approx(0.98) and stats["disk_block"] == pytest.approx(20.0 * 0.98)
+    assert stats["host_block"] == 1.0 and stats["disk_block"] == pytest.approx(20.0 * 0.98)
+
+
+def test_to_ask_changes_nothing() -> None:
+    cost = measured(token_s=1.0, block_s=40.0, latency_s=40.0)
+    before = cost.stats()
+    assert not cost.worth({Tier.HOST: 1}, 4) and cost.stats() == before
 
 
 def test_what_was_declined_is_tried_again_in_the_end() -> None:
     cost = measured(token_s=1.0, block_s=40.0, latency_s=40.0)
-    declined = next(count for count in range(1000) if cost.worth({Tier.HOST: 1}, 4))
+    declined = 0
+    while not cost.worth({Tier.HOST: 1}, 4):
+        cost.declined([Tier.HOST])
+        declined += 1
     assert 100 < declined < 200  # 0.98 ** 148 is 1/20
 
 
