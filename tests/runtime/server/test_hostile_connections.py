@@ -72,6 +72,20 @@ def slow_read(address: str, stack: ExitStack) -> None:
     stack.callback(stop.set)
 
 
+def unread_refusals(address: str, stack: ExitStack) -> None:
+    """Is refused again and again, on several connections, and reads not even that."""
+    stop = threading.Event()
+    for _ in range(12):
+        client = stack.enter_context(RawClient(address, receive_buffer=1024))
+
+        def go_on(client: RawClient = client) -> None:
+            while not stop.wait(0.02):
+                client.call(STATS, None)
+
+        stack.enter_context(in_background(go_on))
+    stack.callback(stop.set)
+
+
 def half_closed(address: str, stack: ExitStack) -> None:
     """Sends the headers of calls and no message; and calls on a connection that it closes at its end."""
     client = stack.enter_context(RawClient(address, window=1 << 20))
@@ -122,7 +136,15 @@ def in_background(work: Callable[[], None]) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "attack",
-    [zero_window_of_a_stranger, zero_window_of_a_tenant, slow_read, half_closed, headers_without_end, silence],
+    [
+        zero_window_of_a_stranger,
+        zero_window_of_a_tenant,
+        slow_read,
+        unread_refusals,
+        half_closed,
+        headers_without_end,
+        silence,
+    ],
 )
 def test_others_are_served_and_the_server_ends(serve: Serve, tmp_path: Path, attack: Attack) -> None:
     path = tmp_path / "tokens"
@@ -146,7 +168,8 @@ def test_others_are_served_and_the_server_ends(serve: Serve, tmp_path: Path, att
         stopped = time.monotonic()
         running.stop()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert running.exit_code.result(DEADLINE_S) in (0, 1)
+        code = running.exit_code.result(DEADLINE_S)
+        assert code == 0 or (code == 1 and attack is slow_read)  # whose request may still run
         assert time.monotonic() - stopped < DRAIN_S + MARGIN_S
 
 
