@@ -9,7 +9,8 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import unquote
@@ -57,6 +58,8 @@ SPARE_CALLS = 256
 MAX_CHECKING = 32
 """Of a tenant, in each lane of :meth:`AsyncLLM.off_loop`, where a grammar takes up to a tenth of a second."""
 
+_begun: ContextVar[bool] = ContextVar("begun", default=False)
+"""Whether something was written to the call, which has a task of its own."""
 _SEPARATOR = "\x1f"
 """Between a tenant's name and its request's id: in neither, so that no two tenants' ids can be the same."""
 
@@ -202,14 +205,15 @@ class Sessions:
             LeftError: the client is gone.
         """
 
-        async def write() -> None:
-            with suppress(grpc.aio.UsageError):  # of any but the first message
-                # Not with the message: gRPC would send it again with the status of a call whose first message stalled.
-                await context.send_initial_metadata(())
+        async def first() -> None:
+            # Not with the message: gRPC would send it again with the status of a call whose first message stalled.
+            await context.send_initial_metadata(())
             await context.write(message)
 
+        begun = _begun.get()
+        _begun.set(True)
         try:
-            await asyncio.wait_for(write(), self.stall_timeout_s)
+            await asyncio.wait_for(context.write(message) if begun else first(), self.stall_timeout_s)
         except TimeoutError:
             raise StalledError(f"the stream was not read for {self.stall_timeout_s:g} s") from None
         except grpc.aio.InternalError:  # before the call is cancelled for it
