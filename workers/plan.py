@@ -115,7 +115,8 @@ class StepOutput:
         step: the plan's.
         tokens: (row, sampled token) pairs, in the order of the plan's computes.
         logprobs: by row, for those that asked.
-        failed: (row, why) of the rows whose logits were not finite; they have no token.
+        failed: (row, why) of the rows that have no token.
+        verified: of the failed rows, those whose logits were finite, such as rows whose grammar came to no end.
         seconds: wall time of the step on rank 0.
     """
 
@@ -123,6 +124,7 @@ class StepOutput:
     tokens: list[tuple[int, int]] = field(default_factory=list)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     failed: list[tuple[int, str]] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -163,7 +165,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 def encode_output(output: StepOutput) -> bytes:
     logprobs = [(row, astuple(lp)) for row, lp in output.logprobs.items()]
-    return pack((output.step, _flatten(output.tokens), logprobs, output.failed, output.seconds))
+    return pack((output.step, _flatten(output.tokens), logprobs, output.failed, output.verified, output.seconds))
 
 
 def decode_output(data: bytes) -> StepOutput:
@@ -173,11 +175,11 @@ def decode_output(data: bytes) -> StepOutput:
         ValueError: not an output, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        step, tokens, logprobs, failed, seconds = unpack(data)
+        step, tokens, logprobs, failed, verified, seconds = unpack(data)
         parsed = {
             row: TokenLogprobs(chosen, rank, tuple(ids), tuple(top)) for row, (chosen, rank, ids, top) in logprobs
         }
-        return StepOutput(step, _pairs(tokens), parsed, [(row, why) for row, why in failed], seconds)
+        return StepOutput(step, _pairs(tokens), parsed, [(row, why) for row, why in failed], verified, seconds)
 
 
 @contextmanager

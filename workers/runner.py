@@ -196,6 +196,8 @@ class Runner:
             else:
                 output.logprobs.pop(row, None)
                 output.failed.append((row, result.failed.get(row, "the model's logits are not finite")))
+                if row in result.failed:
+                    output.verified.append(row)
 
     def _greedy(self, logits_BV: Tensor) -> SampleResult:
         """The best token of each row; ranks exchange their best (value, id) instead of their logits."""

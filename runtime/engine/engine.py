@@ -259,7 +259,8 @@ class Engine:
             raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
         self.num_steps += 1
         tokens, failed = dict(output.tokens), dict(output.failed)
-        self._scheduler.complete(schedule, failed.keys())
+        # A grammar that fails says nothing against the keys and values that others wait for.
+        self._scheduler.complete(schedule, failed.keys() - set(output.verified))
         for request, seat, samples, _ in schedule.rows:
             live = self._live.get(request.key)
             if not samples or live is None or live.request is not request:

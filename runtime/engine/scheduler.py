@@ -115,8 +115,8 @@ class Scheduler:
         """The step is done, and is the oldest in flight; its tokens are the engine's to append.
 
         Args:
-            failed: the rows that got no token, such as those whose logits were not finite. What such a row computed is
-                not verified, and no other request gets it; to end its request is the engine's part.
+            failed: the rows whose logits were not finite. What such a row computed is not verified, and no other
+                request gets it; to end its request is the engine's part.
         """
         for request, seat, samples, num_computed in schedule.rows:
             seat.num_in_flight -= 1

@@ -65,6 +65,7 @@ outputs = st.builds(
     st.lists(st.tuples(rows, tokens), max_size=6),
     st.dictionaries(rows, logprobs, max_size=3),
     st.lists(st.tuples(rows, st.text(max_size=20)), max_size=3),
+    st.lists(rows, max_size=3),
     floats,
 )
 
@@ -154,7 +155,7 @@ def test_junk_bytes_raise_nothing_but_value_error(data: bytes) -> None:
 
 
 @examples(500)
-@given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (5, 7))))
+@given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (6, 7))))
 def test_foreign_messages_raise_nothing_but_value_error(message: Any) -> None:
     assert_value_error_or_nothing(msgpack.packb(message))
 

@@ -72,7 +72,7 @@ class SampleResult:
 
     Attributes:
         tokens_B: int64.  finite_B: bool; where it is False there is no token to choose, and the token means nothing.
-        failed: by row, why there is none, where that is not that its logits were not finite.
+        failed: by row, why there is none, where its logits were finite.
     """
 
     tokens_B: Tensor
@@ -172,6 +172,9 @@ class Sampler:
         processed_BV = self._process(logits_BV, rows, num_generated)
         failed = self._constrain(processed_BV, rows)
         finite_B = logits_BV.amax(-1).isfinite()
+        if failed:
+            is_finite = dict(zip(rows, finite_B.tolist(), strict=True))
+            failed = {row: why for row, why in failed.items() if is_finite[row]}
         tokens_B = torch.zeros(len(rows), dtype=torch.int64, device=logits_BV.device)
         plain = [i for i, s in enumerate(sampling) if s.temperature < GREEDY_TEMPERATURE]
         random = [i for i, s in enumerate(sampling) if s.temperature >= GREEDY_TEMPERATURE]

@@ -225,6 +225,40 @@ def test_a_row_that_fails_ends_alone() -> None:
     assert bench.got["good#0"] == alone(good)[0]
 
 
+class FailingGrammars(PlainGroup):
+    """The grammar of seed 99 fails at the token after so many."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def _compute(self, index: int, count: int, output: StepOutput) -> None:
+        super()._compute(index, count, output)
+        row = self.rows[index]
+        if row.seed == 99 and output.tokens and output.tokens[-1][0] == index and len(row.tokens) > 9 + self.after:
+            output.tokens.pop()
+            output.failed.append((index, "the grammar allows nothing"))
+            output.verified.append(index)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_grammar_that_fails_costs_those_nothing_who_share_its_prompt(after: int, depth: int) -> None:
+    group = FailingGrammars(after)
+    bench, prompt = Bench(depth=depth, group=group), [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    requests = [make_request("failing", prompt, 12, seed=99)]
+    requests += [make_request(name, prompt, 6, seed=seed) for seed, name in enumerate("abc")]
+    for request in requests:
+        bench.add(request)
+    bench.run()
+    assert bench.ended["failing#0"] is FinishReason.ERROR and len(bench.got["failing#0"]) == after
+    for request in requests[1:]:
+        assert (bench.got[request.key], bench.ended[request.key]) == alone(request)
+        assert request.metrics.num_cached_tokens == 8, "it did not compute the prompt again"
+    assert bench.engine.stats()["num_preemptions"] == 0
+    bench.check_idle()
+
+
 def test_queries_of_shards_come_after_the_steps_in_flight() -> None:
     bench = Bench(depth=2)
     request = make_request("a", [1, 2], 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import threading
@@ -291,6 +292,10 @@ def test_a_grammar_that_is_too_much_fails_its_row_alone(grammars: Grammars) -> N
             move_on(sampler, 1, int(result.tokens_B[1]))
     assert failed[0] == {} and list(failed[-1]) == [1]
     assert failed[-1][1].startswith("the grammar cannot be followed further: Parser Error: Current row has")
+    # What is wrong with the model's own numbers is not put on the grammar: others must not get this row's blocks.
+    logits_3V[1, 0] = math.nan
+    result = sampler.sample(logits_3V, [0, 1, 2], [4] * 3, [4] * 3)
+    assert (result.failed, result.finite_B.tolist()) == ({}, [True, False, True])
     # The row is as good as any other once it is given to somebody else.
     sampler.admit(1, RowSampling(grammar=choice_grammar(["é"])), [7])
     assert draw(sampler, 1, logits_of(1, 1), 0) in {IDS["é".encode()], IDS["é".encode()[:1]]}

@@ -58,6 +58,7 @@ def run(shard: Shard, grammars: Sequence[str], steps: int) -> tuple[list[list[in
         first = {"admits": admits(grammars), "computes": [(row, 3) for row in rows]}
         output = shard.step(StepPlan(step, **(first if step == 0 else {"computes": [(row, 1) for row in rows]})))
         assert sorted([row for row, _ in output.tokens] + [row for row, _ in output.failed]) == list(rows)
+        assert output.verified == [row for row, _ in output.failed], "their logits are finite"
         for row, token in output.tokens:
             tokens[row].append(token)
         for row, reason in output.failed:
