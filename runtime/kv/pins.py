@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ class Pins:
         has room."""
         self._cache, self._max_blocks, self._clock = cache, max_blocks, clock
         self._numbers = itertools.count()
-        self._pins: dict[int, tuple[float, list[CachedBlock]]] = {}
-        self._next_expiry = float("inf")
+        self._pins: list[tuple[float, int, list[CachedBlock]]] = []  # a heap: the first expires first
+        self._num_blocks = 0
 
     def pin(self, chain: Sequence[CachedBlock], ttl_s: float) -> None:
         """Keeps a chain for ``ttl_s`` seconds. Pins of the same blocks do not know of each other.
@@ -31,7 +32,7 @@ class Pins:
         """
         self.expire()
         new = sum(not self._cache.pool.count(node.block, Use.PIN) for node in chain)
-        if (total := self.num_blocks + new) > self._max_blocks:
+        if (total := self._num_blocks + new) > self._max_blocks:
             raise InvalidValueError(
                 "prompt",
                 f"{len(chain)} blocks",
@@ -40,27 +41,24 @@ class Pins:
                 "raise kv_memory (--kv-memory) or wait until other pins have expired",
             )
         self._cache.hold(chain, Use.PIN)
-        self._pins[next(self._numbers)] = (self._clock() + ttl_s, list(chain))
-        self._next_expiry = min(expiry for expiry, _ in self._pins.values())
+        self._num_blocks = total
+        heapq.heappush(self._pins, (self._clock() + ttl_s, next(self._numbers), list(chain)))
 
     @property
     def num_blocks(self) -> int:
         """How many blocks are pinned."""
-        return len({node.block for _, chain in self._pins.values() for node in chain})
+        return self._num_blocks
 
     def expire(self) -> None:
         """Lets go of what is over. Called at every step, so it looks at one number most of the time."""
-        now = self._clock()
-        if now < self._next_expiry:
-            return
-        for number in [number for number, (expiry, _) in self._pins.items() if expiry <= now]:
-            self._release(number)
+        while self._pins and self._pins[0][0] <= self._clock():
+            self._release_first()
 
     def clear(self) -> None:
-        for number in list(self._pins):
-            self._release(number)
+        while self._pins:
+            self._release_first()
 
-    def _release(self, number: int) -> None:
-        _, chain = self._pins.pop(number)
+    def _release_first(self) -> None:
+        _, _, chain = heapq.heappop(self._pins)
         self._cache.release(chain, Use.PIN)
-        self._next_expiry = min((expiry for expiry, _ in self._pins.values()), default=float("inf"))
+        self._num_blocks -= sum(not self._cache.pool.count(node.block, Use.PIN) for node in chain)
