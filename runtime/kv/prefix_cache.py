@@ -147,12 +147,20 @@ class PrefixCache:
 
     def clear(self, cause: str = "reset") -> None:
         """Forgets everything; blocks in use stay with their users alone."""
-        events, self._events = self._events, None
-        for node in sorted(self._index.values(), key=lambda node: -node.index):  # children first
-            self._evict(node, cause)
-        self._events = events
-        if events is not None:
-            events.cleared("device")
+        for node in self._index.values():
+            if not self.pool.is_used(node.block):
+                self.on_busy(node)
+            node.cached = False
+            node.children.clear()
+            self.pool.uncache(node.block)
+        if self._index:
+            self.counts[f"evicted_{cause}"] += len(self._index)
+        self._index.clear()
+        self._kept.clear()
+        self._of_namespace.clear()
+        self._policy = type(self._policy)()
+        if self._events is not None:
+            self._events.cleared("device")
 
     def count_lookup(self, num_tokens: int, chain: Sequence[CachedBlock]) -> None:
         """A request was admitted that has so many tokens, and found this chain."""
