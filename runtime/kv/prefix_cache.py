@@ -157,7 +157,7 @@ class PrefixCache:
             self.counts[f"evicted_{cause}"] += len(self._index)
         self._index.clear()
         self._kept.clear()
-        self._of_namespace.clear()
+        self._of_owner.clear()
         self._policy = type(self._policy)()
         if self._events is not None:
             self._events.cleared("device")
