@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from headwise.workers.private_files import make_private_folder, make_shared_parent, take_back
+
 
 def cache_directory() -> Path:
     """``$HEADWISE_CACHE``, else ``headwise`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
@@ -17,6 +19,24 @@ def cache_directory() -> Path:
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "headwise"
+
+
+def cache_folder(*names: str) -> Path:
+    """A folder in :func:`cache_directory` that only this user may enter, made if it is not there: code is loaded from
+    there, and models.
+
+    Raises:
+        InvalidValueError: another user could put something there.
+        OSError: it cannot be made.
+        RuntimeError: there is no home.
+    """
+    folder = cache_directory()
+    for name in names:
+        take_back(folder)
+        make_shared_parent(folder, "HEADWISE_CACHE")
+        folder = folder / name
+    make_private_folder(folder, "HEADWISE_CACHE")
+    return folder
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from headwise.runtime.models.gguf import STAGES, convert
-from headwise.workers.disk_cache import cache_directory, locked
+from headwise.workers.disk_cache import cache_directory, cache_folder, locked
 from headwise.workers.errors import CheckpointError, InvalidValueError
 
 DEMO_MODEL = "smollm2"
@@ -71,8 +71,8 @@ def _converted(gguf: Path) -> Path:
         with gguf.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         directory = models / f"{gguf.stem}-{digest[:16]}-v{_CONVERSION}"
+        cache_folder("models")
         if not directory.is_dir():
-            models.mkdir(parents=True, exist_ok=True)
             with locked(models / f"{directory.name}.lock", f"converts {directory.name}"):
                 if not directory.is_dir():  # the process that held the lock may have converted it
                     _convert_into(gguf, directory)

@@ -25,7 +25,8 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from headwise.workers.disk_cache import cache_directory
+from headwise.workers.disk_cache import cache_directory, cache_folder
+from headwise.workers.errors import InvalidValueError
 
 FOLDERS_KEPT = 4
 """How many folders of other versions and machines stay beside the current one."""
@@ -86,12 +87,11 @@ def kernel(function: Callable[..., Any] | None = None, *, signature: Any = None,
 def kernel_folder() -> Path | None:
     """The folder of this process's kernels, made if it is not there; None, with a line on stderr, if it cannot be."""
     try:
-        folder = cache_directory() / "kernels" / current_key()
-        is_new = not folder.is_dir()
-        folder.mkdir(parents=True, exist_ok=True)
+        is_new = not (cache_directory() / "kernels" / current_key()).is_dir()
+        folder = cache_folder("kernels", current_key())
         in_use = (folder / _IN_USE).open("a")
         os.utime(in_use.fileno())  # the time of last use, which pruning goes by
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (InvalidValueError, OSError, RuntimeError) as error:  # RuntimeError: there is no home
         _warn(f"compiled CPU kernels cannot be kept ({error}) and are compiled at every start")
         return None
     _held.append(in_use)  # the lock is this process's until it ends

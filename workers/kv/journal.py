@@ -18,8 +18,8 @@ from typing import Any
 
 import msgpack
 
-from headwise.workers.kv.private_files import private
 from headwise.workers.kv.transfer import BlockKey
+from headwise.workers.private_files import private
 
 FORMAT = ("headwise-kv", 1)
 """What a journal begins with; the number changes with the form of the journal or of the block files."""

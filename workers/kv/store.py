@@ -25,8 +25,8 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.journal import FORMAT, Journal, StoredBlock, write_all
-from headwise.workers.kv.private_files import make_private_folder, make_shared_parent, own_size, private
 from headwise.workers.kv.transfer import BlockKey
+from headwise.workers.private_files import make_private_folder, make_shared_parent, own_size, private
 
 MAX_STORED_BLOCKS = 300_000
 """The most a disk store takes over from its last run; older ones are deleted."""
@@ -125,8 +125,8 @@ class DiskStore:
         try:
             parent = Path(path).expanduser()
             self._folder = parent / f"rank-{rank}-of-{ranks}"
-            make_shared_parent(parent)
-            make_private_folder(self._folder)
+            make_shared_parent(parent, "disk_kv_path")
+            make_private_folder(self._folder, "disk_kv_path")
             self._lock = FileIO(self._folder / "lock", "w", opener=private)
         except InvalidValueError:
             raise

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from headwise.workers.disk_cache import cache_folder
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.jit import kernel_cache
 from headwise.workers.kv.store import DiskStore
 from tests.workers.kv.kv_blocks import PAYLOAD, file_of, files, holds, key_of, opened, put
 
@@ -147,3 +149,34 @@ def test_a_block_that_is_a_link_or_anothers_file_is_a_miss(tmp_path: Path, plant
         assert store.stored_keys() == [key_of(1)]
         plant(file_of(tmp_path, 1), tmp_path / "elsewhere")
         assert not holds(store, key_of(1))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HEADWISE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("umask")
+def test_what_is_kept_for_the_next_start_is_the_users_alone(cache: Path) -> None:
+    """Compiled code is loaded from there."""
+    assert cache_folder("kernels", "key") == cache / "kernels" / "key"
+    assert [path.stat().st_mode & 0o777 for path in (cache, cache / "kernels", cache / "kernels" / "key")] == [
+        0o700
+    ] * 3
+    (cache / "kernels").chmod(0o775)  # as an older version made it
+    assert cache_folder("kernels", "key").is_dir() and (cache / "kernels").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_another_user_may_have_put_in_the_cache_is_not_loaded(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cache_folder("kernels", kernel_cache.current_key())
+    monkeypatch.setattr(kernel_cache, "_warnings", [])
+    folder.chmod(0o777)
+    assert kernel_cache.kernel_folder.__wrapped__() is None
+    assert f"others can write to {folder}" in capsys.readouterr().err
+    folder.chmod(0o700)
+    anothers(folder, monkeypatch)
+    with pytest.raises(InvalidValueError, match=r"^HEADWISE_CACHE=.* belongs to another user"):
+        cache_folder("kernels", kernel_cache.current_key())
