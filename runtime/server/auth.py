@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -172,14 +174,34 @@ def _name(certificate: Mapping[str, Iterable[bytes]]) -> str:
     """The name in a client's certificate: the common name, or else the first alternative name.
 
     Raises:
-        UnauthenticatedError: there is none, or it is not printable.
+        UnauthenticatedError: there is none, or it is not printable. No other name takes its place then: whoever signed
+            the certificate may have looked at that one alone.
     """
-    for field in ("x509_common_name", "x509_subject_alternative_name"):
-        for value in certificate.get(field, ()):
-            name = value.decode(errors="replace")
-            if name and name.isprintable():
-                return name
-    raise UnauthenticatedError("the certificate names nobody: it has no common name and no alternative name")
+    common = next(iter(certificate.get("x509_common_name", ())), b"")
+    value = common or next(iter(certificate.get("x509_subject_alternative_name", ())), b"")
+    name = value.decode(errors="replace")
+    if not name:
+        raise UnauthenticatedError("the certificate names nobody: it has no common name and no alternative name")
+    if not name.isprintable() or _is_cut(certificate, None if common else value):
+        raise UnauthenticatedError("the name in the certificate is not printable")
+    return name
+
+
+def _is_cut(certificate: Mapping[str, Iterable[bytes]], alternative: bytes | None) -> bool:
+    """Whether a name holds a NUL: gRPC for Python tells only what comes before it, which may be the name of another.
+
+    Args:
+        alternative: the alternative name that was told; None: the common name was.
+    """
+    # https://www.rfc-editor.org/rfc/rfc4514#section-2.4: the subject as text, where only a NUL is written so.
+    if any(re.search(rb"(?<!\\)(?:\\\\)*\\00", subject) for subject in certificate.get("x509_subject", ())):
+        return True
+    if alternative is None:
+        return False
+    # An e-mail address, a host or a URI (RFC 5280, section 4.2.1.6): tag, length, and then more than was told.
+    longer = rb"[\x81\x82\x86](?:[\x00-\x7f]|\x81.|\x82..)" + re.escape(alternative) + rb"\x00"
+    chains = (pem.decode() for pem in certificate.get("x509_pem_cert", ()))
+    return any(re.search(longer, ssl.PEM_cert_to_DER_cert(pem), re.DOTALL) for pem in chains)
 
 
 def _digest(token: str) -> bytes:

@@ -235,7 +235,10 @@ def test_an_admin_is_named_by_the_certificate(serve: Serve, certificates: Path) 
     [
         ({"x509_common_name": [b"ops"], "x509_subject_alternative_name": [b"a"]}, "ops"),
         ({"x509_common_name": [b""], "x509_subject_alternative_name": [b"spiffe://a/b", b"c"]}, "spiffe://a/b"),
+        ({"x509_subject": [rb"CN=a\\00b"], "x509_common_name": [rb"a\00b"]}, r"a\00b"),
+        ({"x509_subject": [rb"CN=ops\00evil"], "x509_common_name": [b"ops"]}, None),
         ({"x509_common_name": [b"a\x1fb"]}, None),
+        ({"x509_common_name": [b"a\x1fb"], "x509_subject_alternative_name": [b"ops"]}, None),
         ({}, None),
     ],
 )
@@ -245,6 +248,34 @@ def test_the_name_in_a_certificate(certificate: dict[str, list[bytes]], name: st
         return
     with pytest.raises(UnauthenticatedError):
         _name(certificate)
+
+
+def test_a_name_with_a_nul_is_not_the_name_before_it(serve: Serve, certificates: Path) -> None:
+    """gRPC for Python cuts it there."""
+    names = {"cut": b"ops\0evil", "long": b"ops\0" + b"x" * 200, "plain": b"ops"}
+    tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
+    running = serve(options=tls | {"tls_client_ca": certificates / "good-ca.pem", "admins": ("ops",)})
+    for file, name in names.items():
+        names_der = b"\x82" + _der_length(len(name)) + name
+        der = b"\x30" + _der_length(len(names_der)) + names_der
+        (certificates / "ext-der").write_text(f"subjectAltName=DER:{der.hex(':')}\n")
+        for made in (
+            f"req -new -key good.key -subj / -out {file}.csr",
+            f"x509 -req -in {file}.csr -CA good-ca.pem -CAkey good-ca.key -extfile ext-der -out {file}.pem",
+        ):
+            subprocess.run(["openssl", *made.split()], check=True, capture_output=True, timeout=30, cwd=certificates)
+        files = {"ca": "good-ca.pem", "cert": f"{file}.pem", "key": "good.key"}
+        with running.client(retries=0, **{key: certificates / path for key, path in files.items()}) as client:
+            if file == "plain":
+                assert client.stats().json
+                continue
+            with pytest.raises(ServerError) as error:
+                client.stats()
+            assert error.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def _der_length(length: int) -> bytes:
+    return bytes([length]) if length < 128 else bytes([0x81, length])
 
 
 def test_strangers_on_a_public_host_are_no_admins(serve: Serve, certificates: Path) -> None:
