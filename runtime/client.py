@@ -156,13 +156,15 @@ class AsyncClient:
         Raises:
             InvalidValueError: the token would go to another machine in clear text, or a file cannot be used.
         """
-        encrypted = bool(tls or ca or cert or key)
-        if token and not encrypted and not insecure and not leads_to_loopback(address):
+        encrypted, here = bool(tls or ca or cert or key), leads_to_loopback(address)
+        if token and not encrypted and not insecure and not here:
             limit = f"would go in clear text to {address}, which is not loopback"
             raise InvalidValueError("token", "...", limit, "connect by TLS, or say insecure=True")
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
         self._timeout, self._retries = timeout, retries
         options = [("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0)]
+        if here:  # by no proxy of the environment: to one on another machine, "localhost" is that machine
+            options.append(("grpc.enable_http_proxy", 0))
         if encrypted:
             self._channel = grpc.aio.secure_channel(address, channel_credentials(ca, cert, key), options)
         else:

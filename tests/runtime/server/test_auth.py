@@ -414,3 +414,19 @@ def test_the_gateway_lets_in_nobody_who_is_kept_out(token_file: Path, certificat
         with pytest.raises(InvalidValueError, match="--openai-port"):
             _checked(ServeOptions("tiny", openai_port=0, **options))
     _checked(ServeOptions("tiny", openai_port=0, **good))
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_what_goes_to_this_machine_goes_by_no_proxy(name: str, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy would read the token, and look for the server on its own machine."""
+    running = serve()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.0)
+        monkeypatch.setenv("grpc_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for variable in ("no_grpc_proxy", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+        port = running.address.rpartition(":")[2]
+        with Client(f"{name}:{port}", token=ALICE, timeout=10.0, retries=0) as client:
+            assert client.stats().num_blocks
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
