@@ -56,8 +56,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         """
         self._sessions, self._llm, self._health, self._name = sessions, sessions.llm, health, name
         self._started, self._last_request = time.monotonic(), 0.0
-        self._tokenizer: list[common_pb2.GetTokenizerChunk] | None = None  # once somebody has asked
-        self._zipping = asyncio.Lock()
+        self._zipping: asyncio.Future[list[common_pb2.GetTokenizerChunk]] | None = None  # once somebody has asked
 
     async def Generate(self, request: vllm_engine_pb2.GenerateRequest, context: Context) -> None:
         self._last_request = time.time()
@@ -136,10 +135,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     async def GetTokenizer(self, request: Any, context: Context) -> None:
         async with self._sessions.call(context, method="GetTokenizer"):
-            async with self._zipping:
-                if self._tokenizer is None:
-                    self._tokenizer = await asyncio.to_thread(_zipped_tokenizer, self._llm.model_path)
-            for chunk in self._tokenizer:
+            for chunk in await self._zipped():
                 await self._sessions.write(context, chunk)
 
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
@@ -163,6 +159,17 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         except Exception as error:
             await abort(context, error)
         return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
+
+    async def _zipped(self) -> list[common_pb2.GetTokenizerChunk]:
+        """
+        Raises:
+            UnavailableError: there is no tokenizer, or it is too large.
+        """
+        if self._zipping is None or (self._zipping.done() and self._zipping.exception() is not None):
+            zipping = asyncio.to_thread(_zipped_tokenizer, self._llm.model_path)
+            self._zipping = asyncio.ensure_future(zipping)
+        # Whoever leaves does not end it: the thread would go on, and the next call have another begin.
+        return await asyncio.shield(self._zipping)
 
     def _requests(self, request: vllm_engine_pb2.GenerateRequest, call: Call) -> list[Request]:
         for name in _NOT_SERVED:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ class Context:
     def time_remaining(self) -> None:
         return None
 
+    async def send_initial_metadata(self, metadata: object) -> None:
+        pass
+
     async def write(self, message: Any) -> None:
         self.sent.append(message)
 
@@ -70,6 +75,37 @@ def test_the_tokenizer_is_zipped_once(serve: Serve, tmp_path: Path, monkeypatch:
     assert contexts[0].sent[-1].sha256 == hashlib.sha256(data).hexdigest()
     assert {"tokenizer.json", "config.json"} <= set(make(io.BytesIO(data)).namelist())
     assert all(one.sent == contexts[0].sent for one in contexts) and len(made) == 1
+
+
+def test_callers_that_leave_do_not_have_the_tokenizer_zipped_anew(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
+    running, begun, go_on, make = serve(tmp_path), [], threading.Event(), vllm_engine._zipped_tokenizer
+
+    def zipped(folder: Path) -> Any:
+        begun.append(folder)
+        assert go_on.wait(DEADLINE_S)
+        return make(folder)
+
+    monkeypatch.setattr(vllm_engine, "_zipped_tokenizer", zipped)
+
+    async def storm() -> Context:
+        sessions = running.server.sessions
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        for _ in range(5):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(service.GetTokenizer(None, Context()), 0.05)  # type: ignore[arg-type]
+        go_on.set()
+        await service.GetTokenizer(None, last := Context())  # type: ignore[arg-type]
+        assert not sessions.num_calls
+        return last
+
+    try:
+        last = asyncio.run_coroutine_threadsafe(storm(), running.loop).result(DEADLINE_S)
+    finally:
+        go_on.set()
+    assert last.sent and len(begun) == 1
 
 
 def test_a_tokenizer_that_is_not_there_or_too_large_is_not_sent(
