@@ -19,10 +19,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2, vllm_engine_pb2_grpc
 
+from headwise.runtime.addresses import leads_to_loopback
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.output import FinishReason
@@ -118,6 +120,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: vllm_engine_pb2.GetLoadsRequest, context: Context
     ) -> vllm_engine_pb2.GetLoadsResponse:
         try:
+            sees_blocks = self._sees_blocks(context)
             stats = await self._llm.stats()
         except Exception as error:
             await abort(context, error)
@@ -128,7 +131,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             num_waiting_reqs=stats["num_waiting"],
             num_total_reqs=stats["num_running"] + stats["num_waiting"],
             token_usage=used / stats["num_blocks"],
-            cache_hit_rate=cache["hit_tokens"] / max(1, cache["queried_tokens"]),
+            cache_hit_rate=cache["hit_tokens"] / max(1, cache["queried_tokens"]) if sees_blocks else 0.0,
             max_running_requests=self._llm.config.max_num_seqs,
         )
         return vllm_engine_pb2.GetLoadsResponse(loads=[load])
@@ -140,8 +143,9 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
 
     async def SubscribeKvEvents(self, request: common_pb2.SubscribeKvEventsRequest, context: Context) -> None:
         try:
-            tenant = self._sessions.tenant(context)
-            namespace = self._llm.inputs.kv_namespace(tenant.cache_salt(""))
+            if not self._sees_blocks(context):
+                raise PermissionDeniedError("which blocks there are is told to admins, and to this machine's programs")
+            namespace = self._llm.inputs.kv_namespace(self._sessions.tenant(context).cache_salt(""))
             with self._sessions.subscriber():
                 async with aclosing(kv_batches(self._llm, namespace)) as batches:
                     async for batch in batches:
@@ -159,6 +163,11 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         except Exception as error:
             await abort(context, error)
         return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
+
+    def _sees_blocks(self, context: Context) -> bool:
+        """Whether a client may know of the prompts of others, which the tokens of cached blocks are: an admin, or the
+        gateway. That is a program of this machine, and nobody tells its calls from those of another."""
+        return self._sessions.tenant(context).admin or leads_to_loopback(unquote(context.peer()))
 
     async def _zipped(self) -> list[common_pb2.GetTokenizerChunk]:
         """

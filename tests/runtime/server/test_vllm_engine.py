@@ -15,26 +15,31 @@ from typing import Any
 import grpc
 import pytest
 
+from headwise.runtime import SamplingParams
+from headwise.runtime.client import Client
 from headwise.runtime.server.health import HealthMonitor
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.runtime.server.conftest import DEADLINE_S, Running
+from tests.runtime.server.test_service import PROMPT
 
 pytest.importorskip("smg_grpc_proto")
 from headwise.runtime.server import vllm_engine
 
 Serve = Callable[..., Running]
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
 
 
 class Context:
     """What a call has of gRPC, and what was sent to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str = "ipv4:127.0.0.1:1") -> None:
         self.sent: list[Any] = []
         self.code = grpc.StatusCode.OK
+        self._peer = peer
 
     def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
+        return self._peer
 
     def invocation_metadata(self) -> tuple[()]:
         return ()
@@ -115,3 +120,28 @@ def test_a_tokenizer_that_is_not_there_or_too_large_is_not_sent(
     write_byte_tokenizer(write_checkpoint(tmp_path, 8, 4, vocab_size=VOCAB))
     monkeypatch.setattr(vllm_engine, "MAX_TOKENIZER_BYTES", 1000)
     assert tokenizers(serve(tmp_path), 1)[0].code is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("peer", ["ipv4:10.0.0.1:1", "ipv6:%5Bfd00::2%5D:1", "ipv4:127.0.0.1:1", "ipv6:%5B::1%5D:1"])
+def test_strangers_are_not_told_of_the_prompts_of_others(serve: Serve, peer: str) -> None:
+    running, is_told = serve(options={"host": "0.0.0.0", "insecure": True}), "127" in peer or "::1" in peer
+    with Client(f"127.0.0.1:{running.address.rpartition(':')[2]}", timeout=DEADLINE_S) as client:
+        for _ in range(2):
+            client.generate(PROMPT, SHORT)
+
+    async def ask() -> tuple[Context, float]:
+        sessions = running.server.sessions
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        asked = Context(peer)
+        events = asyncio.create_task(service.SubscribeKvEvents(None, asked))  # type: ignore[arg-type]
+        while not asked.sent and not events.done():
+            await asyncio.sleep(0.01)
+        events.cancel()
+        await asyncio.gather(events, return_exceptions=True)
+        loads = await service.GetLoads(None, Context(peer))  # type: ignore[arg-type]
+        return asked, loads.loads[0].cache_hit_rate
+
+    asked, hit_rate = asyncio.run_coroutine_threadsafe(ask(), running.loop).result(DEADLINE_S)
+    assert asked.code is (grpc.StatusCode.OK if is_told else grpc.StatusCode.PERMISSION_DENIED)
+    assert bool(asked.sent) is (hit_rate > 0) is is_told
+    assert not running.server.sessions._num_subscribers
