@@ -17,7 +17,7 @@ from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.engine.waiting import share
-from headwise.runtime.inputs.processor import InputProcessor
+from headwise.runtime.inputs.processor import InputProcessor, check_request_id
 from headwise.runtime.start import start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -145,7 +145,12 @@ class AsyncLLM:
                 self._loop.post(lambda engine: engine.abort(request_id))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request; its stream yields the last increments, with the finish_reason ``abort``."""
+        """Ends a request; its stream yields the last increments, with the finish_reason ``abort``.
+
+        Raises:
+            InvalidValueError: request_id is no string.
+        """
+        check_request_id(request_id)
         self._loop.post(lambda engine: engine.abort(request_id))
 
     async def run(self, function: Callable[[Engine], T]) -> T:

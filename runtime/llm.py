@@ -20,7 +20,7 @@ from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
-from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt
+from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt, check_request_id
 from headwise.runtime.kv.events import KvEvents, Subscription
 from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
@@ -229,7 +229,12 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request that another thread waits for; that thread gets the output so far, with the finish_reason
-        ``abort``. Does nothing if no such request runs."""
+        ``abort``. Does nothing if no such request runs.
+
+        Raises:
+            InvalidValueError: request_id is no string.
+        """
+        check_request_id(request_id)
         self._loop.run(lambda engine: engine.abort(request_id))
 
     def pin_prefix(self, prompt: Prompt | Messages, ttl: float, *, cache_salt: str = "") -> int:

@@ -142,8 +142,10 @@ class InputProcessor:
             tenant: who asks, if tenants are told apart.
 
         Raises:
-            InvalidValueError: a parameter or the salt is wrong, or a grammar, which is compiled for it if it is new.
+            InvalidValueError: a parameter, the name or the salt is wrong, or a grammar, which is compiled for it if it
+                is new.
         """
+        check_request_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
@@ -200,6 +202,15 @@ class InputProcessor:
             raise InvalidValueError(field, f"{size} bytes or more", allowed, "shorten it")
         for text in texts:
             _check_unicode(field, text)
+
+
+def check_request_id(request_id: str) -> None:
+    """
+    Raises:
+        InvalidValueError: it is no text.
+    """
+    if not isinstance(request_id, str):
+        raise InvalidValueError("request_id", request_id, f"must be a string, not {type(request_id).__name__}")
 
 
 def check_salt(cache_salt: str) -> None:

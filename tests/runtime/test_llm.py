@@ -23,6 +23,7 @@ from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
+from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import StepOutput
 from tests.checkpoints import reference_model, write_checkpoint
 from tests.conftest import MakeLLM
@@ -341,6 +342,16 @@ def test_a_request_id_that_still_runs_is_refused(paced: LLM) -> None:
         next(paced.stream([7], GREEDY, request_id="same"))
     assert sum(len(delta.token_ids) for delta in first) == 99
     assert sum(len(delta.token_ids) for delta in paced.stream([7], GREEDY, request_id="same")) == 12
+
+
+@pytest.mark.parametrize("name", [["a", "b"], {"a": 1}, 7, None, b"a"])
+def test_names_of_requests_that_are_no_text_are_refused_and_end_nothing(llm: LLM, name: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"request_id=.* must be a string"):
+        llm.abort(name)
+    if name is not None:  # which asks for a name
+        with pytest.raises(InvalidValueError, match=r"request_id=.* must be a string"):
+            llm.stream([5, 6], GREEDY, request_id=name)
+    assert tokens(llm.generate([[5, 6]], GREEDY, use_tqdm=False))[0]
 
 
 def test_many_threads_generate_at_once(llm: LLM) -> None:
