@@ -221,10 +221,10 @@ class KvEvents:
                 take a snapshot.
 
         Raises:
-            InvalidValueError: the capacity is less than 1.
+            InvalidValueError: the capacity is no int, or less than 1.
         """
-        if capacity < 1:
-            raise InvalidValueError("capacity", capacity, "must be at least 1")
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+            raise InvalidValueError("capacity", capacity, "must be an int, at least 1")
         self.flush()  # what was noted before is not for this one
         self._subscribers.append(Subscription(capacity))
         return self._subscribers[-1]

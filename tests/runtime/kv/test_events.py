@@ -363,7 +363,7 @@ def test_waiting_ends_in_time() -> None:
 
 
 def test_a_capacity_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="capacity=0: must be at least 1"):
+    with pytest.raises(ValueError, match="capacity=0: must be an int, at least 1"):
         KvEvents(epoch=1).subscribe(0)
 
 

@@ -362,9 +362,11 @@ def test_a_subscription_ends_with_its_engine(small: Callable[..., LLM], prompts:
     assert list(second) == [], "nobody waits for an engine that is gone"
 
 
-@pytest.mark.parametrize("capacity", [0, -1])
-def test_capacities_that_are_refused(small: Callable[..., LLM], capacity: int) -> None:
-    refused("capacity", lambda: small().subscribe_kv_events(capacity), "at least 1")
+@pytest.mark.parametrize("capacity", [0, -1, None, "10", 1.5, True, [5]])
+def test_capacities_that_are_refused(small: Callable[..., LLM], capacity: Any) -> None:
+    llm = small()
+    refused("capacity", lambda: llm.subscribe_kv_events(capacity), "at least 1")
+    llm.subscribe_kv_events().close()  # the engine is there
 
 
 # Metrics
