@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import math
 import queue
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +253,7 @@ class LLM:
         """
         if not self.config.enable_prefix_caching:
             raise InvalidValueError("enable_prefix_caching", False, "a prefix can only be pinned in a prefix cache")
-        if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl < math.inf:
+        if not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl <= sys.float_info.max:
             raise InvalidValueError("ttl", ttl, "must be a number of seconds above 0")
         number, ids = next(self._numbers), self._token_ids(prompt)
         params = SamplingParams(temperature=0, max_tokens=1)

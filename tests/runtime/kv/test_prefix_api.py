@@ -125,7 +125,9 @@ def test_pins_leave_room_for_a_request_of_the_full_length(small: Callable[..., L
     assert prefix_stats(llm)["pinned_blocks"] == 7
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 0.0, float("nan"), float("inf"), None, "10", True, [5]])
+@pytest.mark.parametrize(
+    "ttl", [0, -1, 0.0, float("nan"), float("inf"), pytest.param(10**400, id="huge"), None, "10", True, [5]]
+)
 def test_times_of_a_pin_that_are_refused(small: Callable[..., LLM], ttl: Any) -> None:
     llm = small()
     refused("ttl", lambda: llm.pin_prefix([5] * 20, ttl), "above 0")
