@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
-from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.engine.waiting import share
 from headwise.runtime.inputs.processor import InputProcessor, check_request_id
@@ -121,7 +121,8 @@ class AsyncLLM:
         take what is yielded, the request is paused after MAX_BUFFERED increments a sample.
 
         Raises:
-            InvalidValueError: a request with this id still runs, or there are more samples than may ever wait.
+            InvalidValueError: a request with this id still runs, these ran before, are not the samples of one request,
+                or are more than may ever wait.
             QueueFullError: too many requests wait.
             TenantBusyError: too many requests of the tenant wait.
             EngineStoppedError, ShardGroupDied: the engine has ended.
@@ -202,8 +203,10 @@ class AsyncLLM:
     def _check_samples(self, requests: Sequence[Request]) -> None:
         """
         Raises:
-            InvalidValueError: there are more samples of a request than may ever wait.
+            InvalidValueError: these are not the samples of one request, or more than may ever wait.
         """
+        if len({request.key for request in requests if request.request_id == requests[0].request_id}) < len(requests):
+            raise InvalidValueError("requests", len(requests), "must be the samples of one request, each once")
         limit, of_tenant = self.max_queued_requests, ""
         if requests[0].tenant:
             limit, of_tenant = share(limit, 0), "a tenant may have half of "
@@ -212,6 +215,8 @@ class AsyncLLM:
             raise InvalidValueError("n", len(requests), of_tenant + text)
 
     def _add(self, engine: Engine, requests: Sequence[Request]) -> None:
+        if any(request.state is not RequestState.WAITING for request in requests):
+            raise InvalidValueError("requests", requests[0].request_id, "ran before; make new ones")
         waiting, limit, tenant = engine.num_waiting, self.max_queued_requests, requests[0].tenant
         if waiting + len(requests) > limit:
             raise QueueFullError(waiting, limit)
