@@ -151,9 +151,12 @@ class TierIndex:
         for blocks in parts(self._blocks.items()):
             yield
             for digest, block in blocks:
-                is_dirty, is_idle = digest in self._dirty, digest in self._idle
+                is_dirty, is_idle = digest in self._dirty, self._idle.get(digest) is block
                 if is_idle != (not is_dirty and not block.readers):
                     raise IntegrityError(f"{self.tier} holds a block that is neither clean nor dirty, or both")
+                own_idle = self._idle_of.get(block.owner)
+                if is_idle and self._quota and (own_idle is None or own_idle.get(digest) is not block):
+                    raise IntegrityError(f"{self.tier} holds a block that its owner could not give up")
                 dirty, idle = dirty + is_dirty, idle + is_idle
             num_of.update(block.owner for _, block in blocks)
         if (dirty, idle) != (len(self._dirty), len(self._idle)):

@@ -231,10 +231,12 @@ def test_a_victim_is_not_looked_for_among_what_cannot_go(quota: float | None, bu
         (lambda index: index._dirty.__setitem__(b"\x01", entry(1)), "or both"),
         (lambda index: index._idle.clear(), "neither"),
         (lambda index: index._num_of.clear(), "owners"),
+        (lambda index: index._idle.__setitem__(b"\x01", entry(1)), "neither"),
+        (lambda index: index._idle_of.__setitem__(b"b", index._idle_of.pop(b"a")), "could not give up"),
     ],
 )
 def test_books_that_do_not_add_up_are_noticed(spoil: object, message: str) -> None:
-    index = TierIndex(Tier.HOST, 4)
+    index = TierIndex(Tier.HOST, 4, quota=0.5)
     index.add(entry(1), clean=True)
     index.check_integrity()
     assert callable(spoil)
