@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -543,3 +544,20 @@ def test_a_rank_that_attaches_this_moment_is_watched_under_its_own_process(monke
     peers._watch_peers()
     assert list(peers._watched) == [0]
     peers.close()
+
+
+def test_every_rank_blames_the_one_that_died_while_the_group_started() -> None:
+    """Rank 2 attaches and dies, rank 0 notices, rank 1 comes after that, and rank 3 is still to come."""
+    rendezvous = open_rendezvous("shared_memory", 4)
+    gone = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)  # dead, and not reaped: others can see both
+    with open(rendezvous.address, "r+b", buffering=0) as file:
+        for offset, word in ((spin.PID, gone.pid), (spin.STATUS, 1)):
+            os.pwrite(file.fileno(), word.to_bytes(8, "little"), 2 * CONTROL_BYTES + offset)
+    again = Rendezvous("shared_memory", 4, f"{rendezvous.address}-again")
+    os.link(rendezvous.address, again.address)
+    for rank, met in enumerate((rendezvous, again)):
+        with pytest.raises(PeerDiedError) as death:
+            connect(met, rank, 4, DEADLINE_S)
+        assert death.value.rank == 2
+    gone.wait(DEADLINE_S)

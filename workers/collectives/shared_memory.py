@@ -87,6 +87,10 @@ class SharedMemory(Collectives):
             raise InvalidValueError("rank", self.rank, "each rank attaches once, and this one has already")
         try:
             self._attach(time.monotonic() + timeout_s, timeout_s)
+        except PeerDiedError as error:
+            self._leave_to(error)
+            self.close()
+            raise
         except BaseException as error:
             self.abort(f"did not start: {str(error) or type(error).__name__}")
             self.close()
@@ -175,12 +179,15 @@ class SharedMemory(Collectives):
                 self._check_peers()
                 outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, True)
         except PeerDiedError as error:
-            # Not told to the others: they see for themselves which rank was the first to go.
-            self._gave_up = self._gave_up or f"lost rank {error.rank}"
+            self._leave_to(error)
             raise
         except BaseException as error:
             self.abort(f"left an operation: {str(error) or type(error).__name__}")
             raise
+
+    def _leave_to(self, error: PeerDiedError) -> None:
+        """Gives up over a peer. The others are not told: they see for themselves which rank was the first to go."""
+        self._gave_up = self._gave_up or f"lost rank {error.rank}"
 
     def _shown(self, rank: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
         """What a rank shows, as a flat view that is good until the next exchange."""
