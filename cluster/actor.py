@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -47,7 +48,9 @@ class ShardActor:
         self._rendezvous = collectives.open_rendezvous(kind, self._spec.tensor_parallel_size, host)
         return self._rendezvous.publish()
 
-    def load(self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float, ranks_on_host: int) -> int:
+    def load(
+        self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float, ranks_on_host: Sequence[int]
+    ) -> int:
         """As :meth:`Rank.load <headwise.cluster.rank.Rank.load>`; progress goes over the channel."""
         from headwise.workers.warmup import WarmUpError, ensure_warm
 

@@ -72,7 +72,7 @@ class LocalShardGroup(ChannelGroup):
         rendezvous = open_rendezvous("solo" if self._tp == 1 else "shared_memory", self._tp)
         self._ranks = [_RankThread(Rank(self._spec, rank, self._num_threads)) for rank in range(self._tp)]
         loads = [
-            thread.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress, self._tp)
+            thread.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress, range(self._tp))
             for number, thread in enumerate(self._ranks)
         ]
         affordable: int = min([load.result() for load in loads])

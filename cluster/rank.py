@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -51,7 +51,7 @@ class Rank:
         rendezvous: Rendezvous | dict[str, Any],
         timeout_s: float,
         progress: Progress | None,
-        ranks_on_host: int,
+        ranks_on_host: Sequence[int],
     ) -> int:
         """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords.
 

@@ -108,9 +108,9 @@ class RayRanks:
             return "nccl"
         return "shared_memory" if len(self._node_ids()) == 1 else "gloo"
 
-    def _ranks_on_host(self) -> list[int]:
-        """By rank. A host is an address: several of Ray's nodes on one host share its memory."""
-        return [self.nodes.count(node) for node in self.nodes]
+    def _ranks_on_host(self) -> list[list[int]]:
+        """By rank, which ranks are on its host. A host is an address: all of Ray's nodes there share its memory."""
+        return [[peer for peer, there in enumerate(self.nodes) if there == node] for node in self.nodes]
 
     def _node_ids(self) -> set[str]:
         return {place["node_id"] for place in self._places}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Shard:
         num_threads: int,
         on_transfer: Callable[[TransferResult], None] = lambda result: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
-        ranks_on_host: int = 1,
+        ranks_on_host: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
@@ -50,10 +50,11 @@ class Shard:
             on_transfer: gets the result of each :meth:`transfer`, on a thread of the shard's; never two at a time.
             on_failure: gets the error after which transfers have no results any more, ``on_transfer``'s own too, on
                 that thread; the shard is then of no more use.
-            ranks_on_host: of this group, this one included: they share the free memory of the host.
+            ranks_on_host: of this group, this one included: they share the free memory of the host, by their KV heads,
+                which is how they need it. None is this one alone.
         """
         self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
-        self._ranks_on_host = ranks_on_host
+        self._ranks_on_host = [collectives.rank] if ranks_on_host is None else ranks_on_host
         self._on_transfer, self._on_failure = on_transfer, on_failure
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
@@ -185,7 +186,8 @@ class Shard:
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
         blocks is the group's."""
-        on_host = free_host_memory() // self._ranks_on_host
+        heads = sum(self._partitions[rank].heads.num_kv for rank in self._ranks_on_host)
+        on_host = free_host_memory() * self._partition.heads.num_kv // heads
         tier = self._spec.host_kv_blocks * self._bytes_per_block()
         if tier > on_host:
             fix = "lower host_kv_memory (--host-kv-memory)"
@@ -214,7 +216,7 @@ class Shard:
             raise error from None
 
     def _has(self, free: int, device: str) -> str:
-        place = f"host memory, as one of {self._ranks_on_host} here" if device == "cpu" else "GPU memory"
+        place = f"host memory, as one of {len(self._ranks_on_host)} here" if device == "cpu" else "GPU memory"
         return f"rank {self._collectives.rank} has {free} bytes of {place}"
 
     def _open_tiers(self, kv_cache: KVCache) -> None:

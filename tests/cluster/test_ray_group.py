@@ -242,10 +242,10 @@ def test_ranks_of_which_nothing_is_heard_do_not_start_for_ever(monkeypatch: pyte
     assert loaded == list(range(1, 13)) and now == 400 * 12 + 700
 
 
-def test_the_ranks_of_each_host_are_counted() -> None:
+def test_each_rank_knows_which_ranks_are_on_its_host() -> None:
     ranks = RayRanks(small_spec(Path("nowhere")), None, 1.0)
     ranks._places = [{"address": address} for address in ("10.0.0.1", "10.0.0.2", "10.0.0.1")]
-    assert ranks._ranks_on_host() == [2, 1, 2]
+    assert ranks._ranks_on_host() == [[0, 2], [1], [0, 2]]
 
 
 def test_close_after_an_exception_and_twice(checkpoint: Callable[..., Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def test_host_blocks_are_set_aside_before_a_fraction_is_taken(spec: ShardSpec, m
     assert blocks[0] - blocks[1] == 16 and blocks[1] > 0
 
 
-def loaded(spec: ShardSpec, ranks_on_host: int = 1) -> Shard:
+def loaded(spec: ShardSpec, ranks_on_host: Sequence[int] = (0,)) -> Shard:
     made = Shard(spec, Solo(), 1, ranks_on_host=ranks_on_host)
     made.load()
     return made
@@ -154,13 +154,28 @@ def test_memory_that_is_not_there_is_refused_before_it_is_taken(
 
 def test_the_ranks_of_a_host_share_its_memory(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "free_host_memory", lambda: 32 * BLOCK_BYTES)
-    made = loaded(replace(spec, kv_memory=1.0, host_kv_blocks=4), ranks_on_host=2)
+    made = loaded(replace(spec, kv_memory=1.0, host_kv_blocks=4), ranks_on_host=(0, 0))
     assert made.affordable_blocks() == 12
     made.close()
     with pytest.raises(
         InvalidValueError, match=rf"^host_kv_memory='{17 * BLOCK_BYTES} bytes': rank 0 has {16 * BLOCK_BYTES} bytes"
     ):
-        loaded(replace(spec, host_kv_blocks=17), ranks_on_host=2)
+        loaded(replace(spec, host_kv_blocks=17), ranks_on_host=(0, 0))
+
+
+def test_ranks_share_memory_as_they_need_it(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three KV heads on two ranks, one has two: it needs two thirds of what both need together."""
+    head_bytes = BLOCK_BYTES // 4
+    monkeypatch.setattr(shard, "free_host_memory", lambda: 8 * 3 * head_bytes)
+    spec = small_spec(checkpoint("uneven"), tensor_parallel_size=2, kv_memory=1.0, max_model_len=128)
+    for rank in range(2):
+        peers = Solo()
+        peers.rank = rank
+        made = Shard(spec, peers, 1, ranks_on_host=(0, 1))
+        made.load()
+        assert made.affordable_blocks() == 8
+        made.allocate(8)
+        made.close()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
