@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Never
@@ -233,7 +232,7 @@ def _number(name: str, value: object, low: float, high: float, *, above: bool = 
     limit = f"in {'(' if above else '['}{low:g}, {high:g}]"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InvalidValueError(name, value, f"must be a number {limit}, not {type(value).__name__}")
-    if math.isnan(value) or not low <= value <= high or (above and value == low):
+    if not low <= value <= high or (above and value == low):  # not a number either
         raise InvalidValueError(name, value, f"must be {limit}")
     return float(value)
 

@@ -21,13 +21,20 @@ class InvalidValueError(HeadwiseError, ValueError):
 
     def __init__(self, field: str, value: object, limit: str, fix: str = "") -> None:
         self.field, self.value, self.limit, self.fix = field, value, limit, fix
-        # Cut first: what is refused for its length may be long.
-        shown = repr(value[:_SHOWN] if isinstance(value, (str, bytes, list, tuple)) else value)
+        shown = _show(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
         super().__init__(f"{field}={shown}: {limit}" + (f"; {fix}" if fix else ""))
 
     def __reduce__(self) -> tuple[type[InvalidValueError], tuple[str, object, str, str]]:
         return type(self), (self.field, self.value, self.limit, self.fix)
+
+
+def _show(value: object) -> str:
+    try:
+        # Cut first: what is refused for its length may be long.
+        return repr(value[:_SHOWN] if isinstance(value, (str, bytes, list, tuple)) else value)
+    except Exception:  # an int of more digits than Python prints, or something of the caller's own
+        return f"<{type(value).__name__}>"
 
 
 class UnsupportedModelError(HeadwiseError):

@@ -72,7 +72,10 @@ def test_limits_are_inclusive_and_nothing_beyond_them_passes(field: str, low: fl
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), True, "1", None, [1.0]])
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), float("-inf"), pytest.param(10**5000, id="huge"), True, "1", None, [1.0]],
+)
 def test_a_number_that_is_none_is_refused(field: str, value: object) -> None:
     with pytest.raises(InvalidValueError) as caught:
         SamplingParams(**{field: value})
@@ -80,9 +83,9 @@ def test_a_number_that_is_none_is_refused(field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("field", INTEGERS)
-@pytest.mark.parametrize("value", [True, False, 1.0, -1.0, "1", float("nan"), [1]])
+@pytest.mark.parametrize("value", [True, False, 1.0, -1.0, "1", float("nan"), pytest.param(10**5000, id="huge"), [1]])
 def test_an_integer_that_is_none_is_refused(field: str, value: object) -> None:
-    with pytest.raises(InvalidValueError, match="must be an int") as caught:
+    with pytest.raises(InvalidValueError, match=r"must be (an int )?in") as caught:
         SamplingParams(**{field: value})
     assert caught.value.field == field
 

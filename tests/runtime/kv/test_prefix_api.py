@@ -364,7 +364,7 @@ def test_a_subscription_ends_with_its_engine(small: Callable[..., LLM], prompts:
     assert list(second) == [], "nobody waits for an engine that is gone"
 
 
-@pytest.mark.parametrize("capacity", [0, -1, None, "10", 1.5, True, [5]])
+@pytest.mark.parametrize("capacity", [0, -1, pytest.param(-(10**5000), id="huge"), None, "10", 1.5, True, [5]])
 def test_capacities_that_are_refused(small: Callable[..., LLM], capacity: Any) -> None:
     llm = small()
     refused("capacity", lambda: llm.subscribe_kv_events(capacity), "at least 1")
