@@ -273,11 +273,22 @@ class Sessions:
         waiting = call.tenant.name, lane
         if lane is not None and self._checking[waiting] >= MAX_CHECKING:
             raise CheckQueueFullError(f"{MAX_CHECKING} requests with a long text, or a new grammar, wait to be checked")
+        left = False
+
+        def unless_left() -> T:
+            if left:
+                raise LeftError("the client has left")
+            return function()
+
+        # Until it is out of the lane's queue, which keeps the message of a call that has left, too.
         self._checking[waiting] += 1
+        work = asyncio.ensure_future(self.llm.off_loop(unless_left, lane))
+        work.add_done_callback(lambda _: _take_away(self._checking, waiting))
         try:
-            return await self.llm.off_loop(function, lane)
-        finally:
-            _take_away(self._checking, waiting)
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            left = True
+            raise
 
     @asynccontextmanager
     async def _limit(self) -> AsyncIterator[None]:

@@ -211,10 +211,15 @@ def test_tokenizing_has_the_limits_of_other_calls(
         calls = [stub.Tokenize.future(pb.TokenizeRequest(text=long), timeout=1.0) for _ in range(3)]
         codes = sorted(call.code().name for call in calls)
         assert codes == ["DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
+        # Those that have left still stand in the queue.
+        with pytest.raises(grpc.RpcError, match="2 requests with a long text"):
+            stub.Tokenize(pb.TokenizeRequest(text=long), timeout=1.0)
+        monkeypatch.setattr("headwise.runtime.server.sessions.MAX_CHECKING", 3)
         late = stub.Tokenize.future(pb.TokenizeRequest(text=long))  # without a deadline
         assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         go_on.set()
         assert stub.Detokenize(pb.DetokenizeRequest(token_ids=[3]), timeout=1.0).text
+        wait_until(lambda: not running.server.sessions._checking)
         running.loop.call_soon_threadsafe(running.server.sessions.drain)
         wait_until(lambda: running.server.sessions.draining)
         for call in (
@@ -226,13 +231,13 @@ def test_tokenizing_has_the_limits_of_other_calls(
     # Of the two whose client's deadline was over, the server may have heard that their client has left.
     for line in (
         '{code="DEADLINE_EXCEEDED"} ',
-        '{code="RESOURCE_EXHAUSTED"} 1.0',
+        '{code="RESOURCE_EXHAUSTED"} 2.0',
         '{code="OK"} 1.0',
         '{code="UNAVAILABLE"} 2.0',
     ):
         assert f"headwise_tokenizations_total{line}" in text, line
     methods = [json.loads(record.message)["method"] for record in caplog.records if record.name == "headwise.requests"]
-    assert methods.count("Tokenize") == 5 and methods.count("Detokenize") == 2
+    assert methods.count("Tokenize") == 6 and methods.count("Detokenize") == 2
 
 
 def test_a_deadline_has_a_limit_and_none_is_the_limit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
