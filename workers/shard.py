@@ -108,8 +108,8 @@ class Shard:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
 
         Raises:
-            InvalidValueError: there is no memory for so many blocks, ``disk_kv_path`` cannot be used, or another engine
-                uses it.
+            InvalidValueError: there is no memory for so many blocks, or for ``host_kv_blocks``; ``disk_kv_path`` cannot
+                be used, or another engine uses it.
         """
         spec = self._spec
         assert self._model is not None, "load() comes first"
@@ -188,11 +188,17 @@ class Shard:
         blocks is the group's."""
         heads = sum(self._partitions[rank].heads.num_kv for rank in self._ranks_on_host)
         on_host = free_host_memory() * self._partition.heads.num_kv // heads
-        tier = self._spec.host_kv_blocks * self._bytes_per_block()
+        tier = self._host_tier_bytes()
         if tier > on_host:
-            fix = "lower host_kv_memory (--host-kv-memory)"
-            raise InvalidValueError("host_kv_memory", f"{tier} bytes", self._has(on_host, "cpu"), fix)
+            raise self._no_host_tier(self._has(on_host, "cpu"))
         self._free = on_host - tier if self._device.type == "cpu" else available_memory(self._device)
+
+    def _host_tier_bytes(self) -> int:
+        return self._spec.host_kv_blocks * self._bytes_per_block()
+
+    def _no_host_tier(self, limit: str) -> InvalidValueError:
+        fix = "lower host_kv_memory (--host-kv-memory)"
+        return InvalidValueError("host_kv_memory", f"{self._host_tier_bytes()} bytes", limit, fix)
 
     def _make_cache(self, num_blocks: int) -> KVCache:
         spec, heads = self._spec, self._partition.heads
@@ -223,7 +229,10 @@ class Shard:
         spec, rank, ranks = self._spec, self._collectives.rank, self._spec.tensor_parallel_size
         heads = self._partition.heads
         if spec.host_kv_blocks:
-            self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
+            try:
+                self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
+            except MemoryError:  # a limit of the process or of overcommitment, which is not that of free memory
+                raise self._no_host_tier(f"rank {rank} cannot reserve so much host memory") from None
         if spec.disk_kv_path is not None:
             place = (rank, ranks, heads.kv_start, heads.kv_stop)
             identity = msgpack.packb((spec.kv_identity, place, kv_cache.block_shape, spec.dtype))

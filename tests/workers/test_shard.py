@@ -192,6 +192,19 @@ def test_memory_that_cannot_be_had_after_all_is_a_typed_error(
     made.close()
 
 
+def test_a_host_tier_that_cannot_be_reserved_is_a_typed_error(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*sizes: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(shard, "HostStore", fail)
+    made = loaded(replace(spec, host_kv_blocks=4))
+    with pytest.raises(
+        InvalidValueError, match=r"^host_kv_memory='\d+ bytes': rank 0 cannot reserve.*--host-kv-memory"
+    ):
+        made.allocate(8)
+    made.close()
+
+
 def test_a_closed_shard_gives_its_gpu_memory_back(spec: ShardSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     made = loaded(spec)
     made.allocate(8)
