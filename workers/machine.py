@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+_PERIOD_US = 100_000
+"""Of a CPU quota that names no period."""
 
 _MEMORY_FILES = {
     "cgroup2": ("memory.max", "memory.current", ""),
@@ -26,12 +28,10 @@ def usable_cores() -> int:
     """
     cores = len(os.sched_getaffinity(0))
     for version, folder in _cgroups("cpu"):
-        if version == "cgroup2":
-            quota, period = (_read(folder / "cpu.max") or "max 100000").split()
-        else:
-            quota, period = _read(folder / "cpu.cfs_quota_us") or "-1", _read(folder / "cpu.cfs_period_us") or "100000"
-        if quota != "max" and int(quota) > 0:
-            cores = min(cores, -(-int(quota) // int(period)))
+        names = ["cpu.max"] if version == "cgroup2" else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        quota, period, *_ = [*" ".join(_read(folder / name) or "" for name in names).split(), "", ""]
+        if _number(quota) > 0:  # no quota is "max", or -1
+            cores = min(cores, -(-_number(quota) // (_number(period) or _PERIOD_US)))
     return max(1, cores)
 
 
@@ -45,10 +45,12 @@ def free_host_memory() -> int:
     for version, folder in _cgroups("memory"):
         limit_file, used_file, prefix = _MEMORY_FILES[version]
         limit, used = _read(folder / limit_file), _read(folder / used_file)
-        if limit and used and limit != "max":
-            counts = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
-            cached = sum(int(counts.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
-            free = min(free, max(0, int(limit) - int(used) + cached))
+        if limit and limit.isdigit() and used:
+            counts = dict(
+                line.split(" ", 1) for line in (_read(folder / "memory.stat") or "").splitlines() if " " in line
+            )
+            cached = sum(_number(counts.get(f"{prefix}{name}", "")) for name in ("active_file", "inactive_file"))
+            free = min(free, max(0, _number(limit) - _number(used) + cached))
     return free
 
 
@@ -83,6 +85,11 @@ def _own_cgroup(version: str, controller: str) -> str:
         if (version == "cgroup2" and number == "0") or (version == "cgroup" and controller in controllers.split(",")):
             return path
     return "/"
+
+
+def _number(text: str) -> int:
+    """0 where the kernel says something else than a number."""
+    return int(text) if text.isdigit() else 0
 
 
 def _read(path: Path) -> str | None:

@@ -92,6 +92,18 @@ def test_a_cgroup_over_its_limit_has_nothing_free(fake: FakeMachine) -> None:
     assert free_host_memory() == 0
 
 
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"), [("max", 64), ("", 64), ("max 100000", 64), ("250000", 3), ("200000 0", 2), ("0 100000", 64)]
+)
+def test_files_of_another_form_are_no_error(fake: FakeMachine, cpu_max: str, cores: int) -> None:
+    """As an emulated cgroup file system may have."""
+    fake.mount("cgroup2", "unified", "/", "/")
+    fake.write("unified", "", memory__max=str(GIB), memory__current="", memory__stat="a\nb 1 2", cpu__max=cpu_max)
+    assert usable_cores() == cores and free_host_memory() == 64 * GIB
+    fake.write("unified", "", memory__current="0")
+    assert free_host_memory() == GIB
+
+
 def test_this_machine() -> None:
     assert 0 < free_host_memory() < 1 << 46
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
