@@ -280,10 +280,15 @@ class Sessions:
                 raise LeftError("the client has left")
             return function()
 
+        def over(work: asyncio.Future[T]) -> None:
+            _take_away(self._checking, waiting)
+            if left and not work.cancelled():
+                work.exception()  # or asyncio logs it, with what the client sent
+
         # Until it is out of the lane's queue, which keeps the message of a call that has left, too.
         self._checking[waiting] += 1
         work = asyncio.ensure_future(self.llm.off_loop(unless_left, lane))
-        work.add_done_callback(lambda _: _take_away(self._checking, waiting))
+        work.add_done_callback(over)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:

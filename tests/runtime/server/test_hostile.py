@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -220,6 +221,8 @@ def test_tokenizing_has_the_limits_of_other_calls(
         go_on.set()
         assert stub.Detokenize(pb.DetokenizeRequest(token_ids=[3]), timeout=1.0).text
         wait_until(lambda: not running.server.sessions._checking)
+        gc.collect()
+        assert not [record for record in caplog.records if record.name == "asyncio"]
         running.server.sessions.draining = True  # and not drain(), after which the server, where nothing runs, ends
         for call in (
             stub.Tokenize.future(pb.TokenizeRequest(text="x")),
