@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 def join(host: str, port: int) -> str:
@@ -31,3 +31,19 @@ def leads_to_loopback(target: str) -> bool:
         return all(is_loopback(urlsplit(f"//{one}").hostname or "") for one in target.split(","))
     except ValueError:
         return False
+
+
+def network_of(peer: str) -> str:
+    """Whom a peer of gRPC's, such as ``ipv4:192.0.2.1:5000``, counts as: its host. Of IPv6 that is its /64 network, all
+    of which one party has as a rule."""
+    scheme, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a Unix socket
+        return scheme
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(ipaddress.ip_network((address, 64), strict=False))
+        address = address.ipv4_mapped
+    return str(address)

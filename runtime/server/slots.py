@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from headwise.runtime.addresses import network_of
 from headwise.runtime.engine.waiting import share
 from headwise.runtime.server.auth import Details, Handler, Tenant
 from headwise.runtime.server.errors import TooManyCallsError, abort, for_admin
@@ -116,7 +117,7 @@ class Slots(grpc.aio.ServerInterceptor):
         return limits
 
     def _health_limits(self, connection: str) -> dict[str, int]:
-        everybody, host = "the health service", f"the health service, from {connection.rpartition(':')[0]},"
+        everybody, host = "the health service", f"the health service, from {network_of(connection)},"
         return {
             everybody: HEALTH_CALLS,
             host: min(HEALTH_CALLS_OF_HOST, self._share(host, everybody, HEALTH_CALLS)),

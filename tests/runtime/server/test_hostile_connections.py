@@ -73,17 +73,20 @@ def slow_read(address: str, stack: ExitStack) -> None:
 
 
 def unread_refusals(address: str, stack: ExitStack) -> None:
-    """Is refused again and again, on several connections, and reads not even that."""
-    stop = threading.Event()
+    """Is refused more often than the server has places, on several connections, and reads not even that."""
+    stop, sent = threading.Event(), threading.Semaphore(0)
     for _ in range(12):
         client = stack.enter_context(RawClient(address, receive_buffer=1024))
 
         def go_on(client: RawClient = client) -> None:
             while not stop.wait(0.02):
                 client.call(STATS, None)
+                sent.release()
 
         stack.enter_context(in_background(go_on))
     stack.callback(stop.set)
+    for _ in range(2 * SLOTS + 1500):
+        assert sent.acquire(timeout=DEADLINE_S)
 
 
 def half_closed(address: str, stack: ExitStack) -> None:
