@@ -35,7 +35,9 @@ def cache_folder(*names: str) -> Path:
         take_back(folder)
         make_shared_parent(folder, "HEADWISE_CACHE")
         folder = folder / name
-    make_private_folder(folder, "HEADWISE_CACHE")
+    # A link of the user's own, such as one to a larger disk, is followed.
+    is_own_link = folder.is_symlink() and folder.lstat().st_uid in (0, os.geteuid())
+    make_private_folder(folder.resolve() if is_own_link else folder, "HEADWISE_CACHE")
     return folder
 
 

@@ -168,6 +168,17 @@ def test_what_is_kept_for_the_next_start_is_the_users_alone(cache: Path) -> None
     assert cache_folder("kernels", "key").is_dir() and (cache / "kernels").stat().st_mode & 0o777 == 0o755
 
 
+def test_a_part_of_the_cache_may_be_on_another_disk(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir()
+    (tmp_path / "large").mkdir(mode=0o755)
+    (cache / "models").symlink_to(tmp_path / "large")
+    assert cache_folder("models") == cache / "models"
+    assert (tmp_path / "large").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "large").chmod(0o777)
+    with pytest.raises(InvalidValueError, match="others can write to"):
+        cache_folder("models")
+
+
 def test_what_another_user_may_have_put_in_the_cache_is_not_loaded(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
