@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -72,6 +73,13 @@ def test_wake_ends_a_wait(channel: EngineChannel) -> None:
     assert answers == [None]
 
 
+def is_held(lock: Any) -> bool:
+    """Whether another thread has it."""
+    if free := lock.acquire(blocking=False):
+        lock.release()
+    return not free
+
+
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])
 def test_closing_ends_what_another_thread_does_with_the_sockets(
     transport: str, monkeypatch: pytest.MonkeyPatch
@@ -85,7 +93,9 @@ def test_closing_ends_what_another_thread_does_with_the_sockets(
 
     with ThreadPoolExecutor(2) as pool:
         receiving, sending = pool.submit(channel.receive, DEADLINE_S), pool.submit(send_for_ever)
-        threading.Event().wait(0.1)  # both are in the midst of it, the sender for nobody reads
+        started = time.monotonic()
+        while not all(is_held(lock) for lock in (channel._receiving, channel._sending)):  # both are in the midst of it
+            assert time.monotonic() - started < DEADLINE_S
         started = time.monotonic()
         channel.close()
         assert receiving.result(DEADLINE_S) is None
