@@ -75,6 +75,7 @@ def test_a_folder_like_tmp_where_nobody_can_rename_anothers_is_fine(tmp_path: Pa
     tmp_path.chmod(0o1777)
     with opened(tmp_path) as store:
         put(store, 0)
+        assert holds(store, key_of(0))
 
 
 def test_a_folder_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
