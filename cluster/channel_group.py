@@ -9,6 +9,7 @@ import msgpack
 from headwise.cluster.channel import Kind
 from headwise.cluster.group import ShardGroup, ShardGroupDied
 from headwise.cluster.mailbox import Mailbox
+from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.transfer import TransferJob, TransferResult, decode_result, encode_job
 from headwise.workers.plan import StepOutput, StepPlan, decode_output, encode_plan
 from headwise.workers.spec import ShardSpec
@@ -40,7 +41,7 @@ class ChannelGroup(ShardGroup):
             replies[reply[0]] = reply[1]
         return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
 
-    def transfer(self, job: TransferJob) -> None:
+    def transfer(self, job: TransferJob | HandoffJob) -> None:
         self._started().send_all(Kind.TRANSFER, encode_job(job))
 
     def transferred(self, timeout_s: float) -> TransferResult | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.plan import StepOutput, StepPlan
 
@@ -75,7 +76,7 @@ class ShardGroup(ABC):
         """
 
     @abstractmethod
-    def transfer(self, job: TransferJob) -> None:
+    def transfer(self, job: TransferJob | HandoffJob) -> None:
         """Hands every rank KV blocks to move beside the steps; does not wait for it.
 
         Jobs of one tier run in the order of submission, and in no order with plans: no plan in flight, and none

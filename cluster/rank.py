@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headwise.workers.collectives import Rendezvous
     from headwise.workers.shard import Shard
 
-QUERIES = ("stats", "stored_blocks")
+QUERIES = ("stats", "stored_blocks", "kv_endpoint")
 """The methods of Shard that a group may ask every rank for."""
 
 

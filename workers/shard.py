@@ -15,6 +15,7 @@ from headwise.workers.collectives import Collectives
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.kv.copier import Copier
+from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.machine import free_host_memory
@@ -135,10 +136,18 @@ class Shard:
         assert self._runner is not None, "allocate() comes first"
         return self._runner.step(plan)
 
-    def transfer(self, job: TransferJob) -> None:
-        """Moves blocks between the device and a tier, beside the steps; ``on_transfer`` gets what came of it."""
+    def transfer(self, job: TransferJob | HandoffJob) -> None:
+        """Moves blocks between the device and a tier, or from or to another group, beside the steps; ``on_transfer``
+        gets what came of it."""
+        if isinstance(job, HandoffJob):
+            raise NotImplementedError
         assert self._copier is not None, "host_kv_blocks or disk_kv_path comes first"
         self._copier.submit(job)
+
+    def kv_endpoint(self) -> tuple[int, int, str, bytes] | None:
+        """Where this rank takes KV: its heads, the address and the host's id of
+        :class:`~headwise.workers.kv.handoff.KvEndpoint`; None if it takes none."""
+        return None
 
     def stored_blocks(self) -> list[tuple[bytes, bytes, bytes, bytes]]:
         """(digest, namespace, parent, tokens) of the blocks that were on disk at the start, oldest first; as many as

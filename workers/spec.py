@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headwise.workers.kv.handoff import HandoffSpec
+
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
@@ -21,6 +23,7 @@ class ShardSpec:
         disk_kv_path: a folder for files of blocks; each rank keeps its own in a sub-folder. None keeps none.
         kv_identity: what blocks on disk were computed from, apart from what each rank knows itself (its place, heads,
             shapes, dtype): those of another identity are deleted.
+        handoff: how KV is handed over to other groups, or taken from them; None does neither.
     """
 
     model_dir: str
@@ -35,3 +38,4 @@ class ShardSpec:
     host_kv_blocks: int = 0
     disk_kv_path: str | None = None
     kv_identity: bytes = b""
+    handoff: HandoffSpec | None = None

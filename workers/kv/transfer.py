@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from headwise.workers.kv.handoff import HandoffJob, HandoffOp, handoff_fields, handoff_job
 from headwise.workers.plan import foreign_is_value_error, pack, unpack
 
 
@@ -74,31 +75,40 @@ class TransferResult:
         failed: the digests of the keys that were not moved: the tier does not hold them (any more), what it holds is
             damaged, or it could not be written. Whatever a LOAD put into their blocks is of no use.
         seconds: wall time of the job, without the time that it waited for its turn.
+        error: why a job of a handoff failed; empty if it did not.
+        num_bytes: that a job of a handoff has sent or received.
     """
 
     id: int
     failed: list[bytes] = field(default_factory=list)
     seconds: float = 0.0
+    error: str = ""
+    num_bytes: int = 0
 
 
-def encode_job(job: TransferJob) -> bytes:
+def encode_job(job: TransferJob | HandoffJob) -> bytes:
+    if isinstance(job, HandoffJob):
+        return pack(handoff_fields(job))
     keys = [(key.digest, key.namespace, key.parent, key.tokens) for key in job.keys]
     return pack((job.id, int(job.op), job.tier.value, keys, job.blocks))
 
 
-def decode_job(data: bytes) -> TransferJob:
+def decode_job(data: bytes) -> TransferJob | HandoffJob:
     """The inverse of :func:`encode_job`.
 
     Raises:
         ValueError: not a job, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        number, op, tier, keys, blocks = unpack(data)
+        fields = unpack(data)
+        if fields[1] in tuple(HandoffOp):
+            return handoff_job(fields)
+        number, op, tier, keys, blocks = fields
         return TransferJob(number, Op(op), Tier(tier), [BlockKey(*key) for key in keys], blocks)
 
 
 def encode_result(result: TransferResult) -> bytes:
-    return pack((result.id, result.failed, result.seconds))
+    return pack((result.id, result.failed, result.seconds, result.error, result.num_bytes))
 
 
 def decode_result(data: bytes) -> TransferResult:
@@ -108,4 +118,5 @@ def decode_result(data: bytes) -> TransferResult:
         ValueError: not a result, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        return TransferResult(*unpack(data))
+        number, failed, seconds, error, num_bytes = unpack(data)
+        return TransferResult(number, failed, seconds, error, num_bytes)
