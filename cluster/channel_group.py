@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgpack
@@ -34,11 +35,12 @@ class ChannelGroup(ShardGroup):
     def query(self, method: str) -> list[Any]:
         mailbox, replies = self._started(), dict[int, bytes]()
         mailbox.send_all(Kind.QUERY, method.encode())
+        deadline = time.monotonic() + QUERY_TIMEOUT_S
         while missing := set(range(self._tp)) - replies.keys():
-            reply = mailbox.poll(Kind.REPLY, QUERY_TIMEOUT_S)
-            if reply is None:
+            if (reply := mailbox.poll(Kind.REPLY, max(0.0, deadline - time.monotonic()))) is not None:
+                replies[reply[0]] = reply[1]
+            elif time.monotonic() >= deadline:
                 raise mailbox.declare_dead(min(missing), f"no answer to {method!r} within {QUERY_TIMEOUT_S:g} s")
-            replies[reply[0]] = reply[1]
         return [msgpack.unpackb(replies[rank]) for rank in range(self._tp)]
 
     def transfer(self, job: TransferJob | HandoffJob) -> None:
@@ -47,6 +49,10 @@ class ChannelGroup(ShardGroup):
     def transferred(self, timeout_s: float) -> TransferResult | None:
         message = self._started().poll(Kind.TRANSFERRED, timeout_s)
         return decode_result(message[1]) if message is not None else None
+
+    def wake(self) -> None:
+        if self._mailbox is not None:
+            self._mailbox.wake()
 
     @property
     def death(self) -> ShardGroupDied | None:

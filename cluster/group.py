@@ -85,12 +85,15 @@ class ShardGroup(ABC):
 
     @abstractmethod
     def transferred(self, timeout_s: float) -> TransferResult | None:
-        """The next result of a rank for one of its jobs, waited for at most so long; None if none has come. A job is
-        done when every rank's result is there.
+        """The next result of a rank for one of its jobs, waited for at most so long, and not once :meth:`wake` is
+        called; None if none has come. A job is done when every rank's result is there.
 
         Raises:
             ShardGroupDied: as :meth:`collect`.
         """
+
+    def wake(self) -> None:  # noqa: B027 - for groups that wait for something in transferred()
+        """Lets a :meth:`transferred` that waits return None. May be called on any thread."""
 
     @property
     def death(self) -> ShardGroupDied | None:

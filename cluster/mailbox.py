@@ -19,7 +19,7 @@ class Mailbox:
     """Sends to every rank, sorts by kind what the ranks send, and keeps the first death that anybody reports.
 
     From a death on nothing is sent, and once everything that came before it is taken, every :meth:`poll` raises it.
-    For one thread, but for :attr:`death` and :meth:`declare_dead`.
+    For one thread, but for :attr:`death`, :meth:`declare_dead` and :meth:`wake`.
 
     Attributes:
         death: what ended the group, as far as that is known.
@@ -53,7 +53,7 @@ class Mailbox:
         return message
 
     def poll(self, kind: Kind, timeout_s: float) -> tuple[int, bytes] | None:
-        """The rank and payload of the next message of a kind; None if there is none in time.
+        """The rank and payload of the next message of a kind; None if there is none in time, or :meth:`wake` was called.
 
         Raises:
             ShardGroupDied: a rank died or reported an error.
@@ -64,13 +64,16 @@ class Mailbox:
             if got is None:
                 if self.death is not None:
                     raise self.death
-                if time.monotonic() >= deadline:
-                    return None
-            elif got[0] == Kind.ERROR:
+                return None
+            if got[0] == Kind.ERROR:
                 self.declare_dead(*msgpack.unpackb(got[2]))
             else:
                 self._received[got[0]].append((got[1], got[2]))
         return self._received[kind].popleft()
+
+    def wake(self) -> None:
+        """Lets a :meth:`poll` that waits, or else the next that would, return None. May be called on any thread."""
+        self._channel.wake()
 
     def declare_dead(self, rank: int | None, cause: str) -> ShardGroupDied:
         """Ends the group, unless a death is known already; returns the first. May be called on any thread.

@@ -82,6 +82,11 @@ class TokenBlocks:
         size = self.block_size * TOKEN_BYTES
         return bytes(self._tokens[index * size : (index + 1) * size])
 
+    def tokens(self, num_blocks: int) -> list[int]:
+        """The tokens of the first so many blocks."""
+        count = num_blocks * self.block_size
+        return list(struct.unpack_from(f"<{count}I", self._tokens))
+
     def parent(self, index: int) -> bytes:
         """The digest of the block before."""
         return self.digests[index - 1] if index else ROOT

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 
 MAX_BATCH = 64
@@ -23,6 +24,8 @@ class Outcome(NamedTuple):
         failed: the digests of the blocks that at least one rank did not move.
         void: :meth:`Ledger.void` was called meanwhile: what was moved is of no use to anybody.
         seconds: of the slowest rank's work.
+        error: of a job of a handoff: why it failed on the first rank that said so; empty if it did not.
+        num_bytes: that the ranks have sent or received, all together.
         latency_s: from the start of the job to here, without those.
     """
 
@@ -30,6 +33,8 @@ class Outcome(NamedTuple):
     void: bool
     seconds: float
     latency_s: float
+    error: str = ""
+    num_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -45,17 +50,25 @@ class _Job:
     failed: set[bytes] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
     void: bool = False
+    error: str = ""
+    num_bytes: int = 0
+    on_error: Callable[[str], None] | None = None
     started: float = field(default_factory=time.monotonic)
 
     def add(self, result: TransferResult) -> None:
         self.missing -= 1
         self.failed.update(result.failed)
+        if result.error and not self.error:
+            self.error = result.error
+            if self.on_error is not None:
+                self.on_error(result.error)
+        self.num_bytes += result.num_bytes
         self.seconds[result.id] = max(result.seconds, self.seconds.get(result.id, 0.0))
 
     def outcome(self) -> Outcome:
         seconds = sum(self.seconds.values())
         latency_s = max(0.0, time.monotonic() - self.started - seconds)
-        return Outcome(frozenset(self.failed), self.void, seconds, latency_s)
+        return Outcome(frozenset(self.failed), self.void, seconds, latency_s, self.error, self.num_bytes)
 
 
 class Ledger:
@@ -67,7 +80,7 @@ class Ledger:
 
     def __init__(
         self,
-        send: Callable[[TransferJob], None],
+        send: Callable[[TransferJob | HandoffJob], None],
         receive: Callable[[float], TransferResult | None],
         num_ranks: int,
     ) -> None:
@@ -110,6 +123,19 @@ class Ledger:
             part = slice(at, at + MAX_KEYS)
             self._send(TransferJob(self._next_id, op, tier, list(keys[part]), list(blocks[part])))
             self._next_id += 1
+
+    def hand_over(
+        self, job: HandoffJob, done: Callable[[Outcome], None], on_error: Callable[[str], None] | None = None
+    ) -> None:
+        """Starts a job of a handoff, which gets its number here.
+
+        Args:
+            done: called once every rank is done with it.
+            on_error: called when the first rank has failed, which others may not know yet.
+        """
+        self._jobs[self._next_id] = _Job(done, self._num_ranks, on_error=on_error)
+        self._send(replace(job, id=self._next_id))
+        self._next_id += 1
 
     def drop(self, tier: Tier, keys: Iterable[BlockKey]) -> None:
         """Has the ranks forget a tier's blocks: by :meth:`flush`, or before the tier's next job."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from headwise.runtime.kv.arrivals import cache_arrivals
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.cost import RestoreCost
 from headwise.runtime.kv.eviction import CachedBlock
@@ -109,24 +110,11 @@ class Restorer:
             self._arrive(restore)
 
     def _arrive(self, restore: _Restore) -> None:
-        """Caches what came, up to the first block that did not come; all of it is idle then."""
-        cache, chain = self._cache, list(restore.chain)
-        arrived, complete = 0, not restore.void and all(node.cached for node in chain)
-        rest: list[tuple[int, CachedBlock | None]] = []
-        for wanted, memory in zip(restore.wanted, restore.memory, strict=True):
-            complete = complete and wanted.key.digest not in restore.failed
-            parent = chain[-1] if chain else None
-            node = cache.insert(restore.blocks, len(chain), parent, memory) if complete else None
-            complete = node is not None
-            rest.append((memory, node if node is not None and node.block == memory else None))
-            if node is not None:
-                if node.block != memory:  # somebody computed it meanwhile
-                    cache.hold([node], Use.TRANSFER)
-                    rest.append((node.block, node))
-                chain.append(node)
-                arrived += 1
-                self._books.count(wanted.tier, "hit", 1)
-        for block, node in reversed(rest):
-            cache.release_block(block, Use.TRANSFER, node)
-        cache.release(restore.chain, Use.TRANSFER)
+        """Caches what came, up to the first block that did not come."""
+        keys = [block.key.digest for block in restore.wanted]
+        num_complete = next((at for at, digest in enumerate(keys) if digest in restore.failed), len(keys))
+        complete = 0 if restore.void else num_complete
+        arrived = cache_arrivals(self._cache, restore.blocks, restore.chain, restore.memory, complete)
+        for block in restore.wanted[:arrived]:
+            self._books.count(block.tier, "hit", 1)
         restore.done(arrived)
