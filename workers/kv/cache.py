@@ -7,13 +7,18 @@ import mmap
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.handoff import Range
 from headwise.workers.machine import free_host_memory
+
+Buffer = bytes | bytearray | memoryview
+Bits = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: NumPy has no bfloat16, and copies bits."""
@@ -100,42 +105,87 @@ class KVCache:
             InvalidValueError: a block is out of range, or ``out`` has another shape, dtype or device.
         """
         self._check_moved(blocks, "out", out)
-        with self._beside_steps():
-            for into, block in zip(out, blocks, strict=True):
-                k_LKSD, v_LKSD = self._standard(block)
-                if self.device.type == "cpu":
-                    _copy(into[:, 0], k_LKSD)
-                    _copy(into[:, 1], v_LKSD)
-                else:
-                    into.copy_(torch.stack((k_LKSD, v_LKSD), dim=1))
+        self._read(blocks, _bits(out), slice(None), slice(None))
 
     def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """The inverse of :meth:`read_blocks`, with the same ``data``, limits and errors."""
         self._check_moved(blocks, "data", data)
-        with self._beside_steps():
-            for held, block in zip(data, blocks, strict=True):
-                k_LKSD, v_LKSD = self._standard(block)
-                if self.device.type == "cpu":
-                    _copy(k_LKSD, held[:, 0])
-                    _copy(v_LKSD, held[:, 1])
-                else:
-                    moved = held.to(self.device)
-                    k_LKSD.copy_(moved[:, 0])
-                    v_LKSD.copy_(moved[:, 1])
+        self._write(blocks, _bits(data), slice(None), slice(None))
 
-    def _standard(self, block: int) -> tuple[Tensor, Tensor]:
-        """Views of a block, each [num_layers, kv heads, block_size, head_dim] in either layout."""
-        k_LKSD = self.keys[:, block]
-        return (k_LKSD.transpose(-1, -2) if self.transposed_keys else k_LKSD), self.values[:, block]
+    def read_range(self, blocks: Sequence[int], heads: Range, layers: Range, out: Buffer) -> None:
+        """Copy some heads and layers of blocks to host memory, as :meth:`read_blocks` does.
+
+        Args:
+            heads, layers: half-open ranges of the cache's own.
+            out: room for [blocks, layers, 2 (K, V), heads, block_size, head_dim] and nothing else, contiguous.
+
+        Raises:
+            InvalidValueError: a block or a range does not lie within the cache, or ``out`` has another size.
+        """
+        self._read(blocks, self._check_range(blocks, heads, layers, "out", out), slice(*heads), slice(*layers))
+
+    def write_range(self, blocks: Sequence[int], heads: Range, layers: Range, data: Buffer) -> None:
+        """The inverse of :meth:`read_range`, with the same ``data``, limits and errors."""
+        self._write(blocks, self._check_range(blocks, heads, layers, "data", data), slice(*heads), slice(*layers))
+
+    def range_bytes(self, num_blocks: int, num_heads: int, num_layers: int) -> int:
+        """Bytes of so many heads and layers of so many blocks."""
+        return num_blocks * 2 * num_layers * num_heads * self.block_size * self.head_dim * self.dtype.itemsize
+
+    def _read(self, blocks: Sequence[int], out_NL2KSD: Bits, heads: slice, layers: slice) -> None:
+        with self._beside_steps():
+            for into_L2KSD, block in zip(out_NL2KSD, blocks, strict=True):
+                kv_LKSD = self._standard(block, heads, layers)
+                if self.device.type == "cpu":
+                    for part, x_LKSD in enumerate(kv_LKSD):
+                        np.copyto(into_L2KSD[:, part], _bits(x_LKSD))
+                else:
+                    integer = _INTEGERS[self.dtype.itemsize]
+                    torch.from_numpy(into_L2KSD).copy_(torch.stack(kv_LKSD, dim=1).view(integer))
+
+    def _write(self, blocks: Sequence[int], data_NL2KSD: Bits, heads: slice, layers: slice) -> None:
+        with self._beside_steps():
+            for held_L2KSD, block in zip(data_NL2KSD, blocks, strict=True):
+                kv_LKSD = self._standard(block, heads, layers)
+                if self.device.type == "cpu":
+                    for part, x_LKSD in enumerate(kv_LKSD):
+                        np.copyto(_bits(x_LKSD), held_L2KSD[:, part])
+                else:
+                    # torch takes no memory that may only be read.
+                    writable = held_L2KSD if held_L2KSD.flags.writeable else held_L2KSD.copy()
+                    moved_L2KSD = torch.from_numpy(writable).to(self.device).view(self.dtype)
+                    for part, x_LKSD in enumerate(kv_LKSD):
+                        x_LKSD.copy_(moved_L2KSD[:, part])
+
+    def _standard(self, block: int, heads: slice, layers: slice) -> tuple[Tensor, Tensor]:
+        """Views of a block, each [layers, heads, block_size, head_dim] in either layout."""
+        k_LKSD = self.keys[layers, block, heads]
+        return (k_LKSD.transpose(-1, -2) if self.transposed_keys else k_LKSD), self.values[layers, block, heads]
 
     def _check_moved(self, blocks: Sequence[int], name: str, x: Tensor) -> None:
-        for block in blocks:
-            if not 0 <= block < self.num_blocks:
-                raise InvalidValueError("block", block, f"must be at least 0 and less than {self.num_blocks}")
+        self._check_blocks(blocks)
         shape = (len(blocks), *self.block_shape)
         if x.shape != shape or x.dtype != self.dtype or x.device.type != "cpu":
             wanted = f"must be {self.dtype} of shape {shape} in host memory"
             raise InvalidValueError(name, (x.dtype, tuple(x.shape), str(x.device)), wanted)
+
+    def _check_range(self, blocks: Sequence[int], heads: Range, layers: Range, name: str, x: Buffer) -> Bits:
+        """``x`` as [blocks, layers, 2, heads, block_size, head_dim] integers."""
+        self._check_blocks(blocks)
+        for field, (start, stop), limit in (("heads", heads, self.num_kv_heads), ("layers", layers, self.num_layers)):
+            if not 0 <= start < stop <= limit:
+                raise InvalidValueError(field, (start, stop), f"must be a range within [0, {limit})")
+        num_heads, num_layers = heads[1] - heads[0], layers[1] - layers[0]
+        needed, size = self.range_bytes(len(blocks), num_heads, num_layers), memoryview(x).nbytes
+        if size != needed:
+            raise InvalidValueError(name, f"{size} bytes", f"must be {needed} bytes")
+        bits = np.frombuffer(x, f"i{self.dtype.itemsize}")
+        return bits.reshape(len(blocks), num_layers, 2, num_heads, self.block_size, self.head_dim)
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            if not 0 <= block < self.num_blocks:
+                raise InvalidValueError("block", block, f"must be at least 0 and less than {self.num_blocks}")
 
     @contextmanager
     def _beside_steps(self) -> Iterator[None]:
@@ -196,8 +246,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(memory).view(dtype).view(shape)
 
 
-def _copy(into: Tensor, x: Tensor) -> None:
-    """Copies in host memory, on the calling thread: torch may start a team of threads for this, one for each thread
-    that copies, and libgomp lets the waiting threads of several teams sleep instead of spin, the steps' among them."""
-    integer = _INTEGERS[x.dtype.itemsize]
-    np.copyto(into.view(integer).numpy(), x.view(integer).numpy())
+def _bits(x: Tensor) -> Bits:
+    """``x`` in host memory as integers. NumPy copies them on the calling thread: torch may start a team of threads for
+    a copy, one for each thread that copies, and libgomp lets the waiting threads of several teams sleep instead of
+    spin, the steps' among them."""
+    bits: Bits = x.view(_INTEGERS[x.dtype.itemsize]).numpy()
+    return bits

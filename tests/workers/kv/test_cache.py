@@ -15,6 +15,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
 from tests.effort import examples
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = pytest.mark.parametrize("transposed_keys", [False, True])
 
 
@@ -26,7 +27,7 @@ def small_cache(transposed_keys: bool, dtype: torch.dtype = torch.float32, **siz
 @examples(40)
 @given(
     transposed_keys=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
     slots=st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True),
     layer=st.integers(0, 1),
 )
@@ -59,7 +60,7 @@ def test_gather_follows_the_block_table_and_stops_at_the_length(transposed_keys:
 
 @pytest.mark.parametrize("from_transposed", [False, True])
 @pytest.mark.parametrize("into_transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_move_in_bulk_with_every_layer_and_head(
     from_transposed: bool, into_transposed: bool, dtype: torch.dtype
 ) -> None:
@@ -75,6 +76,53 @@ def test_blocks_move_in_bulk_with_every_layer_and_head(
     written = torch.full((5, *target.block_shape), 7.0, dtype=dtype)
     target.read_blocks(range(5), written)
     assert torch.equal(written[[0, 4]], moved) and not written[1:4].any()
+
+
+@examples(60)
+@given(data=st.data(), layouts=st.tuples(st.booleans(), st.booleans()), dtype=st.sampled_from(DTYPES))
+def test_a_range_of_heads_and_layers_moves_alone(
+    data: st.DataObject, layouts: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    """From a rank's cache of heads 0 to 3 to that of another, whose heads are other ones."""
+    source, target = small_cache(layouts[0], dtype), small_cache(layouts[1], dtype, num_kv_heads=4, num_layers=2)
+    source.keys.normal_()
+    source.values.normal_()
+    blocks, places = (data.draw(st.permutations(range(5)))[:2] for _ in range(2))
+    first, last = sorted(data.draw(st.lists(st.integers(0, 3), min_size=2, max_size=2, unique=True)))
+    layers = data.draw(st.sampled_from([(0, 1), (1, 2), (0, 2)]))
+    moved = bytearray(source.range_bytes(2, last - first, layers[1] - layers[0]))
+    source.read_range(blocks, (first, last), layers, moved)
+    target.write_range(places, (first + 1, last + 1), layers, bytes(moved))
+    before, after = torch.empty(5, *source.block_shape, dtype=dtype), torch.empty(5, *target.block_shape, dtype=dtype)
+    source.read_blocks(range(5), before)
+    target.read_blocks(range(5), after)
+    expected = torch.zeros_like(after)
+    expected[places, slice(*layers), :, first + 1 : last + 1] = before[blocks, slice(*layers), :, first:last]
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "blocks", "heads", "layers", "extra"),
+    [
+        ("block", [5], (0, 1), (0, 1), 0),
+        ("heads", [0], (0, 4), (0, 1), 0),
+        ("heads", [0], (-1, 1), (0, 1), 0),
+        ("heads", [0], (1, 1), (0, 1), 0),
+        ("layers", [0], (0, 1), (1, 3), 0),
+        ("layers", [0], (0, 1), (1, 0), 0),
+        ("data|out", [0], (0, 1), (0, 1), 4),
+        ("data|out", [0, 1], (0, 1), (0, 1), -4),
+    ],
+)
+def test_a_range_outside_the_cache_is_refused(
+    field: str, blocks: list[int], heads: tuple[int, int], layers: tuple[int, int], extra: int
+) -> None:
+    cache = small_cache(False)
+    data = bytearray(b"1" * (cache.range_bytes(len(blocks), 1, 1) + extra))
+    for move in (cache.read_range, cache.write_range):
+        with pytest.raises(InvalidValueError, match=rf"^({field})="):
+            move(blocks, heads, layers, data)
+    assert not cache.keys.any() and not cache.values.any() and set(data) == {ord("1")}
 
 
 def test_copies_start_no_threads_of_torch() -> None:
@@ -113,6 +161,10 @@ def test_blocks_move_between_a_gpu_and_the_host() -> None:
     for from_block, to_block in ((4, 0), (1, 3)):
         assert torch.equal(cache.keys[:, to_block], cache.keys[:, from_block])
         assert torch.equal(cache.values[:, to_block], cache.values[:, from_block])
+    part = bytearray(cache.range_bytes(2, 1, 2))
+    cache.read_range([4, 1], (1, 2), (1, 3), part)
+    cache.write_range([2, 1], (0, 1), (0, 2), bytes(part))
+    assert torch.equal(cache.values[:2, 2, 0], cache.values[1:, 4, 1])
     assert torch.equal(moved[0, :, 0], cache.keys[:, 4].cpu()) and torch.equal(moved[1, :, 1], cache.values[:, 1].cpu())
 
 
