@@ -1,0 +1,63 @@
+"""A HandoffService for engines of the same program: on a socket in a folder that only this user may enter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from headwise.runtime.handoff.service import HandoffService
+from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
+from headwise.workers.errors import InvalidValueError
+
+MAX_MESSAGE_BYTES = 5 << 20
+"""A million tokens."""
+_MAX_PATH = 100
+"""A Unix socket's path has at most 107 bytes; the file's name takes a few."""
+_SPARE_CALLS = 8
+"""Calls at once beyond a Commit for each transfer."""
+
+
+class LocalServer:
+    """Serves until it is closed.
+
+    Attributes:
+        address: what a :class:`~headwise.runtime.handoff.link.PrefillLink` connects to.
+    """
+
+    def __init__(self, service: HandoffService) -> None:
+        """
+        Raises:
+            InvalidValueError: the folder for temporary files has too long a path.
+        """
+        most = service.about.max_transfers + _SPARE_CALLS
+        self._threads = ThreadPoolExecutor(most, "headwise-handoff")
+        self._folder = _private_folder()
+        self.address = f"unix:{self._folder}/handoff"
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=most)
+        try:
+            add_KvHandoffServiceServicer_to_server(service, self._server)
+            self._server.add_insecure_port(self.address)
+            self._server.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the calls that are open, and removes the socket. Idempotent. Waits for no engine."""
+        self._server.stop(None).wait()
+        self._threads.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> str:
+    """A new folder with mode 0700, where a socket's path fits."""
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        if len(os.path.join(parent, "hw-12345678")) < _MAX_PATH and os.path.isdir(parent):
+            return tempfile.mkdtemp(prefix="hw-", dir=parent)
+    limit = f"is too long a path for a socket; at most {_MAX_PATH} bytes"
+    raise InvalidValueError("TMPDIR", tempfile.gettempdir(), limit)
