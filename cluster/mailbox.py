@@ -53,7 +53,7 @@ class Mailbox:
         return message
 
     def poll(self, kind: Kind, timeout_s: float) -> tuple[int, bytes] | None:
-        """The rank and payload of the next message of a kind; None if there is none in time, or :meth:`wake` was called.
+        """The rank and payload of the next message of a kind; None if none comes in time, or :meth:`wake` was called.
 
         Raises:
             ShardGroupDied: a rank died or reported an error.

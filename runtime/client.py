@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 from headwise.runtime.addresses import leads_to_loopback
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
-from headwise.runtime.server.tls import channel_credentials
+from headwise.runtime.tls import channel_credentials
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from headwise.workers.errors import HeadwiseError, InvalidValueError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +16,40 @@ DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
 
 DEFAULT_MIXED_PREFILL_TOKENS: dict[str, int | None] = {"cpu": 64, "cuda": None}
 """By device: a CPU's step takes longer with every token; a GPU's hardly does up to max_num_batched_tokens."""
+
+
+class HandoffConfig(BaseModel):
+    """How an engine has others compute prompts (decode), or computes prompts for others (prefill).
+
+    Attributes:
+        role: ``"prefill"`` or ``"decode"``.
+        peers: of decode: the addresses of the prefill engines, ``host:port``.
+        min_tokens: of decode: prompts with fewer tokens to compute are computed here. 0 hands over every prompt that
+            fills a block; None, the default, decides by what computing takes here and there.
+        on_failure: of decode: ``"recompute"``, the default, computes a prompt here if its handoff fails; ``"fail"``
+            ends the request.
+        lease_s: of decode: seconds after which either side gives a handoff up if it does not hear of the other.
+            Default: 30.
+        shared_memory: whether ranks on one host hand over blocks in shared memory. Default: True.
+        host: of decode: the address on which each rank takes blocks. Default: ``"127.0.0.1"``.
+        tls_cert, tls_key: of decode: PEM files that encrypt those connections. Needed where host is not loopback.
+        ca: a PEM file: whom the certificates of the other side are signed by. None connects in clear text.
+        token: of decode: sent to the prefill engines.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    role: Literal["prefill", "decode"]
+    peers: tuple[str, ...] = ()
+    min_tokens: int | None = Field(default=None, ge=0)
+    on_failure: Literal["recompute", "fail"] = "recompute"
+    lease_s: float = Field(default=30.0, gt=0, le=120)
+    shared_memory: bool = True
+    host: str = "127.0.0.1"
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    ca: str | None = None
+    token: str | None = Field(default=None, repr=False)
 
 
 class EngineConfig(BaseModel):
@@ -67,6 +103,9 @@ class EngineConfig(BaseModel):
             may be used here (by affinity and CPU quota), or that the Ray cluster's largest node has, divided by the
             ranks.
         start_timeout: seconds until every rank must have a place in the Ray cluster. Default: 120.
+        prefill: the settings in which an engine of its own differs that computes the prompts for this one, such as
+            ``{"tensor_parallel_size": 1}``; both share the CPUs. None, the default, is no such engine.
+        handoff: how prompts are handed over from or to other engines; None, the default, is not at all.
 
     Raises:
         pydantic.ValidationError: a field is wrong; :func:`engine_config` raises InvalidValueError instead.
@@ -98,6 +137,8 @@ class EngineConfig(BaseModel):
     address: str | None = None
     cpus_per_rank: float | None = Field(default=None, gt=0)
     start_timeout: float = Field(default=120.0, gt=0)
+    prefill: dict[str, Any] | None = None
+    handoff: HandoffConfig | None = None
 
 
 def engine_config(**fields: Any) -> EngineConfig:
@@ -106,9 +147,21 @@ def engine_config(**fields: Any) -> EngineConfig:
     Raises:
         InvalidValueError: a field is wrong; names the first such one.
     """
-    try:
+    with _named("EngineConfig"):
         return EngineConfig(**fields)
+
+
+def handoff_config(**fields: Any) -> HandoffConfig:
+    """A HandoffConfig of these fields; raises as :func:`engine_config`, and names the flag of ``headwise serve``."""
+    with _named("handoff", "handoff_"):
+        return HandoffConfig(**fields)
+
+
+@contextmanager
+def _named(kind: str, prefix: str = "") -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "EngineConfig"
+        name = f"{prefix}{first['loc'][0]}" if first["loc"] else kind
         raise InvalidValueError(name, first["input"], first["msg"]) from None

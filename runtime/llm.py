@@ -24,6 +24,7 @@ from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt, 
 from headwise.runtime.kv.events import KvEvents, Subscription
 from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.sides import handoff_settings
 from headwise.runtime.start import Started, start_engine
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
@@ -94,6 +95,10 @@ class LLM:
         address: str | None = None,
         cpus_per_rank: float | None = None,
         start_timeout: float = 120.0,
+        prefill: Mapping[str, Any] | None = None,
+        decode: Mapping[str, Any] | None = None,
+        handoff_min_tokens: int | None = None,
+        on_handoff_failure: str = "recompute",
         quiet: bool = False,
     ) -> None:
         """Loads a model.
@@ -101,6 +106,11 @@ class LLM:
         Args:
             model: the path of a directory with config.json and safetensors files, or of a .gguf file; or ``"smollm2"``,
                 the demo model. The name of a model on a hub is not a path: nothing is downloaded.
+            prefill: settings of an engine of its own that computes the prompts, in which it differs from this one, such
+                as ``{"tensor_parallel_size": 1}``. The KV of the prompts is handed over.
+            decode: settings of the engine that goes on from them; as if they were given to ``LLM`` itself.
+            handoff_min_tokens, on_handoff_failure: which prompts are handed over, and what becomes of a request if that
+                fails: ``min_tokens`` and ``on_failure`` of :class:`~headwise.runtime.config.HandoffConfig`.
             quiet: print nothing on stderr; by default progress and the size of the KV cache are shown there.
 
         The other arguments are the fields of :class:`~headwise.runtime.config.EngineConfig`, which says what they mean.
@@ -111,38 +121,40 @@ class LLM:
             CheckpointError: the model's files are damaged or incomplete.
             GroupStartError, ShardGroupDied: the shards did not start.
         """
-        self.config: EngineConfig = engine_config(
-            model=str(model),
-            tensor_parallel_size=tensor_parallel_size,
-            dtype=dtype,
-            device=device,
-            executor=executor,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            kv_memory=kv_memory,
-            num_blocks=num_blocks,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
-            max_num_seqs=max_num_seqs,
-            pipeline_depth=pipeline_depth,
-            attention=attention,
-            enable_prefix_caching=enable_prefix_caching,
-            prefix_eviction=prefix_eviction,
-            cache_quota=cache_quota,
-            host_kv_memory=host_kv_memory,
-            disk_kv_path=str(disk_kv_path) if disk_kv_path is not None else None,
-            disk_kv_limit=disk_kv_limit,
-            seed=seed,
-            address=address,
-            cpus_per_rank=cpus_per_rank,
-            start_timeout=start_timeout,
-        )
+        settings: dict[str, Any] = {
+            "tensor_parallel_size": tensor_parallel_size,
+            "dtype": dtype,
+            "device": device,
+            "executor": executor,
+            "max_model_len": max_model_len,
+            "block_size": block_size,
+            "kv_memory": kv_memory,
+            "num_blocks": num_blocks,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_mixed_prefill_tokens": max_mixed_prefill_tokens,
+            "max_num_seqs": max_num_seqs,
+            "pipeline_depth": pipeline_depth,
+            "attention": attention,
+            "enable_prefix_caching": enable_prefix_caching,
+            "prefix_eviction": prefix_eviction,
+            "cache_quota": cache_quota,
+            "host_kv_memory": host_kv_memory,
+            "disk_kv_path": str(disk_kv_path) if disk_kv_path is not None else None,
+            "disk_kv_limit": disk_kv_limit,
+            "seed": seed,
+            "address": address,
+            "cpus_per_rank": cpus_per_rank,
+            "start_timeout": start_timeout,
+        }
+        handoff = handoff_settings(prefill, decode, handoff_min_tokens, on_handoff_failure)
+        self.config: EngineConfig = engine_config(model=str(model), **settings | handoff)
         started = start_engine(self.config, quiet)
         self.model_path = started.model_path
         self._inputs: InputProcessor = started.inputs
         self._quiet = quiet
         self._numbers = itertools.count()
         self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()
+        self._prefill = started.prefill
         self._loop = EngineLoop(started.engine, _FailAll(self._queues, started.engine.events))
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
         # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
@@ -299,7 +311,7 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """What the engine and its shards hold and have done: the entries of
         :meth:`Engine.stats <headwise.runtime.engine.engine.Engine.stats>`, and by rank ``shards``, ``shard_pids`` and
-        ``kv_bytes_per_rank``."""
+        ``kv_bytes_per_rank``. With a prefill engine, ``prefill`` are that one's; it has none once it has ended."""
 
         def read(engine: Engine) -> dict[str, Any]:
             shards = engine.query_shards("stats")  # first: it processes the steps in flight
@@ -308,6 +320,8 @@ class LLM:
         stats = self._loop.run(read)
         stats["shard_pids"] = [shard["pid"] for shard in stats["shards"]]
         stats["kv_bytes_per_rank"] = [shard["kv_bytes"] for shard in stats["shards"]]
+        if self._prefill is not None:
+            stats["prefill"] = self._prefill.stats()
         return stats
 
     def close(self) -> None:

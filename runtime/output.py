@@ -23,6 +23,8 @@ class RequestMetrics:
     Attributes:
         num_cached_tokens: prompt tokens that were not computed but found in the prefix cache, on whatever tier.
         num_restored_tokens: those of them that came back from host memory or disk.
+        num_handoff_tokens: those of them that a prefill engine computed for this request.
+        prefilled_by: the address of that engine; None if the prompt was computed here.
     """
 
     arrival: float = field(default_factory=time.monotonic)
@@ -32,6 +34,8 @@ class RequestMetrics:
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     num_restored_tokens: int = 0
+    num_handoff_tokens: int = 0
+    prefilled_by: str | None = None
 
     @property
     def queued(self) -> float:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
 from headwise.cluster.group import GroupFactory, Progress
 from headwise.cluster.local_group import LocalGroupFactory
-from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig
+from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
+from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError
+from headwise.runtime.engine.prefilling import Prefilling
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.tier_sizes import tier_sizes
+from headwise.runtime.handoff.local import LocalServer
+from headwise.runtime.handoff.messages import VERSION, HelloAnswer, Identity
+from headwise.runtime.handoff.outbound import MAX_TRANSFERS, Outbound
+from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.inputs.tokenizer import load_tokenizer
@@ -26,12 +35,24 @@ from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
 from headwise.runtime.precision import precision_notes, resolve_dtype
+from headwise.runtime.sides import decode_config, prefill_config
 from headwise.runtime.warmup import prepare_kernels
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+from headwise.workers.kv.handoff import HandoffSpec
 from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
 from headwise.workers.model.model_config import ModelConfig, load_model_config
 from headwise.workers.model.partition import partition_model
 from headwise.workers.spec import ShardSpec
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+
+class Submit(Protocol):
+    """Runs a function on an engine's thread; see :meth:`EngineLoop.submit`."""
+
+    def __call__(self, function: Callable[[Engine], T], /) -> Future[T]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +64,102 @@ class Started:
     generations: GenerationFactory
     engine: Engine
     spec: ShardSpec
+    prefill: PrefillSide | None = None
 
     def close(self) -> None:
         """Ends the shards; call it once the engine's thread has ended. Idempotent."""
         # Whatever fails or interrupts one of these, the others are done; the last pushed is the first.
         with contextlib.ExitStack() as stack:
+            if self.prefill is not None:
+                stack.callback(self.prefill.close)
             stack.callback(self.generations.close)
             stack.callback(self.engine.generation.close)
             stack.callback(self.inputs.close)
 
 
+class PrefillSide:
+    """An engine that computes prompts for another engine of this program."""
+
+    def __init__(self, config: EngineConfig, quiet: bool) -> None:
+        self._started = _start(config, quiet)
+        try:
+            self.loop = EngineLoop(self._started.engine, self._failed)
+            service = handoff_service(self._started, self.loop.submit)
+            self._server = LocalServer(service)
+        except BaseException:
+            self._started.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Where it is asked for prompts."""
+        return self._server.address
+
+    def stats(self) -> dict[str, Any]:
+        """What it has done, as :meth:`Engine.stats`; empty once it has ended."""
+        try:
+            return self.loop.run(Engine.stats)
+        except HeadwiseError:
+            return {}
+
+    def close(self) -> None:
+        """Idempotent."""
+        try:
+            self._server.close()
+            self.loop.close()
+        finally:
+            self._started.close()
+
+    def _failed(self, error: BaseException) -> None:
+        if not isinstance(error, EngineStoppedError) or error.__cause__ is not None:
+            _logger.error("the prefill engine has ended, and prompts are computed by the other: %s", error)
+
+
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
-    """Checks everything that can be checked without a shard, then starts the shards.
+    """Checks everything that can be checked without a shard, then starts the shards; those of a prefill engine, too, where
+    the config asks for one.
 
     Raises: as :class:`~headwise.runtime.llm.LLM`.
     """
+    if config.prefill is None:
+        return _start(config, quiet)
+    with contextlib.ExitStack() as undo:
+        side = PrefillSide(prefill_config(config), quiet)
+        undo.callback(side.close)
+        started = _start(decode_config(config, side.address), quiet)
+        undo.pop_all()
+    return replace(started, prefill=side)
+
+
+def handoff_service(started: Started, submit: Submit) -> HandoffService:
+    """What other engines ask a prefill engine for.
+
+    Args:
+        submit: runs a function on the engine's thread.
+    """
+    engine, spec = started.engine, started.spec
+
+    def run(function: Callable[[Outbound], T]) -> Future[T]:
+        def on_outbound(engine: Engine) -> T:
+            assert engine.generation.outbound is not None
+            return function(engine.generation.outbound)
+
+        future = submit(on_outbound)
+        engine.generation.group.wake()  # it may wait for its ranks
+        return future
+
+    partitions = partition_model(started.inputs.model, spec.tensor_parallel_size)
+    about = HelloAnswer(
+        _identity(started.inputs.model, model_fingerprint(started.model_path), spec),
+        engine.generation.epoch,
+        [(part.heads.kv_start, part.heads.kv_stop) for part in partitions],
+        started.inputs.max_model_len - 1,
+        MAX_TRANSFERS,
+    )
+    return HandoffService(about, run)
+
+
+def _start(config: EngineConfig, quiet: bool) -> Started:
     path = resolve(config.model)
     model = load_model_config(path)
     partition_model(model, config.tensor_parallel_size)
@@ -69,17 +171,23 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
         if not quiet:
             print(f"headwise: {note}", file=sys.stderr)
     sizes = tier_sizes(config, model, spec.dtype)
-    identity = None
+    identity = wire = None
     if config.enable_prefix_caching:
         identity = KvIdentity(model_fingerprint(path), spec.dtype, config.block_size)
         spec = replace(
             spec, host_kv_blocks=sizes.host, disk_kv_path=config.disk_kv_path, kv_identity=identity.namespace()
         )
+    if config.handoff is not None:
+        if identity is None:
+            limit = "handed-over blocks are kept in the prefix cache"
+            raise InvalidValueError("enable_prefix_caching", False, limit)
+        wire = _identity(model, identity.fingerprint, spec)
+        spec = replace(spec, handoff=_handoff_spec(config.handoff))
     if spec.device == "cpu":
         prepare_kernels(quiet)
     # Later engines have later epochs, so that a router can tell a restart from a gap.
     events = KvEvents(time.time_ns() // 1_000_000)
-    generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events)
+    generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events, wire)
     with contextlib.ExitStack() as undo:  # until all of it stands
         undo.callback(generations.close)
         with _load_progress(quiet) as progress:
@@ -89,10 +197,38 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
         mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
         scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
         engine = Engine(generation, scheduler, events, config.pipeline_depth)
+        if generation.outbound is not None:
+            generation.outbound.prompts = Prefilling(engine, max_model_len, model.vocab_size)
         grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
         inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
         undo.pop_all()
     return Started(path, inputs, generations, engine, spec)
+
+
+def _identity(model: ModelConfig, fingerprint: str, spec: ShardSpec) -> Identity:
+    """What the engines of a handoff must have in common."""
+    return Identity(
+        VERSION,
+        VERSION,
+        fingerprint,
+        spec.dtype,
+        spec.block_size,
+        "dense",
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+    )
+
+
+def _handoff_spec(handoff: HandoffConfig) -> HandoffSpec:
+    return HandoffSpec(
+        handoff.role == "decode",
+        handoff.host,
+        handoff.shared_memory,
+        handoff.tls_cert,
+        handoff.tls_key,
+        handoff.ca,
+    )
 
 
 def _kv_memory(generation: Generation) -> str:

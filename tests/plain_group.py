@@ -107,8 +107,9 @@ class PlainGroup(ShardGroup):
             self.loading |= set(job.blocks)
 
     def transferred(self, timeout_s: float) -> TransferResult | None:
-        if timeout_s and not self.results:
-            self._copy_one(self.chance.choice([tier for tier in Tier if self.jobs[tier]]))
+        waiting = [tier for tier in Tier if self.jobs[tier]]
+        if timeout_s and waiting and not self.results:
+            self._copy_one(self.chance.choice(waiting))
         return self.results.popleft() if self.results else None
 
     def close(self) -> None:

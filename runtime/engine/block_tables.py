@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from headwise.runtime.engine.request import Request, Seat, seat_of
+from headwise.runtime.handoff.choice import LocalLoad
+from headwise.runtime.handoff.inbound import Arrival, Handoff, Inbound
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.prefix_cache import PrefixCache
@@ -18,9 +20,10 @@ from headwise.runtime.kv.tiers import Tiers
 class Admission(enum.Enum):
     """What came of a waiting request's turn.
 
-    SEATED: it has a seat. LATER: it waits for blocks that others compute or that are restored for it, and the requests
-    behind it may go first. ROOM_SOON: the blocks that it displaces are being saved; nobody needs to give up blocks for
-    it, and the requests behind it would take its room. NO_ROOM: others hold the blocks that it needs.
+    SEATED: it has a seat. LATER: it waits for blocks that others compute, or that are brought for it from a tier or
+    another engine, and the requests behind it may go first. ROOM_SOON: the blocks that it displaces are being saved;
+    nobody needs to give up blocks for it, and the requests behind it would take its room. NO_ROOM: others hold the
+    blocks that it needs.
     """
 
     SEATED = enum.auto()
@@ -36,21 +39,32 @@ class _Search:
     Attributes:
         chain: the cached blocks that held its first tokens when it last looked; not held, so a guess by now.
         awaits: the digest of a block that another request computes or restores.
-        restoring: blocks are on their way from the tiers to the device for the request.
-        came_short: not all of them arrived; the request computes what is missing.
+        restoring: blocks are on their way to the device for the request, from the tiers or from another engine.
+        came_short: not all of them arrived from the tiers; the request computes what is missing.
+        handoff: the blocks are on their way from another engine.
+        was_handed_over: they were once, and whatever came of it, the request computes the rest itself.
     """
 
     chain: list[CachedBlock] = field(default_factory=list)
     awaits: bytes | None = None
     restoring: bool = False
     came_short: bool = False
+    handoff: Handoff | None = None
+    was_handed_over: bool = False
 
 
 class BlockTables:
-    """Gives requests their seats' blocks and takes them back. Only the scheduler calls it."""
+    """Gives requests their seats' blocks and takes them back. Only the scheduler calls it.
 
-    def __init__(self, cache: PrefixCache, tiers: Tiers | None = None) -> None:
-        self.cache, self.tiers = cache, tiers
+    Attributes:
+        load: tells what the engine has to compute; set by whoever schedules.
+        failed: requests that are to end, and why: their blocks were to come from another engine, and did not.
+    """
+
+    def __init__(self, cache: PrefixCache, tiers: Tiers | None = None, inbound: Inbound | None = None) -> None:
+        self.cache, self.tiers, self.inbound = cache, tiers, inbound
+        self.load: Callable[[], LocalLoad] = LocalLoad
+        self.failed: list[tuple[Request, str]] = []
         self._block_size = cache.block_size
         self._searches: dict[Request, _Search] = {}  # of requests that wait
         self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
@@ -73,13 +87,19 @@ class BlockTables:
         if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing)) is not None:
             self.cache.release(chain, Use.COMPUTE)
             return answer
+        if self.inbound is not None and self._is_handed_over(self.inbound, request, search, limit):
+            self.cache.release(chain, Use.COMPUTE)
+            return Admission.LATER
         del self._searches[request]
         self._seat(request, row, chain, missing)
         return Admission.SEATED
 
     def forget(self, request: Request) -> None:
         """A waiting request has ended."""
-        self._searches.pop(request, None)
+        search = self._searches.pop(request, None)
+        if search is not None and search.handoff is not None and self.inbound is not None:
+            self._has_come(request, search.handoff.blocks.digests)
+            self.inbound.cancel(search.handoff)
 
     def missing(self, seat: Seat, num_tokens: int) -> int:
         """How many blocks more a seat needs for so many tokens; not above 0 if none."""
@@ -206,10 +226,41 @@ class BlockTables:
         search.restoring = True
         return Admission.LATER
 
+    def _is_handed_over(self, inbound: Inbound, request: Request, search: _Search, limit: int) -> bool:
+        """Whether another engine computes what a request whose chain is held still needs, or soon will."""
+        blocks, first = request.token_blocks, len(search.chain)
+        if blocks is None or first >= limit or search.was_handed_over:
+            return False
+        peer = inbound.choose(blocks, first, limit, self.load())
+        if peer is None:
+            return False
+        if not inbound.has_room(limit - first):
+            return True
+        search.restoring = search.was_handed_over = True
+        for digest in blocks.digests[first:limit]:
+            self._coming.setdefault(digest, request)
+        done = partial(self._handed_over, request, search, blocks.digests[first:limit])
+        handoff = inbound.start(peer, blocks, search.chain, limit, request.tenant, done)
+        search.handoff = handoff if search.restoring else None  # else it has failed by now
+        return True
+
+    def _handed_over(self, request: Request, search: _Search, wanted: Sequence[bytes], arrival: Arrival) -> None:
+        self._has_come(request, wanted)
+        search.restoring, search.handoff = False, None
+        if arrival.num_blocks and not request.generated:
+            request.metrics.prefilled_by = arrival.peer
+            request.metrics.num_handoff_tokens = arrival.num_blocks * self._block_size
+        if arrival.failure and self.inbound is not None and self.inbound.must_succeed:
+            self.failed.append((request, f"its prompt was to be computed by {arrival.peer}: {arrival.failure}"))
+
+    def _has_come(self, request: Request, digests: Iterable[bytes]) -> None:
+        """Nothing is brought for a request any more, so that nobody is to wait for it."""
+        for digest in digests:
+            if self._coming.get(digest) is request:
+                del self._coming[digest]
+
     def _restored(self, request: Request, search: _Search, wanted: list[TierBlock], arrived: int) -> None:
-        for block in wanted:
-            if self._coming.get(block.key.digest) is request:
-                del self._coming[block.key.digest]
+        self._has_come(request, [block.key.digest for block in wanted])
         search.restoring, search.came_short = False, arrived < len(wanted)
         if not request.generated:
             request.metrics.num_restored_tokens = arrived * self._block_size
@@ -228,7 +279,9 @@ class BlockTables:
         if not metrics.num_preemptions:
             metrics.num_cached_tokens = num_cached
             metrics.num_restored_tokens = min(metrics.num_restored_tokens, num_cached)
-            on_device = (num_cached - metrics.num_restored_tokens) // self._block_size
+            metrics.num_handoff_tokens = min(metrics.num_handoff_tokens, num_cached)
+            on_device = (num_cached - metrics.num_restored_tokens - metrics.num_handoff_tokens) // self._block_size
+            on_device = max(0, on_device)  # a block that was restored may have come from elsewhere the next time
             self.cache.count_lookup(request.num_tokens, chain[:on_device])
             if self.tiers is not None:
                 self.tiers.books.count_lookup(request.num_tokens - on_device * self._block_size)
@@ -246,9 +299,7 @@ class BlockTables:
 
     def _stops_computing(self, request: Request, first: int, stop: int) -> None:
         if request.token_blocks is not None:
-            for digest in request.token_blocks.digests[first:stop]:
-                if self._coming.get(digest) is request:
-                    del self._coming[digest]
+            self._has_come(request, request.token_blocks.digests[first:stop])
 
 
 def _owner(request: Request) -> bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, KeysView
+from collections.abc import Callable, Collection, Iterator, KeysView
 from typing import Any, NamedTuple
 
 from headwise.runtime.engine.generation import Generation
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
+from headwise.runtime.kv.cost import running_mean
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
@@ -45,6 +46,7 @@ class Engine:
         generation: whose shards compute now.
         events: tell which blocks they hold.
         busy_since: on the monotonic clock, while it is in a step or runs a function; read by other threads.
+        token_s: seconds to compute a token of a prompt, of those computed lately; None before the first.
     """
 
     def __init__(self, generation: Generation, scheduler: Scheduler, events: KvEvents, pipeline_depth: int) -> None:
@@ -64,6 +66,7 @@ class Engine:
         self._check: Iterator[None] | None = None  # of the books, while nothing else is to do
         self._check_seconds = self._next_check = 0.0
         self._num_paused = 0
+        self.token_s: float | None = None
         self._slowest_step = 0.0, time.monotonic()  # its seconds, and when it was over
 
     @property
@@ -78,7 +81,8 @@ class Engine:
 
     @property
     def _is_busy(self) -> bool:
-        return bool(len(self._live) > self._num_paused or self._in_flight or self.generation.ledger.busy)
+        waiting = len(self._live) > self._num_paused
+        return bool(waiting or self._in_flight or self.generation.ledger.busy or self.generation.handing_over)
 
     @property
     def num_waiting(self) -> int:
@@ -88,6 +92,11 @@ class Engine:
     def num_waiting_of(self, tenant: str) -> int:
         """Those of them that a tenant asked for."""
         return self._scheduler.waiting.num_of(tenant)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of prompts that run or wait, and are not computed yet."""
+        return self._scheduler.num_queued_tokens
 
     @property
     def num_paused(self) -> int:
@@ -136,6 +145,7 @@ class Engine:
             self._collect_oldest()
         elif len(self._live) > self._num_paused and not moving:
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
+        self._end_failed()
         self._check_idle()
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
@@ -162,6 +172,7 @@ class Engine:
             "engine_cpu_seconds": self._cpu_seconds,
             "prefix_cache": cache.stats()
             | {"pinned_blocks": pins.num_blocks, "tiers": tiers.stats() if tiers is not None else {}},
+            "handoff": self.generation.handoff_stats(),
         }
 
     def query_shards(self, method: str) -> list[Any]:
@@ -184,6 +195,10 @@ class Engine:
         cache.match(blocks, num_tokens // cache.block_size, chain)
         self.generation.pins.pin(chain, ttl_s)
         return len(chain) * cache.block_size
+
+    def give_up_seats(self) -> None:
+        """Takes their seats from requests that have ended, and whose blocks are not sent to another engine any more."""
+        self._scheduler.give_up_seats()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
@@ -225,13 +240,28 @@ class Engine:
             wait: for something to be done, a little; functions of other threads have to come in between.
 
         Returns:
-            Whether a job was or is in flight.
+            Whether a job or a handoff was or is in flight.
         """
-        if self.generation.tiers is not None:
-            self.generation.tiers.pump()
-        busy = self.generation.ledger.busy
-        self.generation.ledger.poll(TRANSFER_WAIT_S if wait else 0.0)
+        generation = self.generation
+        if generation.tiers is not None:
+            generation.tiers.pump()
+        if generation.inbound is not None:
+            generation.inbound.pump()
+        if generation.outbound is not None:
+            generation.outbound.tick()
+        busy = generation.ledger.busy or generation.handing_over
+        generation.ledger.poll(TRANSFER_WAIT_S if wait and busy else 0.0)
         return busy
+
+    def _end_failed(self) -> None:
+        """Ends the requests whose prompts another engine was to compute, and did not."""
+        failed = self._scheduler.take_failed()
+        for request, reason in failed:
+            if (live := self._live.get(request.key)) is not None and live.request is request:
+                request.error = reason
+                self._emit(live, end(request, live.text, FinishReason.ERROR))
+        if failed:
+            self._deliver()
 
     def _submit_next(self) -> bool:
         """Submits a step, if there is anything to compute."""
@@ -259,6 +289,7 @@ class Engine:
             raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
         self.num_steps += 1
         tokens, failed = dict(output.tokens), dict(output.failed)
+        self._push_blocks(schedule, failed)
         # A grammar that fails says nothing against the keys and values that others wait for.
         self._scheduler.complete(schedule, failed.keys() - set(output.verified))
         for request, seat, samples, _ in schedule.rows:
@@ -274,13 +305,24 @@ class Engine:
         self._learn_cost(schedule, output)
         self._deliver()
 
+    def _push_blocks(self, schedule: Schedule, failed: Collection[int]) -> None:
+        """Has the blocks of other engines' prompts sent as far as they are computed; before anybody may lose a seat."""
+        if (outbound := self.generation.outbound) is None:
+            return
+        for request, seat, _, num_computed in schedule.rows:
+            if request.transfer is not None and seat.row not in failed and request.key in self._live:
+                outbound.computed(request.transfer, seat, num_computed)
+
     def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
         """What a token takes to compute: of steps that mostly compute prompts."""
-        if self.generation.tiers is None:
-            return
         prefilled = sum(count for _, count in schedule.plan.computes if count > 1)
-        if prefilled >= self.generation.cache.block_size and prefilled >= len(schedule.plan.computes):
+        if prefilled < self.generation.cache.block_size or prefilled < len(schedule.plan.computes):
+            return
+        self.token_s = running_mean(self.token_s, output.seconds / prefilled)
+        if self.generation.tiers is not None:
             self.generation.tiers.cost.saw_prefill(prefilled, output.seconds)
+        if self.generation.inbound is not None:
+            self.generation.inbound.choice.token_s = self.token_s
 
     def _emit(self, live: _Live, delta: Delta) -> None:
         """Notes a delta for its sink; the last one ends its request."""

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from headwise.cluster.group import GroupFactory, Progress, ShardGroup
-from headwise.runtime.config import EngineConfig
+from headwise.runtime.config import EngineConfig, HandoffConfig
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.tier_sizes import TierSizes
+from headwise.runtime.handoff.choice import DEFAULT_MIN_TOKENS, Choice
+from headwise.runtime.handoff.inbound import Inbound
+from headwise.runtime.handoff.link import PrefillLink
+from headwise.runtime.handoff.messages import Hello, Identity
+from headwise.runtime.handoff.outbound import Outbound
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.tls import channel_credentials
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.handoff import KvEndpoint
 from headwise.workers.kv.transfer import BlockKey
 
 
@@ -31,6 +39,8 @@ class Generation:
         epoch: which generation this is, as its KV events say.
         ledger: the jobs that move blocks between the shards' devices and the tiers.
         tiers: None where there is no host memory or disk for blocks.
+        inbound: the prompts that other engines compute for this one; None where none do.
+        outbound: the prompts that this engine computes for others; None where it does not.
     """
 
     epoch: int
@@ -40,10 +50,26 @@ class Generation:
     ledger: Ledger
     tiers: Tiers | None
     pins: Pins
+    inbound: Inbound | None = None
+    outbound: Outbound | None = None
+
+    @property
+    def handing_over(self) -> bool:
+        """Whether a handoff is on its way, in or out."""
+        return (self.inbound is not None and self.inbound.busy) or (self.outbound is not None and self.outbound.busy)
+
+    def handoff_stats(self) -> dict[str, Any]:
+        """Of the handoffs in or out; empty where there are none."""
+        handoffs = self.inbound or self.outbound
+        return handoffs.stats() if handoffs is not None else {}
 
     def close(self) -> None:
         """Ends the shards; call it once the engine's thread has ended. Idempotent."""
-        self.group.close()
+        try:
+            if self.inbound is not None:
+                self.inbound.close()
+        finally:
+            self.group.close()
 
 
 class GenerationFactory:
@@ -56,15 +82,17 @@ class GenerationFactory:
         max_model_len: int,
         sizes: TierSizes,
         events: KvEvents,
+        identity: Identity | None = None,
     ) -> None:
         """
         Args:
             groups: makes their groups; this factory closes it.
             sizes: of the tiers.
             events: where generations tell which blocks they hold; its epoch is theirs.
+            identity: what the engines of a handoff must have in common; needed where there are handoffs.
         """
         self._config, self._groups, self._max_model_len = config, groups, max_model_len
-        self._sizes, self._events = sizes, events
+        self._sizes, self._events, self._identity = sizes, events, identity
 
     def make(self, progress: Progress | None = None) -> Generation:
         """Starts a group, and opens its books; what its disks hold from before is in the prefix cache.
@@ -107,8 +135,37 @@ class GenerationFactory:
             tiers = Tiers(cache, ledger, sizes.host, sizes.disk, reserve, config.cache_quota, events)
             if sizes.disk:
                 tiers.adopt(*_stored_everywhere(group.query("stored_blocks")))
-        pins = Pins(cache, max(0, num_blocks - -(-self._max_model_len // config.block_size) - 1))
-        return Generation(events.epoch, group, cache, BlockTables(cache, tiers), ledger, tiers, pins)
+        spare = max(
+            0, num_blocks - -(-self._max_model_len // config.block_size) - 1
+        )  # a request finds room beside them
+        inbound = outbound = None
+        if config.handoff is not None and config.handoff.role == "decode":
+            inbound = self._open_inbound(config.handoff, group, cache, ledger, spare)
+        elif config.handoff is not None:
+            outbound = Outbound(ledger, events.epoch, config.block_size)
+        tables = BlockTables(cache, tiers, inbound)
+        return Generation(events.epoch, group, cache, tables, ledger, tiers, Pins(cache, spare), inbound, outbound)
+
+    def _open_inbound(
+        self, handoff: HandoffConfig, group: ShardGroup, cache: PrefixCache, ledger: Ledger, spare: int
+    ) -> Inbound:
+        assert self._identity is not None, "handoffs need an identity"
+        ends = [KvEndpoint((a, b), address, host) for a, b, address, host in group.query("kv_endpoint")]
+        hello = Hello(self._identity, self._events.epoch, ends, handoff.tls_cert is not None)
+        credentials = None if handoff.ca is None else channel_credentials(Path(handoff.ca), None, None)
+        peers = [PrefillLink(peer, hello, credentials, handoff.token, group.wake) for peer in handoff.peers]
+        inbound = Inbound(
+            cache,
+            ledger,
+            self._events.epoch,
+            peers,
+            Choice(handoff.min_tokens, self._config.max_mixed_prefill_tokens or DEFAULT_MIN_TOKENS),
+            lease_s=handoff.lease_s,
+            max_reserved=spare,
+            must_succeed=handoff.on_failure == "fail",
+        )
+        inbound.on_event = group.wake
+        return inbound
 
 
 def _stored_everywhere(ranks: list[list[Any]]) -> tuple[list[BlockKey], list[BlockKey]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.output import FinishReason, RequestMetrics
@@ -26,7 +27,8 @@ class RequestState(enum.Enum):
 @dataclass(slots=True, eq=False)
 class Seat:
     """A request's place in one generation of shards: made when the request is admitted, and thrown away once no step
-    in flight computes the request any more. What a request is and has generated outlives its seat.
+    in flight computes the request any more, and no job sends its blocks. What a request is and has generated outlives
+    its seat.
 
     Attributes:
         row: on every shard.
@@ -37,6 +39,7 @@ class Seat:
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
         num_pending: tokens that steps in flight sample; nobody has seen them yet.
         num_in_flight: steps in flight that compute the request.
+        num_moving: jobs in flight that send its blocks to another engine.
     """
 
     row: int
@@ -46,6 +49,12 @@ class Seat:
     num_computed: int
     num_pending: int = 0
     num_in_flight: int = 0
+    num_moving: int = 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether its blocks may not be given to others yet, though its request has left."""
+        return self.num_in_flight > 0 or self.num_moving > 0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +69,9 @@ class Request:
         paused: nobody takes its tokens at present, so that none are computed.
         tenant: who asked for it; requests of several tenants take turns. Empty where tenants are not told apart.
         token_blocks: its tokens in full blocks with their digests; None takes no part in the prefix cache.
+        transfer: for whom its prompt is computed, where that is another engine.
         generated: tokens seen so far.
-        seat: while it runs, and after that until the last step in flight that computes it is done.
+        seat: while it runs, and after that until the last step and job in flight that use its blocks are done.
         key: tells the samples of one request apart.
     """
 
@@ -75,6 +85,7 @@ class Request:
     paused: bool = False
     tenant: str = ""
     token_blocks: TokenBlocks | None = None
+    transfer: TransferKey | None = None
     state: RequestState = RequestState.WAITING
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

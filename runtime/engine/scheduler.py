@@ -15,6 +15,7 @@ from typing import NamedTuple
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
 from headwise.runtime.engine.waiting import Waiting
+from headwise.runtime.handoff.choice import LocalLoad
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import MAX_ADMIT_BYTES, RowAdmit, StepPlan, admit_bytes
 
@@ -62,7 +63,8 @@ class Scheduler:
     """Owns every request's state and seat.
 
     Several steps may be in flight. A request that ends or is preempted meanwhile keeps its seat until the last of
-    these steps is done, so that no other request gets a block that a step still writes to.
+    these steps is done, so that no other request gets a block that a step still writes to. It keeps the seat, too,
+    while its blocks are sent to another engine.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
-        self._leaving: list[Request] = []  # not running any more, but a step in flight still computes them
+        self._leaving: list[Request] = []  # not running any more, but a step or job in flight still uses their blocks
         self._tables, self._budget = tables, max_num_batched_tokens
         self._mixed_budget = max_mixed_prefill_tokens or max_num_batched_tokens
         # No more rows than tokens in a step: else those that decode could leave nothing for a prompt, for ever.
@@ -85,9 +87,16 @@ class Scheduler:
         self._free_rows = list(reversed(range(self._num_rows)))
         self._dropped: list[int] = []
         self._next_step = 0
+        tables.load = self._load
 
     def add(self, request: Request) -> None:
         self.waiting.add(request)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of prompts that run or wait, and are not computed yet."""
+        running = sum(request.num_uncomputed for request in self.running if request.num_uncomputed > 1)
+        return running + self.waiting.num_tokens
 
     def schedule(self) -> Schedule | None:
         """The next step, or None when there is nothing to compute, or nothing before a step in flight is done.
@@ -123,7 +132,11 @@ class Scheduler:
             seat.num_pending -= samples
             if samples and seat.row not in failed and request.finish_reason is not FinishReason.ERROR:
                 self._tables.publish(request, num_computed)
-        for request in [r for r in self._leaving if not seat_of(r).num_in_flight]:
+        self.give_up_seats()
+
+    def give_up_seats(self) -> None:
+        """Takes their seats from requests that have left, and whose blocks nothing in flight uses any more."""
+        for request in [r for r in self._leaving if not seat_of(r).is_used]:
             self._leaving.remove(request)
             self._release(request)
 
@@ -140,6 +153,11 @@ class Scheduler:
             self.waiting.remove(request)
             self._tables.forget(request)
 
+    def take_failed(self) -> list[tuple[Request, str]]:
+        """The requests that are to end since the last call, and why: their prompts did not come from another engine."""
+        failed, self._tables.failed = self._tables.failed, []
+        return failed
+
     def check_integrity(self) -> None:
         """
         Raises:
@@ -155,6 +173,11 @@ class Scheduler:
             yield
             if self._tables.changes != changes:
                 return
+
+    def _load(self) -> LocalLoad:
+        """What a prompt that is computed here would have to wait for, and hold up."""
+        prompts = sum(count for request in self.running if (count := request.num_uncomputed) > 1)
+        return LocalLoad(prompts, any(request.streamed and request.generated for request in self.running))
 
     def _compute(self, request: Request, draft: _Draft) -> None:
         """Gives a running request its part of the step, if there is budget and are blocks."""
@@ -272,7 +295,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        if seat_of(request).num_in_flight:
+        if seat_of(request).is_used:
             self._leaving.append(request)
         else:
             self._release(request)

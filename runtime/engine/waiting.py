@@ -17,12 +17,17 @@ class Waiting:
     The scheduler goes through them from the front: it takes the ``head`` out of the queue, or leaves it where it is and
     looks at the next, until :meth:`rewind` begins at the front again. Every call takes constant time, but rewind takes
     time for each request that was skipped.
+
+    Attributes:
+        num_tokens: of all requests that wait.
     """
 
     def __init__(self) -> None:
         self._preempted: _Line = OrderedDict()
         self._lines: OrderedDict[str, _Line] = OrderedDict()  # by tenant, whose turn is next first; none is empty
         self._counts: Counter[str] = Counter()
+        self._num_tokens: dict[Request, int] = {}  # when each began to wait
+        self.num_tokens = 0
         # Out of the way until rewind, each in the order they were met:
         self._skipped_preempted: list[Request] = []
         self._skipped: list[Request] = []
@@ -45,13 +50,13 @@ class Waiting:
     def add(self, request: Request) -> None:
         """A new request waits: behind those of its tenant."""
         self._lines.setdefault(request.tenant, OrderedDict())[request] = None
-        self._counts[request.tenant] += 1
+        self._count(request)
 
     def add_preempted(self, request: Request) -> None:
         """A request waits that has been computed before: in front of all others."""
         self._preempted[request] = None
         self._preempted.move_to_end(request, last=False)
-        self._counts[request.tenant] += 1
+        self._count(request)
 
     def remove(self, request: Request) -> None:
         """A request waits no longer, wherever it stands. Not while requests are skipped."""
@@ -62,14 +67,14 @@ class Waiting:
             del line[request]
             if not line:
                 del self._lines[request.tenant]
-        self._forget(request.tenant)
+        self._forget(request)
 
     def take(self) -> Request:
         """Removes the head; that was its tenant's turn, unless the head was preempted before."""
         preempted, request = bool(self._preempted), self._pop()
         if not preempted and request.tenant in self._lines:
             self._lines.move_to_end(request.tenant)
-        self._forget(request.tenant)
+        self._forget(request)
         return request
 
     def skip(self) -> None:
@@ -118,7 +123,14 @@ class Waiting:
             del self._lines[request.tenant]
         return request
 
-    def _forget(self, tenant: str) -> None:
+    def _count(self, request: Request) -> None:
+        self._counts[request.tenant] += 1
+        self._num_tokens[request] = request.num_tokens
+        self.num_tokens += request.num_tokens
+
+    def _forget(self, request: Request) -> None:
+        tenant = request.tenant
+        self.num_tokens -= self._num_tokens.pop(request)
         self._counts[tenant] -= 1
         if not self._counts[tenant]:
             del self._counts[tenant]

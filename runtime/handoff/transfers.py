@@ -9,30 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from headwise.runtime.handoff.errors import NotFoundError, RefusedError
+from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.sending import Answer, Instruction, Sending, State
-from headwise.workers.errors import HeadwiseError
 
 
-class Key(NamedTuple):
-    """An attempt of a transfer, as both engines know it.
-
-    Attributes:
-        transfer: 16 bytes, made at random by decode.
-        attempt: counts up from 1.
-        decode_epoch, prefill_epoch: the generation of each engine that it belongs to.
-    """
-
-    transfer: bytes
-    attempt: int
-    decode_epoch: int
-    prefill_epoch: int
-
-
-class PrefillRefused(HeadwiseError):
-    """A prompt is not computed for another engine."""
-
-
-class UnknownEpochError(PrefillRefused):
+class UnknownEpochError(NotFoundError):
     """The attempt belongs to another generation of this engine."""
 
     def __init__(self, epoch: int, own: int) -> None:
@@ -40,7 +22,7 @@ class UnknownEpochError(PrefillRefused):
         super().__init__(f"prefill_epoch={epoch}: this engine is in epoch {own}; say Hello again")
 
 
-class TooManyTransfersError(PrefillRefused):
+class TooManyTransfersError(RefusedError):
     """As many transfers as may run do."""
 
     def __init__(self, running: int, limit: int) -> None:
@@ -48,14 +30,14 @@ class TooManyTransfersError(PrefillRefused):
         super().__init__(f"running={running}: at most {limit} transfers at once; ask again later, or another engine")
 
 
-class AttemptOverError(PrefillRefused):
+class AttemptOverError(RefusedError):
     """The attempt was refused or aborted before, or a newer one of the transfer has come."""
 
 
-class OtherPromptError(PrefillRefused):
+class OtherPromptError(RefusedError):
     """The key has come before, with another prompt."""
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: TransferKey) -> None:
         super().__init__(f"attempt={key.attempt}: this attempt came before with another prompt; count attempts up")
 
 
@@ -66,7 +48,7 @@ class Status(NamedTuple):
     reason: str = ""
 
 
-Order = tuple[Key, Instruction]
+Order = tuple[TransferKey, Instruction]
 """An instruction, and the attempt it is about."""
 
 
@@ -95,7 +77,7 @@ class _Memory:
     status: Status
     until: float
     prompt: bytes = b""
-    refusal: PrefillRefused | None = None
+    refusal: RefusedError | None = None
 
 
 class Transfers:
@@ -113,9 +95,9 @@ class Transfers:
         """
         self.limit = limit
         self._epoch, self._memory_s = epoch, memory_s
-        self._held: dict[Key, tuple[Sending, bytes]] = {}  # running, or over since the last sweep
-        self._over: dict[Key, _Memory] = {}  # the one to forget next comes first
-        self._newest: dict[bytes, Key] = {}  # by transfer, of those above
+        self._held: dict[TransferKey, tuple[Sending, bytes]] = {}  # running, or over since the last sweep
+        self._over: dict[TransferKey, _Memory] = {}  # the one to forget next comes first
+        self._newest: dict[bytes, TransferKey] = {}  # by transfer, of those above
 
     def __len__(self) -> int:
         """How many attempts are known, running or remembered."""
@@ -126,14 +108,14 @@ class Transfers:
         """How many attempts are not over."""
         return sum(not sending.over for sending, _ in self._held.values())
 
-    def get(self, key: Key) -> Sending | None:
+    def get(self, key: TransferKey) -> Sending | None:
         """The attempt that runs, or has only just ended."""
         found = self._held.get(key)
         return found[0] if found else None
 
     def accept(
         self,
-        key: Key,
+        key: TransferKey,
         prompt: bytes,
         num_blocks: int,
         first_block: int,
@@ -148,7 +130,7 @@ class Transfers:
                 but not of durations, which a repetition may tell anew.
 
         Raises:
-            PrefillRefused: nothing is computed, or is to be any more; the classes above say why.
+            NotFoundError, RefusedError: nothing is computed, or is to be any more; the classes above say why.
             ValueError: there is no block to send.
         """
         if key.prefill_epoch != self._epoch:
@@ -168,18 +150,18 @@ class Transfers:
         self._newest[key.transfer] = key
         return Accepted(sending, True, orders)
 
-    def commit(self, key: Key, now: float) -> list[Order]:
+    def commit(self, key: TransferKey, now: float) -> list[Order]:
         """Commit came; an Answer says when :meth:`status` is what it is to be answered with."""
         sending = self.get(key)
         return self._orders(key, sending.commit(now) if sending is not None else [Answer()])
 
-    def renew(self, key: Key, now: float, lease_s: float) -> Status:
+    def renew(self, key: TransferKey, now: float, lease_s: float) -> Status:
         """Renew came for this attempt."""
         if (sending := self.get(key)) is not None:
             sending.renew(now, lease_s)
         return self.status(key)
 
-    def abort(self, key: Key, reason: str, now: float) -> list[Order]:
+    def abort(self, key: TransferKey, reason: str, now: float) -> list[Order]:
         """AbortTransfer came. If its Prefill has not, that will be refused."""
         if (sending := self.get(key)) is not None:
             return self._orders(key, sending.abort(reason))
@@ -189,7 +171,7 @@ class Transfers:
         self._refuse(key, AttemptOverError(reason), now)
         return orders
 
-    def status(self, key: Key) -> Status:
+    def status(self, key: TransferKey) -> Status:
         """How an attempt stands."""
         if (sending := self.get(key)) is not None:
             return Status(sending.state, sending.reason)
@@ -209,7 +191,7 @@ class Transfers:
                 del self._newest[oldest.transfer]
         return orders
 
-    def _repeated(self, key: Key, prompt: bytes) -> Accepted | None:
+    def _repeated(self, key: TransferKey, prompt: bytes) -> Accepted | None:
         """The answer to a Prefill that has come before."""
         if (held := self._held.get(key)) is not None:
             sending, before = held
@@ -223,7 +205,7 @@ class Transfers:
             raise OtherPromptError(key)
         return Accepted(sending, False, [])
 
-    def _supersede(self, key: Key) -> list[Order]:
+    def _supersede(self, key: TransferKey) -> list[Order]:
         """Ends an older attempt of the same transfer: decode has given it up."""
         older = self._newest.get(key.transfer, key)
         sending = self.get(older)
@@ -231,11 +213,11 @@ class Transfers:
             return []
         return self._orders(older, sending.abort(f"attempt {key.attempt} came"))
 
-    def _refuse(self, key: Key, refusal: PrefillRefused, now: float) -> None:
+    def _refuse(self, key: TransferKey, refusal: RefusedError, now: float) -> None:
         self._over[key] = _Memory(Status(State.FAILED, str(refusal)), now + self._memory_s, refusal=refusal)
         newest = self._newest.setdefault(key.transfer, key)
         if newest.attempt < key.attempt:
             self._newest[key.transfer] = key
 
-    def _orders(self, key: Key, instructions: list[Instruction]) -> list[Order]:
+    def _orders(self, key: TransferKey, instructions: list[Instruction]) -> list[Order]:
         return [(key, instruction) for instruction in instructions]

@@ -23,12 +23,12 @@ class RestoreCost:
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step computed so many tokens."""
-        self._token_s = _mean(self._token_s, seconds / tokens)
+        self._token_s = running_mean(self._token_s, seconds / tokens)
 
     def saw_restore(self, tier: Tier, blocks: int, seconds: float, latency_s: float) -> None:
         """A tier's blocks were copied in ``seconds``; from asking to knowing it took ``latency_s`` more."""
-        self._block_s[tier] = _mean(self._block_s.get(tier), seconds / blocks)
-        self._latency_s = _mean(self._latency_s, latency_s)
+        self._block_s[tier] = running_mean(self._block_s.get(tier), seconds / blocks)
+        self._latency_s = running_mean(self._latency_s, latency_s)
 
     def worth(self, blocks: Mapping[Tier, int], tokens: int) -> bool:
         """Whether to restore so many blocks of each tier rather than to compute their ``tokens``."""
@@ -56,5 +56,6 @@ class RestoreCost:
         return found
 
 
-def _mean(old: float | None, new: float) -> float:
+def running_mean(old: float | None, new: float) -> float:
+    """The mean once a new value has come: that of the last few."""
     return new if old is None else old + _WEIGHT * (new - old)

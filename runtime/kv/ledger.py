@@ -149,9 +149,9 @@ class Ledger:
             self.start(Op.DROP, tier, keys)
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        """Finishes the jobs that are done; waits for the first result at most ``timeout_s`` if a job is in flight.
-        Sends what is to be dropped then."""
-        while self._jobs and (result := self._receive(timeout_s)) is not None:
+        """Finishes the jobs that are done; waits for the first result at most ``timeout_s``. Then sends what is to be
+        dropped."""
+        while (self._jobs or timeout_s) and (result := self._receive(timeout_s)) is not None:
             timeout_s = 0.0
             job = self._jobs[result.id]
             job.add(result)

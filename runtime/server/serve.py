@@ -31,7 +31,7 @@ from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.server.service import InferenceService
 from headwise.runtime.server.sessions import Sessions
 from headwise.runtime.server.slots import Slots
-from headwise.runtime.server.tls import server_credentials
+from headwise.runtime.tls import server_credentials
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.workers.errors import InvalidValueError

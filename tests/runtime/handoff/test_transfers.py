@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.sending import Answer, End, Push, Sending, State, Stop
 from headwise.runtime.handoff.transfers import (
     Accepted,
     AttemptOverError,
-    Key,
     OtherPromptError,
     Status,
     TooManyTransfersError,
@@ -19,25 +19,27 @@ from headwise.runtime.handoff.transfers import (
 EPOCH, LIMIT, MEMORY_S, LEASE_S = 7, 3, 60.0, 30.0
 
 
-def key(transfer: int = 1, attempt: int = 1, epoch: int = EPOCH) -> Key:
-    return Key(bytes([transfer]) * 16, attempt, 5, epoch)
+def key(transfer: int = 1, attempt: int = 1, epoch: int = EPOCH) -> TransferKey:
+    return TransferKey(bytes([transfer]) * 16, attempt, 5, epoch)
 
 
 def make() -> Transfers:
     return Transfers(EPOCH, LIMIT, MEMORY_S)
 
 
-def accept(transfers: Transfers, key: Key, now: float = 0, prompt: bytes = b"prompt", blocks: int = 4) -> Accepted:
+def accept(
+    transfers: Transfers, key: TransferKey, now: float = 0, prompt: bytes = b"prompt", blocks: int = 4
+) -> Accepted:
     return transfers.accept(key, prompt, blocks, 0, now, LEASE_S, None)
 
 
-def start(transfers: Transfers, key: Key, now: float = 0) -> Sending:
+def start(transfers: Transfers, key: TransferKey, now: float = 0) -> Sending:
     sending, new, orders = accept(transfers, key, now)
     assert sending is not None and new and not orders
     return sending
 
 
-def commit(transfers: Transfers, key: Key) -> None:
+def commit(transfers: Transfers, key: TransferKey) -> None:
     sending = transfers.get(key)
     assert sending is not None
     sending.computed(4)

@@ -1,0 +1,369 @@
+"""Inbound: decode's side of handoffs. Blocks are reserved, a prefill engine is asked to fill them, and once every byte
+is there they are cached like any other computed block.
+
+All of it runs on the engine's thread. What comes from other threads, the answers of prefill engines, waits in a queue
+until the next :meth:`Inbound.pump`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from headwise.runtime.handoff.choice import Choice, LocalLoad
+from headwise.runtime.handoff.link import Answer
+from headwise.runtime.handoff.messages import Ask, HelloAnswer, Load, Status, TransferKey
+from headwise.runtime.handoff.messages import State as StateThere
+from headwise.runtime.handoff.receiving import (
+    Abort,
+    Cause,
+    Close,
+    Commit,
+    Fallback,
+    Free,
+    Instruction,
+    Open,
+    Publish,
+    Receiving,
+)
+from headwise.runtime.handoff.receiving import Ask as AskPeer
+from headwise.runtime.kv.arrivals import cache_arrivals
+from headwise.runtime.kv.blocks import Use
+from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.kv.ledger import Ledger, Outcome
+from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, HandoffJob, HandoffOp
+
+MAX_PROMPT_S = 3600.0
+"""Seconds after which a prefill engine need not go on with a prompt, however often its lease was renewed."""
+
+
+class Peer(Protocol):
+    """A connection to a prefill engine; see :class:`headwise.runtime.handoff.link.PrefillLink`, whose methods these
+    are. Answers come on other threads."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def session(self) -> HelloAnswer | None: ...
+
+    @property
+    def problem(self) -> str | None: ...
+
+    @property
+    def load(self) -> Load: ...
+
+    @property
+    def digests(self) -> Collection[bytes]: ...
+
+    def ask(self, ask: Ask, answered: Callable[[Answer], None]) -> None: ...
+
+    def commit(self, key: TransferKey, answered: Callable[[Answer], None]) -> None: ...
+
+    def abort(self, key: TransferKey, reason: str) -> None: ...
+
+    def track(self, key: TransferKey, renewed: Callable[[TransferKey, Status | None], None]) -> None: ...
+
+    def untrack(self, key: TransferKey) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What became of a handoff.
+
+    Attributes:
+        num_blocks: that are cached now.
+        peer: who computed them.
+        failure: why there are none; empty if there are.
+    """
+
+    num_blocks: int
+    peer: str
+    failure: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Handoff:
+    """One prompt on its way here.
+
+    Attributes:
+        blocks: the prompt's.
+        chain: the cached blocks that hold its first tokens; held until the end, as ``memory`` is.
+        memory: the device blocks that are filled.
+        done: told once, what became of it, unless it is cancelled.
+    """
+
+    peer: Peer
+    key: TransferKey
+    fence: Fence
+    blocks: TokenBlocks
+    chain: list[CachedBlock]
+    memory: list[int]
+    tenant: str
+    done: Callable[[Arrival], None]
+    machine: Receiving
+    started: float = field(default_factory=time.monotonic)
+
+
+class Inbound:
+    """The handoffs of one generation of an engine that has others compute prompts.
+
+    Attributes:
+        peers: the prefill engines.
+        choice: decides whether a prompt is handed over, and to whom.
+        must_succeed: whether a request whose handoff fails is to fail, too, and is not computed here.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        ledger: Ledger,
+        epoch: int,
+        peers: Sequence[Peer],
+        choice: Choice,
+        *,
+        lease_s: float,
+        max_reserved: int,
+        must_succeed: bool = False,
+    ) -> None:
+        """
+        Args:
+            max_reserved: most blocks that may be reserved at once, so that running requests find room.
+        """
+        self.peers, self.choice, self.must_succeed = peers, choice, must_succeed
+        self._cache, self._ledger, self._epoch = cache, ledger, epoch
+        self._lease_s, self._max_reserved = lease_s, max_reserved
+        self._running: dict[int, Handoff] = {}  # by the fence's number
+        self._reserved = 0
+        self._next_fence = 0
+        self._events: SimpleQueue[Callable[[float], None]] = SimpleQueue()
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+        self.on_event: Callable[[], None] = lambda: None
+        """Wakes the engine; called on any thread when there is something to pump."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a handoff is on its way, or its blocks wait to be free."""
+        return bool(self._running)
+
+    def choose(self, blocks: TokenBlocks, first: int, stop: int, load: LocalLoad) -> Peer | None:
+        """Who is to compute a prompt's blocks from ``first`` to ``stop``; None if they are better computed here."""
+        return self.choice.choose(self.peers, blocks.digests[:stop], first, self._cache.block_size, load)
+
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether so many blocks may be reserved now. If not, handoffs are on their way, and will be over."""
+        return not self._running or self._reserved + num_blocks <= self._max_reserved
+
+    def start(
+        self,
+        peer: Peer,
+        blocks: TokenBlocks,
+        chain: Sequence[CachedBlock],
+        stop: int,
+        tenant: str,
+        done: Callable[[Arrival], None],
+    ) -> Handoff:
+        """Reserves blocks for what a prompt has after ``chain``, up to its block ``stop``, and has them filled.
+
+        Raises:
+            OutOfBlocksError: the device has no room for them; nothing is started.
+        """
+        self._cache.hold(chain, Use.TRANSFER)
+        try:
+            memory = self._cache.allocate(stop - len(chain), Use.TRANSFER, blocks.owner)
+        except BaseException:
+            self._cache.release(chain, Use.TRANSFER)
+            raise
+        session = peer.session
+        transfer = secrets.token_bytes(TRANSFER_BYTES)
+        fence = Fence(transfer, 1, self._epoch, self._next_fence, secrets.token_bytes(TICKET_BYTES))
+        key = TransferKey(transfer, 1, self._epoch, session.epoch if session is not None else 0)
+        machine = Receiving(self._lease_s, None)
+        handoff = Handoff(peer, key, fence, blocks, list(chain), memory, tenant, done, machine)
+        self._running[fence.number] = handoff
+        self._next_fence += 1
+        self._reserved += len(memory)
+        self._counts["started"] += 1
+        self._follow(handoff, machine.start(time.monotonic()))
+        return handoff
+
+    def cancel(self, handoff: Handoff) -> None:
+        """Nobody wants the prompt any more; ``done`` is not told."""
+        self._follow(handoff, handoff.machine.cancel(time.monotonic()))
+
+    def pump(self) -> None:
+        """Takes note of what prefill engines have answered, and of the time. Called once a step."""
+        now = time.monotonic()
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except Empty:
+                break
+            event(now)
+        for handoff in list(self._running.values()):
+            self._follow(handoff, handoff.machine.tick(now))
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start: handoffs ``started``, ``committed``, ``cancelled``, and ``fallbacks``, prompts that
+        were computed here after all, which ``causes`` has by cause; ``bytes`` and ``blocks`` that came, and ``seconds``
+        from the start of those handoffs to their end. And what holds now: ``in_flight``, ``reserved_blocks``,
+        ``oldest_s``, and of each peer whether it is ``connected`` or what the ``problem`` is."""
+        oldest = min((handoff.started for handoff in self._running.values()), default=None)
+        causes = {cause.value: self._counts[cause.value] for cause in Cause if cause is not Cause.CANCELLED}
+        return {
+            "role": "decode",
+            **{name: self._counts[name] for name in ("started", "committed", "cancelled", "fallbacks")},
+            "causes": causes,
+            **{name: self._counts[name] for name in ("bytes", "blocks")},
+            "seconds": self._seconds,
+            "in_flight": len(self._running),
+            "reserved_blocks": self._reserved,
+            "oldest_s": 0.0 if oldest is None else time.monotonic() - oldest,
+            "peers": {
+                peer.name: {"connected": peer.session is not None, "problem": peer.problem} for peer in self.peers
+            },
+        }
+
+    def close(self) -> None:
+        """Leaves the prefill engines; call it once the engine's thread has ended. Idempotent."""
+        for peer in self.peers:
+            peer.close()
+
+    def _follow(self, handoff: Handoff, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Open():
+                    self._open(handoff)
+                case AskPeer():
+                    self._ask(handoff)
+                case Commit():
+                    handoff.peer.commit(handoff.key, partial(self._post, handoff, _committed))
+                case Publish():
+                    self._publish(handoff)
+                case Abort(reason):
+                    handoff.peer.abort(handoff.key, reason)
+                case Close():
+                    handoff.peer.untrack(handoff.key)
+                    self._hand_over(handoff, HandoffOp.CLOSE, lambda outcome: self._on(handoff, _closed))
+                    if handoff.machine.cause is Cause.CANCELLED:
+                        self._counts["cancelled"] += 1
+                case Fallback(cause, reason):
+                    self._counts["fallbacks"] += 1
+                    self._counts[cause.value] += 1
+                    handoff.done(Arrival(0, handoff.peer.name, f"{cause}: {reason}"))
+                case Free():
+                    cache_arrivals(self._cache, handoff.blocks, handoff.chain, handoff.memory, 0)
+                    self._forget(handoff)
+
+    def _open(self, handoff: Handoff) -> None:
+        session = handoff.peer.session
+        if session is None:
+            self._on(handoff, lambda machine, now: machine.opened(now, "the prefill engine is not connected"))
+            return
+        job = HandoffJob(0, HandoffOp.OPEN, handoff.fence, handoff.memory, sources=list(session.ranks))
+        self._ledger.hand_over(job, partial(self._opened, handoff))
+
+    def _opened(self, handoff: Handoff, outcome: Outcome) -> None:
+        self._on(handoff, lambda machine, now: machine.opened(now, outcome.error))
+        if not outcome.error:
+            self._hand_over(handoff, HandoffOp.FILL, partial(self._filled, handoff), partial(self._broken, handoff))
+
+    def _broken(self, handoff: Handoff, error: str) -> None:
+        """One rank gets no more; what the others still get is of no use."""
+        self._on(handoff, lambda machine, now: machine.filled(now, error))
+
+    def _filled(self, handoff: Handoff, outcome: Outcome) -> None:
+        if not outcome.error:
+            self._counts["bytes"] += outcome.num_bytes
+            self._on(handoff, lambda machine, now: machine.filled(now))
+
+    def _ask(self, handoff: Handoff) -> None:
+        session = handoff.peer.session
+        if session is None or session.epoch != handoff.key.prefill_epoch:
+            self._on(handoff, lambda machine, now: machine.answered(now, Cause.UNREACHABLE, "the connection was lost"))
+            return
+        first = len(handoff.chain)
+        ask = Ask(
+            key=handoff.key,
+            fence=handoff.fence.number,
+            ticket=handoff.fence.ticket,
+            token_ids=handoff.blocks.tokens(first + len(handoff.memory)),
+            first_block=first,
+            namespace=handoff.blocks.namespace,
+            owner=handoff.blocks.owner,
+            tenant=handoff.tenant,
+            deadline_s=MAX_PROMPT_S,
+            lease_s=self._lease_s,
+        )
+        handoff.peer.track(handoff.key, lambda key, status: self._post(handoff, _renewed, status))
+        handoff.peer.ask(ask, partial(self._post, handoff, _answered))
+
+    def _publish(self, handoff: Handoff) -> None:
+        handoff.peer.untrack(handoff.key)
+        memory = handoff.memory
+        arrived = cache_arrivals(self._cache, handoff.blocks, handoff.chain, memory, len(memory))
+        seconds = time.monotonic() - handoff.started
+        self._counts["committed"] += 1
+        self._counts["blocks"] += arrived
+        self._seconds += seconds
+        self.choice.saw_handoff(handoff.peer.name, len(memory) * self._cache.block_size, seconds)
+        self._forget(handoff)
+        handoff.done(Arrival(arrived, handoff.peer.name))
+
+    def _forget(self, handoff: Handoff) -> None:
+        del self._running[handoff.fence.number]
+        self._reserved -= len(handoff.memory)
+
+    def _hand_over(
+        self,
+        handoff: Handoff,
+        op: HandoffOp,
+        done: Callable[[Outcome], None],
+        on_error: Callable[[str], None] | None = None,
+    ) -> None:
+        self._ledger.hand_over(HandoffJob(0, op, handoff.fence), done, on_error)
+
+    def _on(self, handoff: Handoff, event: Callable[[Receiving, float], list[Instruction]]) -> None:
+        self._follow(handoff, event(handoff.machine, time.monotonic()))
+
+    def _post(self, handoff: Handoff, read: Callable[[Receiving, float, Any], list[Instruction]], answer: Any) -> None:
+        """Called on any thread."""
+        self._events.put(lambda now: self._follow(handoff, read(handoff.machine, now, answer)))
+        self.on_event()
+
+
+def _answered(machine: Receiving, now: float, answer: Answer) -> list[Instruction]:
+    if answer.cause is None:
+        return machine.answered(now)
+    # "lease" is what a peer says that does not know this engine any more.
+    cause = Cause.PEER if answer.cause == Cause.LEASE else Cause(answer.cause)
+    return machine.answered(now, cause, answer.detail)
+
+
+def _committed(machine: Receiving, now: float, answer: Answer) -> list[Instruction]:
+    if answer.status is not None:
+        return machine.committed(now, answer.status.state is StateThere.COMMITTED, answer.status.reason)
+    no_answer = answer.cause in (Cause.UNREACHABLE, Cause.CANCELLED)
+    return machine.committed(now, None if no_answer else False, answer.detail)
+
+
+def _renewed(machine: Receiving, now: float, status: Status | None) -> list[Instruction]:
+    if status is None:  # no answer
+        return []
+    gone = status.state in (StateThere.UNKNOWN, StateThere.FAILED)
+    return machine.renewed(now, not gone, status.reason or "the prefill engine does not know the transfer")
+
+
+def _closed(machine: Receiving, now: float) -> list[Instruction]:
+    return machine.closed(now)
