@@ -35,7 +35,8 @@ class MessageTooLargeError(ChannelError):
 
 
 class EngineChannel(ABC):
-    """The engine's end: one queue to each rank, one queue from all of them. For one thread, but for :meth:`wake`."""
+    """The engine's end: to each rank one queue for transfers and one for everything else, and one queue from all of
+    them. For one thread, but for :meth:`wake`."""
 
     world_size: int
 
@@ -63,11 +64,20 @@ class EngineChannel(ABC):
 
 
 class ShardChannel(ABC):
-    """A rank's end. For one thread, but for :meth:`send` and :meth:`fail`."""
+    """A rank's end. For one thread, but for :meth:`receive_transfer`, which another has to itself, and for
+    :meth:`send`, :meth:`fail` and :meth:`end_transfers`."""
+
+    @abstractmethod
+    def receive_transfer(self) -> bytes | None:
+        """The next transfer, which waits for no step; None after :meth:`end_transfers`."""
+
+    @abstractmethod
+    def end_transfers(self) -> None:
+        """Has :meth:`receive_transfer` return None. May be called on any thread."""
 
     @abstractmethod
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
-        """The next message, None when the time is over.
+        """The next message that is no transfer, None when the time is over.
 
         Raises:
             BaseException: the error that :meth:`fail` was called with.

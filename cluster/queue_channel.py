@@ -18,7 +18,10 @@ class QueueEngineChannel(EngineChannel):
         return self._ranks[rank]
 
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
-        self._ranks[rank].messages.put((kind, payload))
+        if kind == Kind.TRANSFER:
+            self._ranks[rank].transfers.put(payload)
+        else:
+            self._ranks[rank].messages.put((kind, payload))
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
         try:
@@ -34,6 +37,13 @@ class QueueShardChannel(ShardChannel):
     def __init__(self, rank: int, replies: SimpleQueue[tuple[Kind, int, bytes] | None]) -> None:
         self._rank, self._replies = rank, replies
         self.messages: SimpleQueue[tuple[Kind, bytes] | BaseException] = SimpleQueue()
+        self.transfers: SimpleQueue[bytes | None] = SimpleQueue()
+
+    def receive_transfer(self) -> bytes | None:
+        return self.transfers.get()
+
+    def end_transfers(self) -> None:
+        self.transfers.put(None)
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from headwise.cluster.group import Progress
     from headwise.workers.collectives import Rendezvous
     from headwise.workers.shard import Shard
+
+TRANSFERS_END_S = 5.0
+"""For the thread that takes transfers to end. It waits for nothing but the channel."""
 
 QUERIES = ("stats", "stored_blocks", "kv_endpoint")
 """The methods of Shard that a group may ask every rank for."""
@@ -90,9 +93,13 @@ class Rank:
         Raises: what the shard raises; the engine and the peers are told first.
         """
         assert self.shard is not None, "load() comes first"
+        transfers = threading.Thread(target=self._serve_transfers, args=(self.shard,), name="headwise-transfers")
+        transfers.daemon = True
+        transfers.start()
         try:
-            for message in self._messages():
-                self._serve_one(self.shard, *message)
+            while (message := self._channel.receive(None)) is None or message[0] != Kind.CLOSE:
+                if message is not None:
+                    self._serve_one(self.shard, *message)
         except BaseException as error:
             dead, cause = death_of(self._rank, error)
             try:
@@ -101,6 +108,8 @@ class Rank:
                 self._channel.send(Kind.ERROR, msgpack.packb((dead, cause)))
             raise
         finally:
+            self._channel.end_transfers()
+            transfers.join(TRANSFERS_END_S)
             self.close()
 
     def close(self) -> None:
@@ -109,31 +118,23 @@ class Rank:
         if shard is not None:
             shard.close()
 
-    def _messages(self) -> Iterator[tuple[Kind, bytes]]:
-        """What the channel brings until it asks to close. A transfer goes before the steps that wait: it runs beside
-        steps, and in no order with them."""
-        waiting: deque[tuple[Kind, bytes]] = deque()
-        while True:
-            while (message := self._channel.receive(0 if waiting else None)) is not None:
-                if message[0] == Kind.TRANSFER:
-                    yield message
-                else:
-                    waiting.append(message)
-            if waiting and waiting[0][0] == Kind.CLOSE:
-                return
-            if waiting:
-                yield waiting.popleft()
+    def _serve_transfers(self, shard: Shard) -> None:
+        """Hands transfers to the shard, which runs them beside its steps: none of them waits for a step to end."""
+        from headwise.workers.kv.transfer import decode_job
+
+        try:
+            while (payload := self._channel.receive_transfer()) is not None:
+                shard.transfer(decode_job(payload))
+        except BaseException as error:
+            self._channel.fail(error)
 
     def _serve_one(self, shard: Shard, kind: Kind, payload: bytes) -> None:
-        from headwise.workers.kv.transfer import decode_job
         from headwise.workers.plan import decode_plan, encode_output
 
         if kind == Kind.STEP:
             output = shard.step(decode_plan(payload))
             if self._rank == 0:
                 self._channel.send(Kind.OUTPUT, encode_output(output))
-        elif kind == Kind.TRANSFER:
-            shard.transfer(decode_job(payload))
         elif kind == Kind.QUERY and payload.decode() in QUERIES:
             self._channel.send(Kind.REPLY, msgpack.packb(getattr(shard, payload.decode())()))
         else:

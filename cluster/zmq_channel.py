@@ -34,6 +34,7 @@ class ShardEndpoint:
 
     rank: int
     plans: str
+    transfers: str
     replies: str
     server_key: bytes = b""
     public_key: bytes = b""
@@ -70,6 +71,9 @@ class ZmqEngineChannel(EngineChannel):
             self._replies, self._replies_at = self._bind(zmq.PULL, host, "replies")
             plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
             self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
+            transfers = [self._bind(zmq.PUSH, host, f"transfers-{rank}") for rank in range(world_size)]
+            self._transfers = [socket for socket, _ in transfers]
+            self._transfers_at = [address for _, address in transfers]
             self._wake_in, self._wake_out = _pair(self._context)
             self._poller = zmq.Poller()
             self._poller.register(self._replies, zmq.POLLIN)
@@ -81,16 +85,18 @@ class ZmqEngineChannel(EngineChannel):
 
     def endpoint(self, rank: int) -> ShardEndpoint:
         """What :class:`ZmqShardChannel` of that rank connects with."""
+        addresses = self._plans_at[rank], self._transfers_at[rank], self._replies_at
         if self._keys is None:
-            return ShardEndpoint(rank, self._plans_at[rank], self._replies_at)
+            return ShardEndpoint(rank, *addresses)
         public, secret = self._keys.ranks[rank]
-        return ShardEndpoint(rank, self._plans_at[rank], self._replies_at, self._keys.server[0], public, secret)
+        return ShardEndpoint(rank, *addresses, self._keys.server[0], public, secret)
 
     def send(self, rank: int, kind: Kind, payload: bytes) -> None:
         with self._sending:
             if self._closed:
                 raise ChannelError(f"the channel to rank {rank} is closed")
-            _send(self._plans[rank], [bytes([kind]), payload], f"rank {rank}")
+            sockets = self._transfers if kind == Kind.TRANSFER else self._plans
+            _send(sockets[rank], [bytes([kind]), payload], f"rank {rank}")
 
     def receive(self, timeout_s: float | None) -> tuple[Kind, int, bytes] | None:
         with self._receiving:
@@ -153,23 +159,30 @@ class ZmqShardChannel(ShardChannel):
     def __init__(self, endpoint: ShardEndpoint) -> None:
         self._rank, self._lock = endpoint.rank.to_bytes(4, "big"), threading.Lock()
         self._context = zmq.Context()
-        self._plans = self._connect(zmq.PULL, endpoint.plans, endpoint)
+        self._plans = _Inbox(self._context, self._connect(zmq.PULL, endpoint.plans, endpoint), "plans")
+        self._transfers = _Inbox(self._context, self._connect(zmq.PULL, endpoint.transfers, endpoint), "transfers")
         self._replies = self._connect(zmq.PUSH, endpoint.replies, endpoint)
         self._error: BaseException | None = None
-        self._wake_in, self._wake_out = _pair(self._context)
-        self._poller = zmq.Poller()
-        self._poller.register(self._plans, zmq.POLLIN)
-        self._poller.register(self._wake_in, zmq.POLLIN)
+        self._transfers_over = False
         self._closed = False
 
+    def receive_transfer(self) -> bytes | None:
+        while not self._transfers_over:
+            if (message := self._transfers.receive(None)) is not None:
+                return message[1]
+        return None
+
+    def end_transfers(self) -> None:
+        with self._lock:
+            if not self._transfers_over and not self._closed:
+                self._transfers_over = True
+                self._transfers.wake()
+
     def receive(self, timeout_s: float | None) -> tuple[Kind, bytes] | None:
-        events = dict(self._poller.poll(_milliseconds(timeout_s)))
+        message = self._plans.receive(timeout_s)
         if self._error is not None:
             raise self._error
-        if self._plans not in events:
-            return None
-        kind, payload = self._plans.recv_multipart()
-        return Kind(kind[0]), payload
+        return (Kind(message[0][0]), message[1]) if message is not None else None
 
     def send(self, kind: Kind, payload: bytes) -> None:
         with self._lock:
@@ -181,7 +194,7 @@ class ZmqShardChannel(ShardChannel):
         with self._lock:
             if self._error is None and not self._closed:
                 self._error = error
-                self._wake_out.send(b"")
+                self._plans.wake()
 
     def close(self, linger_s: float = 1.0) -> None:
         """Idempotent. What was sent last gets ``linger_s`` to arrive."""
@@ -196,6 +209,28 @@ class ZmqShardChannel(ShardChannel):
             socket.curve_publickey, socket.curve_secretkey = endpoint.public_key, endpoint.secret_key
         socket.connect(address)
         return socket
+
+
+class _Inbox:
+    """A socket that one thread reads and others can wake."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], name: str) -> None:
+        self._socket = socket
+        self._wake_in, self._wake_out = _pair(context, name)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._wake_in, zmq.POLLIN)
+
+    def receive(self, timeout_s: float | None) -> list[bytes] | None:
+        """The next message; None when the time is over, or :meth:`wake` was called."""
+        events = dict(self._poller.poll(_milliseconds(timeout_s)))
+        if self._wake_in in events:
+            self._wake_in.recv()
+            return None
+        return self._socket.recv_multipart() if self._socket in events else None
+
+    def wake(self) -> None:
+        self._wake_out.send(b"")
 
 
 class _Keys:
@@ -217,11 +252,13 @@ def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[by
     return socket
 
 
-def _pair(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+def _pair(
+    context: zmq.Context[zmq.Socket[bytes]], name: str = "replies"
+) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """The ends of a pipe within the process: the one to poll, and the one that wakes who polls."""
     polled, waking = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    polled.bind("inproc://wake")
-    waking.connect("inproc://wake")
+    polled.bind(f"inproc://wake-{name}")
+    waking.connect(f"inproc://wake-{name}")
     return polled, waking
 
 

@@ -116,8 +116,9 @@ class PrefillSide:
 
 
 def start_engine(config: EngineConfig, quiet: bool) -> Started:
-    """Checks everything that can be checked without a shard, then starts the shards; those of a prefill engine, too, where
-    the config asks for one.
+    """Checks everything that can be checked without a shard, then starts the shards.
+
+    Where the config asks for a prefill engine, that one is started first.
 
     Raises: as :class:`~headwise.runtime.llm.LLM`.
     """

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from headwise.runtime.engine.request import Request, Seat, seat_of
-from headwise.runtime.handoff.choice import LocalLoad
-from headwise.runtime.handoff.inbound import Arrival, Handoff, Inbound
+from headwise.runtime.handoff.inbound import Arrival, Handoff, Inbound, LocalLoad
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.prefix_cache import PrefixCache
@@ -231,8 +230,8 @@ class BlockTables:
         blocks, first = request.token_blocks, len(search.chain)
         if blocks is None or first >= limit or search.was_handed_over:
             return False
-        peer = inbound.choose(blocks, first, limit, self.load())
-        if peer is None:
+        chosen = inbound.choose(blocks, request.num_tokens, first, limit, self.load())
+        if chosen is None:
             return False
         if not inbound.has_room(limit - first):
             return True
@@ -240,7 +239,7 @@ class BlockTables:
         for digest in blocks.digests[first:limit]:
             self._coming.setdefault(digest, request)
         done = partial(self._handed_over, request, search, blocks.digests[first:limit])
-        handoff = inbound.start(peer, blocks, search.chain, limit, request.tenant, done)
+        handoff = inbound.start(chosen, blocks, search.chain, limit, request.tenant, done)
         search.handoff = handoff if search.restoring else None  # else it has failed by now
         return True
 

@@ -322,7 +322,7 @@ class Engine:
         if self.generation.tiers is not None:
             self.generation.tiers.cost.saw_prefill(prefilled, output.seconds)
         if self.generation.inbound is not None:
-            self.generation.inbound.choice.token_s = self.token_s
+            self.generation.inbound.cost.saw_prefill(prefilled, output.seconds)
 
     def _emit(self, live: _Live, delta: Delta) -> None:
         """Notes a delta for its sink; the last one ends its request."""

@@ -11,7 +11,7 @@ from headwise.cluster.group import GroupFactory, Progress, ShardGroup
 from headwise.runtime.config import EngineConfig, HandoffConfig
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.tier_sizes import TierSizes
-from headwise.runtime.handoff.choice import DEFAULT_MIN_TOKENS, Choice
+from headwise.runtime.handoff.choice import HandoffCost
 from headwise.runtime.handoff.inbound import Inbound
 from headwise.runtime.handoff.link import PrefillLink
 from headwise.runtime.handoff.messages import Hello, Identity
@@ -26,6 +26,9 @@ from headwise.runtime.tls import channel_credentials
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import KvEndpoint
 from headwise.workers.kv.transfer import BlockKey
+
+MIXED_TOKENS = 64
+"""Prompts with fewer tokens are never worth a handoff, unless max_mixed_prefill_tokens says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ class GenerationFactory:
             ledger,
             self._events.epoch,
             peers,
-            Choice(handoff.min_tokens, self._config.max_mixed_prefill_tokens or DEFAULT_MIN_TOKENS),
+            HandoffCost(handoff.min_tokens, self._config.max_mixed_prefill_tokens or MIXED_TOKENS),
             lease_s=handoff.lease_s,
             max_reserved=spare,
             must_succeed=handoff.on_failure == "fail",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
 from headwise.runtime.engine.waiting import Waiting
-from headwise.runtime.handoff.choice import LocalLoad
+from headwise.runtime.handoff.inbound import LocalLoad
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import MAX_ADMIT_BYTES, RowAdmit, StepPlan, admit_bytes
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from headwise.runtime.handoff.choice import Choice, LocalLoad
+from headwise.runtime.handoff.choice import HandoffCost, Prompt
+from headwise.runtime.handoff.choice import Peer as KnownPeer
 from headwise.runtime.handoff.link import Answer
 from headwise.runtime.handoff.messages import Ask, HelloAnswer, Load, Status, TransferKey
 from headwise.runtime.handoff.messages import State as StateThere
@@ -43,6 +44,26 @@ from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, Han
 
 MAX_PROMPT_S = 3600.0
 """Seconds after which a prefill engine need not go on with a prompt, however often its lease was renewed."""
+
+
+class LocalLoad(NamedTuple):
+    """What a prompt that is computed here has to wait for, and would hold up.
+
+    Attributes:
+        queued_tokens: of prompts that are being computed.
+        streams: whether requests run whose tokens are read as they come.
+    """
+
+    queued_tokens: int = 0
+    streams: bool = False
+
+
+class Chosen(NamedTuple):
+    """Who is to compute a prompt, and what was known of both."""
+
+    peer: Peer
+    known: KnownPeer
+    prompt: Prompt
 
 
 class Peer(Protocol):
@@ -103,7 +124,7 @@ class Handoff:
         done: told once, what became of it, unless it is cancelled.
     """
 
-    peer: Peer
+    chosen: Chosen
     key: TransferKey
     fence: Fence
     blocks: TokenBlocks
@@ -114,13 +135,17 @@ class Handoff:
     machine: Receiving
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def peer(self) -> Peer:
+        return self.chosen.peer
+
 
 class Inbound:
     """The handoffs of one generation of an engine that has others compute prompts.
 
     Attributes:
         peers: the prefill engines.
-        choice: decides whether a prompt is handed over, and to whom.
+        cost: decides whether a prompt is handed over, and to whom.
         must_succeed: whether a request whose handoff fails is to fail, too, and is not computed here.
     """
 
@@ -130,7 +155,7 @@ class Inbound:
         ledger: Ledger,
         epoch: int,
         peers: Sequence[Peer],
-        choice: Choice,
+        cost: HandoffCost,
         *,
         lease_s: float,
         max_reserved: int,
@@ -140,7 +165,7 @@ class Inbound:
         Args:
             max_reserved: most blocks that may be reserved at once, so that running requests find room.
         """
-        self.peers, self.choice, self.must_succeed = peers, choice, must_succeed
+        self.peers, self.cost, self.must_succeed = peers, cost, must_succeed
         self._cache, self._ledger, self._epoch = cache, ledger, epoch
         self._lease_s, self._max_reserved = lease_s, max_reserved
         self._running: dict[int, Handoff] = {}  # by the fence's number
@@ -157,9 +182,19 @@ class Inbound:
         """Whether a handoff is on its way, or its blocks wait to be free."""
         return bool(self._running)
 
-    def choose(self, blocks: TokenBlocks, first: int, stop: int, load: LocalLoad) -> Peer | None:
+    def choose(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int, load: LocalLoad) -> Chosen | None:
         """Who is to compute a prompt's blocks from ``first`` to ``stop``; None if they are better computed here."""
-        return self.choice.choose(self.peers, blocks.digests[:stop], first, self._cache.block_size, load)
+        size = self._cache.block_size
+        prompt = Prompt(num_tokens, first * size, blocks.digests[:stop], size)
+        known: dict[str, KnownPeer] = {}
+        for peer in self.peers:
+            session, load_there = peer.session, peer.load
+            if session is not None and session.max_tokens >= stop * size:
+                known[peer.name] = KnownPeer(peer.name, load_there.queued_tokens, load_there.token_s, peer.digests)
+        chosen = self.cost.choose(prompt, list(known.values()), load.queued_tokens, load.streams)
+        if chosen is None:
+            return None
+        return Chosen(next(peer for peer in self.peers if peer.name == chosen.address), chosen, prompt)
 
     def has_room(self, num_blocks: int) -> bool:
         """Whether so many blocks may be reserved now. If not, handoffs are on their way, and will be over."""
@@ -167,7 +202,7 @@ class Inbound:
 
     def start(
         self,
-        peer: Peer,
+        chosen: Chosen,
         blocks: TokenBlocks,
         chain: Sequence[CachedBlock],
         stop: int,
@@ -185,12 +220,12 @@ class Inbound:
         except BaseException:
             self._cache.release(chain, Use.TRANSFER)
             raise
-        session = peer.session
+        session = chosen.peer.session
         transfer = secrets.token_bytes(TRANSFER_BYTES)
         fence = Fence(transfer, 1, self._epoch, self._next_fence, secrets.token_bytes(TICKET_BYTES))
         key = TransferKey(transfer, 1, self._epoch, session.epoch if session is not None else 0)
         machine = Receiving(self._lease_s, None)
-        handoff = Handoff(peer, key, fence, blocks, list(chain), memory, tenant, done, machine)
+        handoff = Handoff(chosen, key, fence, blocks, list(chain), memory, tenant, done, machine)
         self._running[fence.number] = handoff
         self._next_fence += 1
         self._reserved += len(memory)
@@ -217,7 +252,7 @@ class Inbound:
     def stats(self) -> dict[str, Any]:
         """Counts since the start: handoffs ``started``, ``committed``, ``cancelled``, and ``fallbacks``, prompts that
         were computed here after all, which ``causes`` has by cause; ``bytes`` and ``blocks`` that came, and ``seconds``
-        from the start of those handoffs to their end. And what holds now: ``in_flight``, ``reserved_blocks``,
+        from the start of those handoffs to their end; ``cost_s``, what computing and handing over took lately. And what holds now: ``in_flight``, ``reserved_blocks``,
         ``oldest_s``, and of each peer whether it is ``connected`` or what the ``problem`` is."""
         oldest = min((handoff.started for handoff in self._running.values()), default=None)
         causes = {cause.value: self._counts[cause.value] for cause in Cause if cause is not Cause.CANCELLED}
@@ -227,6 +262,7 @@ class Inbound:
             "causes": causes,
             **{name: self._counts[name] for name in ("bytes", "blocks")},
             "seconds": self._seconds,
+            "cost_s": self.cost.stats(),
             "in_flight": len(self._running),
             "reserved_blocks": self._reserved,
             "oldest_s": 0.0 if oldest is None else time.monotonic() - oldest,
@@ -317,7 +353,7 @@ class Inbound:
         self._counts["committed"] += 1
         self._counts["blocks"] += arrived
         self._seconds += seconds
-        self.choice.saw_handoff(handoff.peer.name, len(memory) * self._cache.block_size, seconds)
+        self.cost.saw_handoff(handoff.chosen.prompt, handoff.chosen.known, seconds)
         self._forget(handoff)
         handoff.done(Arrival(arrived, handoff.peer.name))
 

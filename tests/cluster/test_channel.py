@@ -190,7 +190,7 @@ def test_strangers_are_kept_out(stranger: str) -> None:
     mine = channel.endpoint(0)
     public, secret = zmq.curve_keypair()
     keys = (mine.server_key, public, secret) if stranger == "keys of its own" else (b"", b"", b"")
-    intruder = ZmqShardChannel(ShardEndpoint(0, mine.plans, mine.replies, *keys))
+    intruder = ZmqShardChannel(ShardEndpoint(0, mine.plans, mine.transfers, mine.replies, *keys))
     rank = ZmqShardChannel(mine)
     try:
         with contextlib.suppress(ChannelError):  # its connection may have been refused already
