@@ -26,6 +26,9 @@ class State(enum.Enum):
 class Push:
     """Send blocks, from every rank to those of the peer.
 
+    The blocks have to be held until it is known what came of it: the request may end before, and whoever gets a block
+    then would have its own keys and values sent as sound ones.
+
     Attributes:
         first: the place of the first of them; the prompt's first block is 0.
         count: at least 1.

@@ -13,6 +13,10 @@ from headwise.runtime.handoff.errors import NotFoundError, RefusedError
 from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.sending import Answer, Instruction, Sending, State
 
+MAX_REMEMBERED = 8192
+"""Most attempts that are over and remembered; those that ended first are forgotten then. A late call about them gets a
+slower answer, not a wrong one: what is not known is not sound, and what nobody renews ends."""
+
 
 class UnknownEpochError(NotFoundError):
     """The attempt belongs to another generation of this engine."""
@@ -180,15 +184,14 @@ class Transfers:
     def sweep(self, now: float) -> list[Order]:
         """Time has passed: ends every attempt whose lease or deadline has run out, and forgets what was remembered
         long enough. To be called about every step, and as often where no step runs."""
-        orders = [order for key, (sending, _) in self._held.items() for order in self._orders(key, sending.tick(now))]
+        orders: list[Order] = []
         for key, (sending, prompt) in list(self._held.items()):
+            orders += self._orders(key, sending.tick(now))
             if sending.over:
                 del self._held[key]
-                self._over[key] = _Memory(Status(sending.state, sending.reason), now + self._memory_s, prompt)
-        while self._over and self._over[oldest := next(iter(self._over))].until <= now:
-            del self._over[oldest]
-            if self._newest.get(oldest.transfer) == oldest:
-                del self._newest[oldest.transfer]
+                self._remember(key, _Memory(Status(sending.state, sending.reason), now + self._memory_s, prompt))
+        while self._over and self._over[next(iter(self._over))].until <= now:
+            self._forget_oldest()
         return orders
 
     def _repeated(self, key: TransferKey, prompt: bytes) -> Accepted | None:
@@ -214,10 +217,21 @@ class Transfers:
         return self._orders(older, sending.abort(f"attempt {key.attempt} came"))
 
     def _refuse(self, key: TransferKey, refusal: RefusedError, now: float) -> None:
-        self._over[key] = _Memory(Status(State.FAILED, str(refusal)), now + self._memory_s, refusal=refusal)
         newest = self._newest.setdefault(key.transfer, key)
         if newest.attempt < key.attempt:
             self._newest[key.transfer] = key
+        self._remember(key, _Memory(Status(State.FAILED, str(refusal)), now + self._memory_s, refusal=refusal))
+
+    def _remember(self, key: TransferKey, memory: _Memory) -> None:
+        self._over[key] = memory
+        if len(self._over) > MAX_REMEMBERED:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        key = next(iter(self._over))
+        del self._over[key]
+        if self._newest.get(key.transfer) == key:
+            del self._newest[key.transfer]
 
     def _orders(self, key: TransferKey, instructions: list[Instruction]) -> list[Order]:
         return [(key, instruction) for instruction in instructions]

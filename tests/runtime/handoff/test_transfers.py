@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headwise.runtime.handoff import transfers as module
 from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.sending import Answer, End, Push, Sending, State, Stop
 from headwise.runtime.handoff.transfers import (
@@ -183,6 +184,18 @@ def test_what_is_over_is_forgotten_after_a_while() -> None:
     transfers.sweep(10 + MEMORY_S)
     assert len(transfers) == 0
     start(transfers, key(1), now=80)
+
+
+def test_no_more_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REMEMBERED", 2)
+    transfers = make()
+    start(transfers, key(9)).computed(1)
+    for number in range(4):
+        transfers.abort(key(number), "cancelled", number)
+    assert [transfers.status(key(number)).state for number in range(4)] == [None, None, State.FAILED, State.FAILED]
+    assert transfers.status(key(9)) == Status(State.COMPUTING), "what runs does not count"
+    assert len(transfers) == 3
+    start(transfers, key(0))
 
 
 def test_a_renewal_says_how_an_attempt_stands() -> None:
