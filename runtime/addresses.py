@@ -1,22 +1,11 @@
-"""Hosts and addresses: which of them are this machine's own, and how they are written."""
+"""Targets and peers of gRPC: which of them are on this machine, and whose they are."""
 
 from __future__ import annotations
 
 import ipaddress
 from urllib.parse import unquote, urlsplit
 
-
-def join(host: str, port: int) -> str:
-    """``host:port``; an IPv6 address is put in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine can reach a host, which is a name or an IP address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+from headwise.workers.addresses import is_loopback
 
 
 def leads_to_loopback(target: str) -> bool:

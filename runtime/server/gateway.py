@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from headwise.runtime.addresses import join
+from headwise.workers.addresses import join
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 START_TIMEOUT_S = 120.0

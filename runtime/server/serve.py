@@ -20,7 +20,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime.addresses import is_loopback, join
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
@@ -34,6 +33,7 @@ from headwise.runtime.server.slots import Slots
 from headwise.runtime.tls import server_credentials
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from headwise.workers.addresses import is_loopback, join
 from headwise.workers.errors import InvalidValueError
 
 MAX_MESSAGE_BYTES = 5 << 20
