@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.kv.copier import Copier
 from headwise.workers.kv.handoff import HandoffJob
+from headwise.workers.kv.handoff_rank import HandoffRank
 from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.machine import free_host_memory
@@ -57,6 +59,7 @@ class Shard:
         self._spec, self._collectives, self._num_threads = spec, collectives, num_threads
         self._ranks_on_host = [collectives.rank] if ranks_on_host is None else ranks_on_host
         self._on_transfer, self._on_failure = on_transfer, on_failure
+        self._telling = threading.Lock()
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
         self._config = load_model_config(Path(spec.model_dir))
@@ -69,6 +72,7 @@ class Shard:
         self._host: HostStore | None = None
         self._disk: DiskStore | None = None
         self._copier: Copier | None = None
+        self._handoff: HandoffRank | None = None
         self._backend = find_backend(spec.attention, self._device, self._dtype, spec.block_size, self._config.head_dim)
         if self._device.type == "cpu":
             torch.set_num_threads(num_threads if self._backend.torch_computes else 1)
@@ -110,7 +114,7 @@ class Shard:
 
         Raises:
             InvalidValueError: there is no memory for so many blocks, or for ``host_kv_blocks``; ``disk_kv_path`` cannot
-                be used, or another engine uses it.
+                be used, or another engine uses it; ``handoff`` has a host or file that cannot be used.
         """
         spec = self._spec
         assert self._model is not None, "load() comes first"
@@ -130,6 +134,7 @@ class Shard:
             num_threads=self._num_threads,
         )
         self._open_tiers(self._kv_cache)
+        self._open_handoff(self._kv_cache)
 
     def step(self, plan: StepPlan) -> StepOutput:
         """Computes one step; only rank 0's output is of use."""
@@ -140,14 +145,16 @@ class Shard:
         """Moves blocks between the device and a tier, or from or to another group, beside the steps; ``on_transfer``
         gets what came of it."""
         if isinstance(job, HandoffJob):
-            raise NotImplementedError
+            assert self._handoff is not None, "handoff comes first"
+            self._handoff.submit(job)
+            return
         assert self._copier is not None, "host_kv_blocks or disk_kv_path comes first"
         self._copier.submit(job)
 
     def kv_endpoint(self) -> tuple[int, int, str, bytes] | None:
         """Where this rank takes KV: its heads, the address and the host's id of
         :class:`~headwise.workers.kv.handoff.KvEndpoint`; None if it takes none."""
-        return None
+        return self._handoff.endpoint() if self._handoff is not None else None
 
     def stored_blocks(self) -> list[tuple[bytes, bytes, bytes, bytes]]:
         """(digest, namespace, parent, tokens) of the blocks that were on disk at the start, oldest first; as many as
@@ -181,12 +188,14 @@ class Shard:
 
     def close(self) -> None:
         """Lets the peers and the memory go; transfers end first, or are abandoned. Idempotent."""
+        if self._handoff is not None:
+            self._handoff.close()
         ended = self._copier.close() if self._copier is not None else True
         if self._disk is not None and ended:
             self._disk.close()  # a copier's thread that has not ended would use what was closed under it
         if self._grammars is not None:
             self._grammars.close()
-        self._copier = self._host = self._disk = self._grammars = None
+        self._handoff = self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
         if self._device.type == "cuda":
@@ -248,7 +257,17 @@ class Shard:
             sizes = (self._bytes_per_block(), self._max_stored_blocks())
             self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, *sizes)
         if self._host is not None or self._disk is not None:
-            self._copier = Copier(kv_cache, self._host, self._disk, self._on_transfer, self._on_failure)
+            self._copier = Copier(kv_cache, self._host, self._disk, self._tell, self._on_failure)
+
+    def _open_handoff(self, kv_cache: KVCache) -> None:
+        if self._spec.handoff is not None:
+            heads = [(part.heads.kv_start, part.heads.kv_stop) for part in self._partitions]
+            place = (heads, self._collectives.rank, self._spec.handoff)
+            self._handoff = HandoffRank(kv_cache, *place, self._tell, self._on_failure)
+
+    def _tell(self, result: TransferResult) -> None:
+        with self._telling:
+            self._on_transfer(result)
 
     def _max_stored_blocks(self) -> int:
         """How many blocks of an earlier run the engine can be told of."""
