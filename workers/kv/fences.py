@@ -17,7 +17,7 @@ from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.chunk import PAYLOAD_BYTES, Chunk, ChunkError, Received, decode_chunk
 from headwise.workers.kv.handoff import Fence, Range
 from headwise.workers.kv.routes import head_routes
-from headwise.workers.kv.shared_file import open_shared
+from headwise.workers.kv.shared_file import SharedReader
 
 Told = Callable[[str, int, float], None]
 """Gets why a fence's blocks will not be filled, or nothing if they are; bytes written; seconds since it was opened."""
@@ -138,7 +138,7 @@ class FenceStream:
         self._begun: Chunk | None = None
         self._index = self._num_bytes = 0
         self._ended = False
-        self._shared: tuple[tuple[int, int], memoryview] | None = None
+        self._shared: SharedReader | None = None
 
     def receive(self, message: bytes) -> None:
         """Checks a message and writes what it brings.
@@ -158,7 +158,7 @@ class FenceStream:
                 raise PushRefused(Refusal.WRONG, f"message {self._index} of the stream is another's, or out of order")
             if self._ended:
                 raise PushRefused(Refusal.WRONG, "the stream goes on after its last message")
-            self._fence.write(received, self._data(received))
+            self._fence.write(received, lambda: self._data(received))
         except ChunkError as error:
             raise self._refused(PushRefused(Refusal.DAMAGED, str(error))) from None
         except PushRefused as error:
@@ -173,7 +173,7 @@ class FenceStream:
         """
         if not self._ended or self._fence is None or self._begun is None:
             raise self._refused(PushRefused(Refusal.WRONG, "the stream ended before its last message"))
-        self._fence.leave(self._begun.source)
+        self._leave(self._fence, self._begun.source)
         return self._num_bytes
 
     def broke(self) -> None:
@@ -182,7 +182,7 @@ class FenceStream:
 
     def _refused(self, error: PushRefused) -> PushRefused:
         if self._fence is not None and self._begun is not None:
-            self._fence.leave(self._begun.source)
+            self._leave(self._fence, self._begun.source)
             if error.refusal != Refusal.UNREADABLE:
                 self._fence.end(f"source rank {self._begun.source}: {error}")
         return error
@@ -195,14 +195,21 @@ class FenceStream:
         shared = received.chunk.shared
         if shared is None:
             return received.payload
-        *place, offset = shared
+        pid, fd, offset = shared
         try:
-            if self._shared is None or self._shared[0] != tuple(place):
-                self._shared = (place[0], place[1]), open_shared(*place)
+            if self._shared is None or self._shared.place != (pid, fd):
+                if self._shared is not None:
+                    self._shared.close()
+                self._shared = SharedReader(pid, fd)
+            return self._shared.read(offset, received.chunk.num_bytes)
         except (OSError, OverflowError) as error:
             refusal = Refusal.UNREADABLE if self._index == 0 else Refusal.WRONG
             raise PushRefused(refusal, f"shared memory cannot be read: {error}") from None
-        return self._shared[1][offset : offset + received.chunk.num_bytes]
+
+    def _leave(self, fence: _OpenFence, source: int) -> None:
+        fence.leave(source)
+        if self._shared is not None:
+            self._shared.close()
 
 
 Key = tuple[bytes, int, int, int]
@@ -267,8 +274,11 @@ class _OpenFence:
         with self._lock:
             self._streams.pop(source, None)
 
-    def write(self, received: Received, data: memoryview) -> None:
+    def write(self, received: Received, read: Callable[[], memoryview]) -> None:
         """
+        Args:
+            read: gives the chunk's bytes.
+
         Raises:
             PushRefused: the fence is over, or the chunk is not what comes next, or not what was sent.
         """
@@ -277,6 +287,7 @@ class _OpenFence:
         with self._lock:
             self._check_open()
             self._check(chunk)
+            data = read()  # as many bytes as were checked: a damaged number must not make this process ask for memory
             if len(data) != chunk.num_bytes or not received.fits(data):
                 raise PushRefused(Refusal.DAMAGED, f"the checksum of message {chunk.index} does not fit")
             blocks = self._blocks[chunk.first : chunk.first + chunk.num_blocks]

