@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -90,27 +89,6 @@ def steps_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         yield go_on
     finally:
         go_on.set()
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two authorities, and from each a certificate for 127.0.0.1: good.pem, good.key and other.pem, other.key."""
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30, cwd=folder)
-
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name in ("good", "other"):
-        subject = f"/CN={name}"
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"{subject}-ca",
-                "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem")  # fmt: skip
-        openssl(
-            "req", "-newkey", "rsa:2048", "-nodes", "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.csr"
-        )
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-CAkey", f"{name}-ca.key",
-                "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
-    return folder
 
 
 @pytest.fixture
