@@ -51,14 +51,13 @@ class Following:
         """Begins anew if the peer has ended what it told, unless it tells this engine nothing."""
         if self._refused or (self._thread is not None and self._thread.is_alive()):
             return
-        # Another thread may end it from now on.
-        self._call = self._stub.SubscribeKvEvents(
-            pb.SubscribeKvEventsRequest(), timeout=_FOLLOW_S, metadata=self._metadata
-        )
-        arguments = (self._call,)
-        self._thread = threading.Thread(
-            target=self._run, args=arguments, name=f"headwise-follow-{self._name}", daemon=True
-        )
+        request = pb.SubscribeKvEventsRequest()
+        try:
+            self._call = self._stub.SubscribeKvEvents(request, timeout=_FOLLOW_S, metadata=self._metadata)
+        except ValueError:  # the channel is closed
+            return
+        name = f"headwise-follow-{self._name}"
+        self._thread = threading.Thread(target=self._run, args=(self._call,), name=name, daemon=True)
         self._thread.start()
 
     def end(self) -> None:

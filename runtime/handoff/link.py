@@ -244,6 +244,7 @@ class PrefillLink:
             # Not all links of a machine at once.
             self._wake.wait(wait_s * random.uniform(0.8, 1.0))
             self._wake.clear()
+        self.session = None
 
     def _greet(self) -> bool:
         """Says Hello; returns False if the peer does not fit."""

@@ -6,12 +6,13 @@ What a call does is decided on the engine's thread, where all state is; handlers
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
@@ -42,7 +43,8 @@ MAX_DECODES = 64
 """Decode engines that are remembered; the one that was not heard of for longest makes room."""
 MAX_WAIT_S = 60.0
 """For the answer to a call that has no deadline, or a later one."""
-_LOOPBACK = "loopback"
+LOOPBACK = "loopback"
+"""The host of all callers on this machine."""
 
 
 class Outbound(Protocol):
@@ -111,10 +113,13 @@ class HandoffService(KvHandoffServiceServicer):
             runtime/handoff/errors.py, or whatever the engine ended with.
         """
         try:
-            answer: Future[Any] = _METHODS[method](self, request, peer)
+            work = _METHODS[method](self, request, peer)
         except Exception as error:
-            answer = Future()
-            answer.set_exception(error)
+            work = Future()
+            work.set_exception(error)
+        # Of its own, for what the engine is at cannot be cancelled, and may never end.
+        answer = _then(work, lambda response: response)
+        answer.add_done_callback(lambda answer: work.cancel() if answer.cancelled() else None)
         return answer
 
     def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloResponse:
@@ -159,7 +164,7 @@ class HandoffService(KvHandoffServiceServicer):
             raise MismatchError(str(fit))
         for end in hello.endpoints:
             _check_address(end.address, host)
-        if host != _LOOPBACK and not hello.tls:
+        if host != LOOPBACK and not hello.tls:
             raise InvalidValueError("tls", False, f"keys and values would go in clear text to {host}")
 
         def remember(outbound: Outbound) -> pb.HelloResponse:
@@ -264,7 +269,7 @@ def host_of(peer: str) -> str:
     """
     scheme, _, rest = unquote(peer).partition(":")
     if scheme == "unix":
-        return _LOOPBACK
+        return LOOPBACK
     try:
         return _host(rest.rpartition(":")[0].strip("[]"))
     except ValueError:
@@ -279,7 +284,7 @@ def _host(host: str) -> str:
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return _LOOPBACK if address.is_loopback else str(address)
+    return LOOPBACK if address.is_loopback else str(address)
 
 
 def _check_address(address: str, host: str) -> None:
@@ -288,14 +293,14 @@ def _check_address(address: str, host: str) -> None:
     Raises:
         InvalidValueError: the address is on another host than the caller, or no IP address with a port.
     """
-    limit = f"must be IP:PORT on the host that calls, which is {host}"
+    name, _, port = address.rpartition(":")
+    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
     try:
-        parts = urlsplit(f"//{address}")
-        right = parts.netloc == address and bool(parts.port) and _host(parts.hostname or "") == host
+        there = LOOPBACK if name == "localhost" else _host(name)
     except ValueError:
-        right = False
-    if not right:
-        raise InvalidValueError("endpoints.address", address, limit)
+        there = ""
+    if there != host or not re.fullmatch("[1-9][0-9]{0,4}", port) or int(port) > 65535:
+        raise InvalidValueError("endpoints.address", address, f"must be IP:PORT on the host that calls, {host}")
 
 
 def _then(future: Future[A], convert: Callable[[A], B]) -> Future[B]:
