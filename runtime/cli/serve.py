@@ -52,8 +52,13 @@ def serve(
         list[str] | None,
         option("name", "The name in an admin's certificate, for --tls-client-ca; may be given several times."),
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        option("name", "The name in a peer's certificate, an engine that has KV computed here; several times."),
+    ] = None,
     token_file: Annotated[
-        Path | None, option("file", 'Let in only clients with a token of this file; its lines: "TENANT TOKEN [admin]".')
+        Path | None,
+        option("file", 'Let in only clients with a token of this file; its lines: "TENANT TOKEN [admin|peer]".'),
     ] = None,
     insecure: Annotated[
         bool,
@@ -122,6 +127,7 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         admins=tuple(admin or ()),
+        peers=tuple(peer or ()),
         token_file=token_file,
         insecure=insecure,
         max_queued_requests=max_queued_requests,

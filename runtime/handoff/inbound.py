@@ -252,8 +252,9 @@ class Inbound:
     def stats(self) -> dict[str, Any]:
         """Counts since the start: handoffs ``started``, ``committed``, ``cancelled``, and ``fallbacks``, prompts that
         were computed here after all, which ``causes`` has by cause; ``bytes`` and ``blocks`` that came, and ``seconds``
-        from the start of those handoffs to their end; ``cost_s``, what computing and handing over took lately. And what holds now: ``in_flight``, ``reserved_blocks``,
-        ``oldest_s``, and of each peer whether it is ``connected`` or what the ``problem`` is."""
+        from the start of those handoffs to their end. What computing and handing over took lately: ``cost_s``. And what
+        holds now: ``in_flight``, ``reserved_blocks``, ``oldest_s``, and of each peer whether it is ``connected`` or
+        what the ``problem`` is."""
         oldest = min((handoff.started for handoff in self._running.values()), default=None)
         causes = {cause.value: self._counts[cause.value] for cause in Cause if cause is not Cause.CANCELLED}
         return {

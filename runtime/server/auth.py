@@ -16,11 +16,14 @@ from typing import Any, TypeAlias
 import grpc
 
 from headwise.runtime.inputs.processor import check_salt
-from headwise.runtime.server.errors import UnauthenticatedError, abort
+from headwise.runtime.server.errors import PermissionDeniedError, UnauthenticatedError, abort
 from headwise.workers.errors import InvalidValueError
 
 Details: TypeAlias = grpc.HandlerCallDetails
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_FOR_PEERS = "/headwise.v1.KvHandoffService/"
+_FOR_PEERS_TOO = ("/headwise.v1.InferenceService/SubscribeKvEvents", "/grpc.reflection.")
 
 MIN_TOKEN_CHARACTERS = 16
 """Shorter ones can be guessed."""
@@ -33,10 +36,12 @@ class Tenant:
     Attributes:
         name: requests of different tenants share no cached blocks; empty on a server that does not tell them apart.
         admin: may drain the server, read KV events and end the requests of other tenants.
+        peer: is another engine: may have KV computed for it, and read KV events.
     """
 
     name: str = ""
     admin: bool = False
+    peer: bool = False
 
     def cache_salt(self, salt: str) -> str:
         """The salt that a request gets of this tenant and of the salt that the client sent. No other tenant can have
@@ -88,13 +93,14 @@ class Access:
     Attributes:
         tokens: where there are any, a call's token says it.
         by_certificate: whether else the client's certificate says it.
-        admins: the names of tenants that are admins by their certificates.
-        trusting: whether everybody is an admin where neither says it. Only for a server that no other machine reaches.
+        admins, peers: the names of tenants that are admins, or peers, by their certificates.
+        trusting: whether everybody is both where neither says it. Only for a server that no other machine reaches.
     """
 
     tokens: Tokens
     by_certificate: bool = False
     admins: frozenset[str] = frozenset()
+    peers: frozenset[str] = frozenset()
     trusting: bool = False
 
     def tenant(self, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
@@ -106,8 +112,24 @@ class Access:
             return self.tokens.tenant(context.invocation_metadata() or ())
         if self.by_certificate:
             name = _name(context.auth_context())
-            return Tenant(name, name in self.admins)
-        return Tenant(admin=self.trusting)
+            return Tenant(name, name in self.admins, name in self.peers)
+        return Tenant(admin=self.trusting, peer=self.trusting)
+
+
+def check_method(tenant: Tenant, method: str) -> None:
+    """Keeps clients from the service for peers, and peers, unless they are admins too, from all that is for clients.
+
+    Args:
+        method: an RPC's full name, such as ``/headwise.v1.KvHandoffService/Hello``.
+
+    Raises:
+        PermissionDeniedError: the tenant may not call it.
+    """
+    if method.startswith(_FOR_PEERS):
+        if not tenant.peer:
+            raise PermissionDeniedError("only a peer, another engine, may have KV handed over")
+    elif tenant.peer and not tenant.admin and not method.startswith(_FOR_PEERS_TOO):
+        raise PermissionDeniedError("a peer hands over KV and reads KV events; for this, come as a tenant")
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
@@ -134,8 +156,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
 
 def read_tokens(path: Path | None) -> Tokens:
-    """Reads a file with a line for each token: ``TENANT TOKEN``, or ``TENANT TOKEN admin``. A word that starts
-    with # starts a comment; a token may hold one.
+    """Reads a file with a line for each token: ``TENANT TOKEN``, ``TENANT TOKEN admin`` or ``TENANT TOKEN peer``. A
+    word that starts with # starts a comment; a token may hold one.
 
     Raises:
         InvalidValueError: the file cannot be read, or a line has another form; names the line, never the token.
@@ -151,10 +173,9 @@ def read_tokens(path: Path | None) -> Tokens:
         fields = list(takewhile(lambda word: not word.startswith("#"), line.split()))
         if not fields:
             continue
-        if len(fields) not in (2, 3) or fields[2:] not in ([], ["admin"]):
-            raise InvalidValueError(
-                "--token-file", f"{path}:{number}", 'must be "TENANT TOKEN" or "TENANT TOKEN admin"'
-            )
+        if len(fields) not in (2, 3) or fields[2:] not in ([], ["admin"], ["peer"]):
+            limit = 'must be "TENANT TOKEN", "TENANT TOKEN admin" or "TENANT TOKEN peer"'
+            raise InvalidValueError("--token-file", f"{path}:{number}", limit)
         if len(fields[1]) < MIN_TOKEN_CHARACTERS:
             raise InvalidValueError(
                 "--token-file",
@@ -164,7 +185,7 @@ def read_tokens(path: Path | None) -> Tokens:
             )
         if (digest := _digest(fields[1])) in tenants:
             raise InvalidValueError("--token-file", f"{path}:{number}", "has the token of an earlier line")
-        tenants[digest] = Tenant(fields[0], bool(fields[2:]))
+        tenants[digest] = Tenant(fields[0], "admin" in fields[2:], "peer" in fields[2:])
     if not tenants:
         raise InvalidValueError("--token-file", str(path), "holds no token")
     return Tokens(tenants)

@@ -13,6 +13,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import QueueFullError, TenantBusyError
 from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.handoff.errors import MismatchError, NotFoundError, RefusedError
 from headwise.runtime.inputs.grammars import GrammarTrialError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -83,6 +84,9 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+    (RefusedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),

@@ -23,8 +23,10 @@ from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
+from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
+from headwise.runtime.server.handoff import AsyncHandoffService
 from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.server.service import InferenceService
@@ -32,7 +34,9 @@ from headwise.runtime.server.sessions import Sessions
 from headwise.runtime.server.slots import Slots
 from headwise.runtime.tls import server_credentials
 from headwise.v1 import inference_pb2 as pb
+from headwise.v1 import kv_transfer_pb2
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
 from headwise.workers.addresses import is_loopback, join
 from headwise.workers.errors import InvalidValueError
 
@@ -76,6 +80,7 @@ class ServeOptions:
         tls_client_ca: a PEM file; only clients with a certificate that it signed are let in. Needs tls_cert. Without a
             token_file, the common name of a client's certificate (or else its first alternative name) is its tenant.
         admins: the tenants that are admins by the names of their certificates. Default: none.
+        peers: the same of the tenants that are peers: engines that have KV computed here. Default: none.
         token_file: only clients with a token of this file are let in; see
             :func:`~headwise.runtime.server.auth.read_tokens`.
         insecure: whether a host that is not loopback may be served to everybody, or in clear text. Default: False.
@@ -98,6 +103,7 @@ class ServeOptions:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     admins: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     token_file: Path | None = None
     insecure: bool = False
     max_queued_requests: int = 1024
@@ -149,18 +155,22 @@ class Server:
         sessions: the calls that run.
     """
 
-    def __init__(self, llm: AsyncLLM, options: ServeOptions) -> None:
+    def __init__(self, llm: AsyncLLM, options: ServeOptions, handoff: HandoffService | None = None) -> None:
         """
+        Args:
+            handoff: what the engine does for peers; None: nothing.
+
         Raises:
             InvalidValueError: a file that the options name cannot be used, or everybody could use the server.
         """
-        self._llm, self._options = llm, options
+        self._llm, self._options, self._handoff = llm, options, handoff
         self._tokens, self._credentials = _checked(options)
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._gateway: Gateway | None = None
         metrics = Metrics(lambda: llm.submit(Engine.stats).result(5.0))
         by_certificate = options.tls_client_ca is not None
-        access = Access(self._tokens, by_certificate, frozenset(options.admins), is_loopback(options.host))
+        admins, peers = frozenset(options.admins), frozenset(options.peers)
+        access = Access(self._tokens, by_certificate, admins, peers, is_loopback(options.host))
         self.sessions = Sessions(llm, metrics, access, options.stall_timeout_s, options.max_request_s)
 
     def stop(self) -> None:
@@ -253,6 +263,8 @@ class Server:
         server = grpc.aio.server(interceptors=guards, options=options, maximum_concurrent_rpcs=slots.total)
         add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        if self._handoff is not None:
+            add_KvHandoffServiceServicer_to_server(AsyncHandoffService(sessions, self._handoff), server)
         if self._options.openai_port is not None:
             # Here and not above: the packages of an extra.
             from headwise.runtime.server import vllm_engine
@@ -276,7 +288,8 @@ class Server:
                 task.cancel()
 
     def _services(self) -> list[str]:
-        return [_SERVICE, GATEWAY_SERVICE] if self._options.openai_port is not None else [_SERVICE]
+        gateway = [GATEWAY_SERVICE] if self._options.openai_port is not None else []
+        return [_SERVICE, *gateway, *([_HANDOFF_SERVICE] if self._handoff is not None else [])]
 
     def _make_gateway(self, port: int, engine_port: int) -> Gateway:
         """
@@ -324,6 +337,7 @@ class Server:
 
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_HANDOFF_SERVICE = kv_transfer_pb2.DESCRIPTOR.services_by_name["KvHandoffService"].full_name
 GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
@@ -331,10 +345,11 @@ def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | No
     """The tokens and the TLS credentials of the options."""
     tokens, credentials = read_tokens(options.token_file), _credentials(options)
     _check_exposure(options, tokens, credentials)
-    if options.admins and (tokens or options.tls_client_ca is None):
-        limit = "names the certificates of admins, and tenants are not told apart by certificates here"
-        fix = "give --tls-client-ca and no --token-file; in a token file, write admin after the token"
-        raise InvalidValueError("--admin", ", ".join(options.admins), limit, fix)
+    for role, names in (("admin", options.admins), ("peer", options.peers)):
+        if names and (tokens or options.tls_client_ca is None):
+            limit = f"names the certificates of {role}s, and tenants are not told apart by certificates here"
+            fix = f"give --tls-client-ca and no --token-file; in a token file, write {role} after the token"
+            raise InvalidValueError(f"--{role}", ", ".join(names), limit, fix)
     if options.openai_port is not None:
         check_gateway()
         if tokens or options.tls_client_ca is not None:

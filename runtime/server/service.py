@@ -134,8 +134,10 @@ class InferenceService(InferenceServiceServicer):
     async def SubscribeKvEvents(self, request: pb.SubscribeKvEventsRequest, context: Context) -> None:
         capacity = request.capacity or CAPACITY
         try:
-            if not self._sessions.tenant(context).admin:
-                raise PermissionDeniedError("which blocks tenants have is told to admins, such as a router, alone")
+            tenant = self._sessions.tenant(context)
+            if not (tenant.admin or tenant.peer):
+                limit = "which blocks tenants have is told to admins, such as a router, and to peers alone"
+                raise PermissionDeniedError(limit)
             if capacity > 1 << 16:
                 raise InvalidValueError("capacity", capacity, f"must be at most {1 << 16}")
             with self._sessions.subscriber():

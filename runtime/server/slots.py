@@ -15,7 +15,7 @@ import grpc
 
 from headwise.runtime.addresses import network_of
 from headwise.runtime.engine.waiting import share
-from headwise.runtime.server.auth import Details, Handler, Tenant
+from headwise.runtime.server.auth import Details, Handler, Tenant, check_method
 from headwise.runtime.server.errors import TooManyCallsError, abort, for_admin
 from headwise.runtime.server.sessions import Context, Sessions
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -63,6 +63,7 @@ class Slots(grpc.aio.ServerInterceptor):
                 else:
                     tenant = self._sessions.tenant(context)
                     for_admin.set(tenant.admin)
+                    check_method(tenant, handler_call_details.method)
                     self._take(context, self._limits(context.peer(), tenant))
             except HeadwiseError as error:
                 if not is_health:

@@ -65,7 +65,9 @@ class SharedReader:
         """
         self.place = pid, fd
         path = f"/proc/{pid}/fd/{fd}"
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # before it is opened: opening a device may do something
+        if not os.readlink(path).startswith(
+            f"/memfd:{_NAME}"
+        ):  # before it is opened: opening a device may do something
             raise OSError("it is no memory of a handoff")
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._buffer = bytearray()

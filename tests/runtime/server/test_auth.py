@@ -315,6 +315,8 @@ def test_a_token_may_go_to_this_machine(target: str) -> None:
         ({"host": "0.0.0.0", "tls": True}, "--host"),
         ({"host": "0.0.0.0", "tls": True, "insecure": True, "admins": ("a",)}, "--admin"),
         ({"admins": ("a",)}, "--admin"),
+        ({"peers": ("a",)}, "--peer"),
+        ({"tls": True, "tls_client_ca": True, "token_file": True, "peers": ("a",)}, "--peer"),
         ({"tls": True, "tls_client_ca": True, "token_file": True, "admins": ("a",)}, "--admin"),
         ({"host": "0.0.0.0", "tls": True, "token_file": True}, None),
         ({"host": "0.0.0.0", "tls": True, "tls_client_ca": True}, None),
