@@ -27,6 +27,7 @@ from headwise.runtime.handoff.messages import (
     TransferKey,
     printable,
 )
+from headwise.runtime.handoff.receiving import Cause
 from headwise.v1 import kv_transfer_pb2 as pb
 from headwise.v1.kv_transfer_pb2_grpc import KvHandoffServiceStub
 from headwise.workers.errors import InvalidValueError
@@ -58,16 +59,17 @@ _CHANNEL_OPTIONS = [
 _logger = logging.getLogger(__name__)
 
 _CAUSES = {
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "refused",
-    grpc.StatusCode.UNAUTHENTICATED: "refused",
-    grpc.StatusCode.PERMISSION_DENIED: "refused",
-    grpc.StatusCode.FAILED_PRECONDITION: "refused",
-    grpc.StatusCode.UNAVAILABLE: "unreachable",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "unreachable",
-    grpc.StatusCode.NOT_FOUND: "lease",
-    grpc.StatusCode.CANCELLED: "cancelled",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Cause.REFUSED,
+    grpc.StatusCode.UNAUTHENTICATED: Cause.REFUSED,
+    grpc.StatusCode.PERMISSION_DENIED: Cause.REFUSED,
+    grpc.StatusCode.FAILED_PRECONDITION: Cause.REFUSED,
+    grpc.StatusCode.UNAVAILABLE: Cause.UNREACHABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Cause.UNREACHABLE,
+    grpc.StatusCode.CANCELLED: Cause.CANCELLED,
 }
-"""Any other code says that the peer is wrong, or takes this engine to be."""
+"""Any other code says that the peer is wrong, takes this engine to be, or does not know what it is asked about."""
+_DOUBTS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.NOT_FOUND)
+"""After which the peer may not be there any more, or be another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +77,16 @@ class Answer:
     """What came of a call.
 
     Attributes:
-        cause: None if the peer did what it was asked. Else ``refused`` (it has no room, or does not let this engine
-            in), ``unreachable`` (it did not answer, in time or at all), ``lease`` (it does not know the transfer or
-            its epoch any more), ``cancelled`` (the link was closed), or ``peer`` (it finds the call invalid, or its
-            answer is).
+        cause: None if the peer did what it was asked. Else REFUSED (it has no room, or does not let this engine in),
+            UNREACHABLE (it did not answer, in time or at all), CANCELLED (the link was closed), or PEER (it does not
+            know the transfer or its epoch, finds the call invalid, or its answer is).
         detail: what the peer said, as it may go to a log.
         expected_s: of an ask: in how many seconds the last block is expected to be sent; 0 if not known.
         load: of an ask.
         status: of a commit.
     """
 
-    cause: str | None
+    cause: Cause | None
     detail: str = ""
     expected_s: float = 0.0
     load: Load | None = None
@@ -211,15 +212,15 @@ class PrefillLink:
             future = None if self._closed else method.future(request, timeout=timeout_s, metadata=self._metadata)
             self._open += future is not None
         if future is None:
-            answered(Answer("cancelled", "the link is closed"))
+            answered(Answer(Cause.CANCELLED, "the link is closed"))
         else:
             future.add_done_callback(partial(self._over, read, answered))
 
     def _over(self, read: Callable[[Any], Answer], answered: Answered, future: Any) -> None:
         try:
             answer = _answer(read, future)
-            if answer.cause in ("unreachable", "lease") and self.session is not None:
-                self._wake.set()  # to see whether the peer is still there
+            if future.code() in _DOUBTS and self.session is not None:
+                self._wake.set()
             answered(answer)
         except Exception:
             _logger.exception("what was to be told of an answer of %s failed", self.name)
@@ -340,11 +341,11 @@ def _answer(read: Callable[[Any], Answer], future: Any) -> Answer:
     try:
         return read(future.result())
     except grpc.FutureCancelledError:
-        return Answer("cancelled", "the link is closed")
+        return Answer(Cause.CANCELLED, "the link is closed")
     except grpc.RpcError as error:
-        return Answer(_CAUSES.get(error.code(), "peer"), _describe(error))
+        return Answer(_CAUSES.get(error.code(), Cause.PEER), _describe(error))
     except ValueError as error:
-        return Answer("peer", _describe(error))
+        return Answer(Cause.PEER, _describe(error))
 
 
 def _code(error: BaseException) -> grpc.StatusCode | None:

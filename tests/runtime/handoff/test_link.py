@@ -24,6 +24,7 @@ from headwise.runtime.handoff import link as link_module
 from headwise.runtime.handoff.link import Answer, PrefillLink
 from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import Ask, Load, State, Status, TransferKey
+from headwise.runtime.handoff.receiving import Cause
 from headwise.runtime.handoff.service import HandoffService
 from headwise.v1 import kv_transfer_pb2 as pb
 from headwise.v1.kv_transfer_pb2_grpc import KvHandoffServiceServicer
@@ -145,7 +146,7 @@ def test_a_token_is_sent_and_shown_to_nobody(
         wait_until(lambda: stranger.problem)
         assert stranger.problem == "UNAUTHENTICATED: nobody has this token"
         assert ask(one, ask_of(key_of(1))).cause is None
-        assert ask(stranger, ask_of(key_of(2))).cause == "refused"
+        assert ask(stranger, ask_of(key_of(2))).cause == Cause.REFUSED
         assert TOKEN not in caplog.text + repr(one) + str(one.problem)
 
 
@@ -244,10 +245,10 @@ def test_what_came_of_a_call_is_told(local: LocalServer, engine: FakeEngine, lin
     accepted = ask(one, ask_of(key_of(1)))
     assert accepted == Answer(None, expected_s=1.5, load=Load(8, 0.25, 100)) and one.load == accepted.load
     refused = ask(one, ask_of(key_of(2), tenant="full"))
-    assert refused.cause == "refused" and "max_transfers=8" in refused.detail
+    assert refused.cause == Cause.REFUSED and "max_transfers=8" in refused.detail
     invalid = ask(one, ask_of(key_of(2), first_block=9))
-    assert invalid.cause == "peer" and "first_block" in invalid.detail
-    assert ask(one, ask_of(key_of(2, prefill_epoch=6))).cause == "lease"
+    assert invalid.cause == Cause.PEER and "first_block" in invalid.detail
+    assert ask(one, ask_of(key_of(2, prefill_epoch=6))).cause == Cause.PEER
     key = key_of(1)
     wait_until(lambda: one.session)  # which was in doubt
     committed: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -258,14 +259,14 @@ def test_what_came_of_a_call_is_told(local: LocalServer, engine: FakeEngine, lin
     one.abort(key, "no\nmore")
     wait_until(lambda: engine.statuses_of[key] == Status(State.FAILED, "no?more"))
     one.close()
-    assert ask(one, ask_of(key)).cause == commit(one, key).cause == "cancelled"
+    assert ask(one, ask_of(key)).cause == commit(one, key).cause == Cause.CANCELLED
 
 
 def test_nobody_there_is_told_at_once(link: MakeLink) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     one = link(f"127.0.0.1:{port}")
-    assert ask(one, ask_of(key_of(1))).cause == "unreachable"
+    assert ask(one, ask_of(key_of(1))).cause == Cause.UNREACHABLE
 
 
 @pytest.mark.usefixtures("impatient")
@@ -283,13 +284,13 @@ def test_an_answer_that_is_lost_is_asked_for_again(local: LocalServer, engine: F
     threading.Timer(0.5, engine.going.set).start()
     engine._thread.submit(lambda: None)
     what = ask_of(key_of(1))
-    assert ask(one, what).cause == "unreachable"
+    assert ask(one, what).cause == Cause.UNREACHABLE
     engine.going.set()
     connected(one)
     assert ask(one, what).cause is None
     assert engine.asks == {what.key: what}
     undecided = commit(one, what.key)
-    assert undecided.cause == "unreachable"
+    assert undecided.cause == Cause.UNREACHABLE
     engine.decided[what.key].set_result(Status(State.COMMITTED))
     connected(one)
     assert commit(one, what.key).status == Status(State.COMMITTED)
@@ -312,7 +313,7 @@ class Rubbish(Liar):
 @pytest.mark.usefixtures("quick")
 def test_rubbish_is_the_peers_fault(serve: Serve, link: MakeLink) -> None:
     one = connected(link(serve(Rubbish(about().message())).address))
-    assert ask(one, ask_of(key_of(1))).cause == commit(one, key_of(1)).cause == "peer"
+    assert ask(one, ask_of(key_of(1))).cause == commit(one, key_of(1)).cause == Cause.PEER
     renewals = Renewals()
     one.track(key_of(1), renewals)
     assert renewals.next() == (key_of(1), None)
@@ -407,7 +408,7 @@ def test_a_peer_that_has_restarted_does_not_know_its_old_transfers(
     server.close()
     renewals.until(old, None)
     wait_until(lambda: one.session is None)
-    assert ask(one, ask_of(old)).cause == "unreachable"
+    assert ask(one, ask_of(old)).cause == Cause.UNREACHABLE
     again = FakeEngine()
     try:
         serve(HandoffService(about(epoch=EPOCH + 1), again.run), server.port)
@@ -417,7 +418,7 @@ def test_a_peer_that_has_restarted_does_not_know_its_old_transfers(
             told = renewals.next()
         assert told[1].state is State.UNKNOWN and "epoch" in told[1].reason
         assert one.session is not None and one.session.epoch == EPOCH + 1
-        assert ask(one, ask_of(old)).cause == "lease"
+        assert ask(one, ask_of(old)).cause == Cause.PEER
         connected(one)
         assert ask(one, ask_of(key_of(1, prefill_epoch=EPOCH + 1))).cause is None
     finally:
@@ -465,7 +466,7 @@ def test_a_stopped_peer_holds_up_nobody(link: MakeLink) -> None:
         one.track(key, renewals)
         renewals.until(key, Status(State.COMPUTING))
         process.send_signal(signal.SIGSTOP)
-        assert ask(one, ask_of(key_of(2))).cause == "unreachable"
+        assert ask(one, ask_of(key_of(2))).cause == Cause.UNREACHABLE
         renewals.until(key, None)
         process.send_signal(signal.SIGCONT)
         renewals.until(key, Status(State.COMPUTING))
@@ -475,7 +476,7 @@ def test_a_stopped_peer_holds_up_nobody(link: MakeLink) -> None:
         started = time.monotonic()
         one.close()
         assert time.monotonic() - started < 1.0
-        assert answers.get(timeout=DEADLINE_S).cause in ("cancelled", "unreachable")
+        assert answers.get(timeout=DEADLINE_S).cause in (Cause.CANCELLED, Cause.UNREACHABLE)
 
 
 # The end
@@ -504,7 +505,7 @@ def test_closing_leaves_no_thread_and_no_socket(serve: Serve, service: HandoffSe
     one.close()
     one.close()
     assert time.monotonic() - started < 1.0
-    assert [answers.get_nowait().cause for _ in range(3)] == ["cancelled"] * 3
+    assert [answers.get_nowait().cause for _ in range(3)] == [Cause.CANCELLED] * 3
     assert one.session is None and ours
     of_server = ("ThreadPoolExecutor", "fake-engine")
     wait_until(lambda: not [t for t in set(threading.enumerate()) - threads if not t.name.startswith(of_server)])
@@ -522,7 +523,7 @@ def test_closing_does_not_wait_for_a_peer_that_never_speaks() -> None:
             started = time.monotonic()
             one.close()
             assert time.monotonic() - started < 1.0
-        assert answers.get(timeout=DEADLINE_S).cause == "cancelled"
+        assert answers.get(timeout=DEADLINE_S).cause == Cause.CANCELLED
 
 
 def test_an_endpoint_elsewhere_is_the_links_problem(local: LocalServer, link: MakeLink) -> None:
