@@ -16,6 +16,7 @@ from torch import Tensor
 from headwise.workers import shard
 from headwise.workers.collectives import Solo
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.handoff import Fence, HandoffJob, HandoffOp, HandoffSpec, KvEndpoint
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.shard import Shard
@@ -220,3 +221,33 @@ def test_a_closed_shard_gives_its_gpu_memory_back(spec: ShardSpec, monkeypatch: 
     made._device = torch.device("cuda")
     made.close()
     assert alive == [0]
+
+
+def test_what_one_shard_computed_another_goes_on_from(spec: ShardSpec) -> None:
+    """Tiers beside it: results are told one at a time whoever has them."""
+    prefill = Running(replace(spec, disk_kv_path=None, handoff=HandoffSpec()))
+    decode = Running(replace(spec, disk_kv_path=None, handoff=HandoffSpec(receives=True)))
+    assert prefill.shard.kv_endpoint() is None
+    start, stop, address, host = decode.shard.kv_endpoint() or (0, 0, "", b"")
+    fence = Fence(bytes(16), 1, 1, 1, bytes(32))
+    tokens = list(range(3, 36))
+    admit = RowAdmit(0, tokens, 33, 0, [0, 1, 2], RowSampling())
+    expected = prefill.shard.step(StepPlan(0, admits=[admit], computes=[(0, 33)])).tokens[0][1]
+    decode.shard.transfer(HandoffJob(1, HandoffOp.OPEN, fence, [5, 3], sources=[(start, stop)]))
+    assert decode.results.get(timeout=10) == TransferResult(1)
+    decode.shard.transfer(HandoffJob(2, HandoffOp.FILL, fence))
+    ends = [KvEndpoint((start, stop), address, host)]
+    prefill.shard.transfer(HandoffJob(1, HandoffOp.PUSH, fence, [0, 1], destinations=ends, timeout_s=10.0))
+    pushed, filled = prefill.results.get(timeout=10), decode.results.get(timeout=10)
+    assert (pushed.error, filled.error, filled.id) == ("", "", 2) and pushed.num_bytes == filled.num_bytes > 0
+    admit = RowAdmit(0, tokens, 33, 32, [5, 3, 0], RowSampling())
+    assert decode.shard.step(StepPlan(0, admits=[admit], computes=[(0, 1)])).tokens == [(0, expected)]
+    assert decode.transfer(Op.SAVE, Tier.HOST, [5, 3]) == []
+    for running in (prefill, decode):
+        running.shard.close()
+        running.shard.close()
+
+
+def test_a_port_that_must_not_be_opened_is_refused(spec: ShardSpec) -> None:
+    with pytest.raises(InvalidValueError, match=r"^host='192\.0\.2\.1': must be a loopback address"):
+        Running(replace(spec, handoff=HandoffSpec(True, "192.0.2.1")))

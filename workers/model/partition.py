@@ -21,7 +21,7 @@ With more ranks than KV heads, a KV head lives on every rank that holds one of i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from headwise.workers.errors import InvalidValueError
@@ -81,17 +81,6 @@ class ShardPartition:
     vocab: Range
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """KV heads ``start`` to ``stop`` of the model, which rank ``source`` of one group sends to rank ``destination`` of
-    another."""
-
-    source: int
-    destination: int
-    start: int
-    stop: int
-
-
 def partition_model(config: ModelConfig, tp: int) -> list[ShardPartition]:
     """Split a model over ``tp`` ranks.
 
@@ -122,38 +111,6 @@ def partition_heads(num_q: int, num_kv: int, tp: int) -> list[HeadShard]:
     if tp <= num_kv:
         return [HeadShard(a * group, b * group, a, b, group) for a, b in split_evenly(num_kv, tp)]
     return [HeadShard(a, b, a // group, (b - 1) // group + 1, group) for a, b in split_evenly(num_q, tp)]
-
-
-def head_routes(source: Sequence[Range], destination: Sequence[Range]) -> list[Route]:
-    """How KV goes from the ranks of one group to those of another; the same wherever it is asked for.
-
-    Each KV head that a rank of ``destination`` holds comes from one rank of ``source``. Where several hold it, it is
-    the one that has been given the fewest heads so far, and of those the first.
-
-    Args:
-        source, destination: the KV heads of each rank, global ranges.
-
-    Returns:
-        By destination rank, then by head; adjacent heads from one rank are one route.
-
-    Raises:
-        InvalidValueError: a rank of ``destination`` holds a head that none of ``source`` does.
-    """
-    given = [0] * len(source)
-    routes: list[Route] = []
-    for to, (start, stop) in enumerate(destination):
-        for head in range(start, stop):
-            holders = [rank for rank, (first, end) in enumerate(source) if first <= head < end]
-            if not holders:
-                raise InvalidValueError("source", list(source), f"no rank holds KV head {head}, which rank {to} needs")
-            rank = min(holders, key=lambda rank: given[rank])
-            given[rank] += 1
-            last = routes[-1] if routes else None
-            if last is not None and (last.source, last.destination, last.stop) == (rank, to, head):
-                routes[-1] = replace(last, stop=head + 1)
-            else:
-                routes.append(Route(rank, to, head, head + 1))
-    return routes
 
 
 def split_evenly(total: int, parts: int) -> list[Range]:
