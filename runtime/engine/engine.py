@@ -243,6 +243,7 @@ class Engine:
             Whether a job or a handoff was or is in flight.
         """
         generation = self.generation
+        handing_over = generation.handing_over  # or was: what has come may be computed with from the next step on
         if generation.tiers is not None:
             generation.tiers.pump()
         if generation.inbound is not None:
@@ -251,7 +252,7 @@ class Engine:
             generation.outbound.tick()
         busy = generation.ledger.busy or generation.handing_over
         generation.ledger.poll(TRANSFER_WAIT_S if wait and busy else 0.0)
-        return busy
+        return busy or handing_over
 
     def _end_failed(self) -> None:
         """Ends the requests whose prompts another engine was to compute, and did not."""
