@@ -17,8 +17,9 @@ from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.engine.waiting import share
+from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.processor import InputProcessor, check_request_id
-from headwise.runtime.start import start_engine
+from headwise.runtime.start import handoff_service, start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
@@ -89,6 +90,12 @@ class AsyncLLM:
         """Is set once the engine has ended. Ask for it in the event loop."""
         self._attach()
         return self._ended
+
+    def handoff_service(self) -> HandoffService | None:
+        """What other engines have this one compute prompts by; None where its role is not to do that."""
+        if self.config.handoff is None or self.config.handoff.role != "prefill":
+            return None
+        return handoff_service(self._started, self.submit)
 
     @property
     def num_blocks(self) -> int:
@@ -179,8 +186,12 @@ class AsyncLLM:
             self._loop.post(fail)
 
     async def stats(self) -> dict[str, Any]:
-        """What the engine holds and has done: ``Engine.stats``, without those of the shards."""
-        return await self.run(Engine.stats)
+        """What the engine holds and has done: ``Engine.stats``, without those of the shards. With a prefill engine of
+        its own, ``prefill`` has those of that one."""
+        stats = await self.run(Engine.stats)
+        if self._started.prefill is not None:
+            stats["prefill"] = await asyncio.to_thread(self._started.prefill.stats)
+        return stats
 
     async def close(self) -> None:
         """Ends the requests that run, the engine and its shards. Idempotent."""

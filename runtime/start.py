@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
-from headwise.cluster.group import GroupFactory, Progress
+from headwise.cluster.group import GroupFactory, GroupStartError, Progress
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
@@ -37,6 +37,7 @@ from headwise.runtime.models import resolve
 from headwise.runtime.precision import precision_notes, resolve_dtype
 from headwise.runtime.sides import decode_config, prefill_config
 from headwise.runtime.warmup import prepare_kernels
+from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.handoff import HandoffSpec
 from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
@@ -45,6 +46,9 @@ from headwise.workers.model.partition import partition_model
 from headwise.workers.spec import ShardSpec
 
 T = TypeVar("T")
+
+MEET_TIMEOUT_S = 20.0
+"""For the two engines of a program to meet: both run by then."""
 
 _logger = logging.getLogger(__name__)
 
@@ -128,6 +132,12 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
         side = PrefillSide(prefill_config(config), quiet)
         undo.callback(side.close)
         started = _start(decode_config(config, side.address), quiet)
+        inbound = started.engine.generation.inbound
+        assert inbound is not None
+        undo.callback(started.close)
+        if not all(peer.wait(MEET_TIMEOUT_S) for peer in inbound.peers):
+            problems = [peer.problem for peer in inbound.peers]
+            raise GroupStartError(f"the prefill engine and this one have not met in {MEET_TIMEOUT_S:g} s: {problems}")
         undo.pop_all()
     return replace(started, prefill=side)
 
@@ -222,13 +232,14 @@ def _identity(model: ModelConfig, fingerprint: str, spec: ShardSpec) -> Identity
 
 
 def _handoff_spec(handoff: HandoffConfig) -> HandoffSpec:
+    decode, tls = handoff.role == "decode", not is_loopback(handoff.host)
     return HandoffSpec(
-        handoff.role == "decode",
+        decode,
         handoff.host,
         handoff.shared_memory,
-        handoff.tls_cert,
-        handoff.tls_key,
-        handoff.ca,
+        handoff.tls_cert if tls else None,
+        handoff.tls_key if tls else None,
+        None if decode else handoff.ca,
     )
 
 

@@ -8,6 +8,18 @@ from typing import Annotated
 
 import typer
 
+from headwise.runtime.cli.handoff import (
+    Decode,
+    HandoffCa,
+    HandoffHost,
+    HandoffMinTokens,
+    HandoffSharedMemory,
+    HandoffTokenFile,
+    OnHandoffFailure,
+    Prefill,
+    Role,
+    handoff_fields,
+)
 from headwise.runtime.cli.options import (
     Address,
     AsJson,
@@ -96,6 +108,15 @@ def serve(
     disk_kv_limit: DiskKvLimit = None,
     cpus_per_rank: CpusPerRank = None,
     address: Address = None,
+    role: Role = None,
+    prefill: Prefill = None,
+    decode: Decode = None,
+    handoff_min_tokens: HandoffMinTokens = None,
+    on_handoff_failure: OnHandoffFailure = "recompute",
+    handoff_host: HandoffHost = "127.0.0.1",
+    handoff_ca: HandoffCa = None,
+    handoff_token_file: HandoffTokenFile = None,
+    handoff_shared_memory: HandoffSharedMemory = True,
     as_json: AsJson = False,
 ) -> None:
     """Serve a model by gRPC, and by OpenAI's API.
@@ -115,7 +136,19 @@ def serve(
         "disk_kv_limit": disk_kv_limit,
     }
     settings |= {key: value for key, value in tiers.items() if value is not None}
-    config = engine_config(model=model, enable_prefix_caching=prefix_caching, max_num_seqs=max_num_seqs, **settings)
+    handoff = {
+        "min_tokens": handoff_min_tokens,
+        "on_failure": on_handoff_failure,
+        "host": handoff_host,
+        "shared_memory": handoff_shared_memory,
+        **{
+            name: None if path is None else str(path)
+            for name, path in (("ca", handoff_ca), ("tls_cert", tls_cert), ("tls_key", tls_key))
+        },
+    }
+    settings |= {"enable_prefix_caching": prefix_caching, "max_num_seqs": max_num_seqs}
+    settings |= handoff_fields(role, prefill, decode, handoff, handoff_token_file)
+    config = engine_config(model=model, **settings)
     options = ServeOptions(
         name=name or Path(model).resolve().name,
         host=host,

@@ -23,6 +23,7 @@ from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
 from headwise.runtime.tls import channel_credentials
+from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import KvEndpoint
 from headwise.workers.kv.transfer import BlockKey
@@ -154,8 +155,11 @@ class GenerationFactory:
     ) -> Inbound:
         assert self._identity is not None, "handoffs need an identity"
         ends = [KvEndpoint((a, b), address, host) for a, b, address, host in group.query("kv_endpoint")]
-        hello = Hello(self._identity, self._events.epoch, ends, handoff.tls_cert is not None)
-        credentials = None if handoff.ca is None else channel_credentials(Path(handoff.ca), None, None)
+        hello = Hello(self._identity, self._events.epoch, ends, not is_loopback(handoff.host))
+        credentials = None
+        if handoff.ca is not None:
+            cert, key = (None if path is None else Path(path) for path in (handoff.tls_cert, handoff.tls_key))
+            credentials = channel_credentials(Path(handoff.ca), cert, key)
         peers = [PrefillLink(peer, hello, credentials, handoff.token, group.wake) for peer in handoff.peers]
         inbound = Inbound(
             cache,

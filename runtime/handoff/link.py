@@ -32,6 +32,8 @@ from headwise.v1 import kv_transfer_pb2 as pb
 from headwise.v1.kv_transfer_pb2_grpc import KvHandoffServiceStub
 from headwise.workers.errors import InvalidValueError
 
+OWN_PREFILL = "prefill"
+"""The name of a prefill engine of the same program, whose address tells nobody anything."""
 RENEW_S = 5.0
 """Between two renewals; also how soon an idle peer is missed."""
 CALL_TIMEOUT_S = 5.0
@@ -105,7 +107,7 @@ class PrefillLink:
     and of gRPC, and must not wait either. Attributes may be read on any thread.
 
     Attributes:
-        name: the address.
+        name: the address; OWN_PREFILL of an engine of the same program.
         session: what the peer tells of itself; None while it is not connected.
         problem: why it is not; None if it is, or before the first try has ended.
         load: the peer's, when it was heard of last.
@@ -133,7 +135,8 @@ class PrefillLink:
         if token and credentials is None and not leads_to_loopback(address):
             limit = f"would go in clear text to {address}, which is not loopback"
             raise InvalidValueError("token", "...", limit, "connect by TLS")
-        self.name, self.load = address, Load()
+        self.name, self.load = OWN_PREFILL if address.startswith("unix:") else address, Load()
+        self._connected = threading.Event()
         self.session: HelloAnswer | None = None
         self.problem: str | None = None
         self._hello, self._on_change = hello, on_change
@@ -157,6 +160,10 @@ class PrefillLink:
     @property
     def digests(self) -> set[bytes]:
         return self._following.digests
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until the link has a session; returns whether it has."""
+        return self._connected.wait(timeout_s)
 
     def ask(self, ask: Ask, answered: Answered) -> None:
         """Asks the peer to compute a prompt. May be repeated."""
@@ -322,7 +329,10 @@ class PrefillLink:
             return
         self.session, self.problem = session, problem
         if session is None:
+            self._connected.clear()
             self._following.end()
+        else:
+            self._connected.set()
         _logger.log(level, "prefill at %s: %s", self.name, problem or "connected")
         try:
             self._on_change()

@@ -143,7 +143,7 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
     with _terminable():
         llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
         try:
-            return asyncio.run(run(Server(llm, options)))
+            return asyncio.run(run(Server(llm, options, llm.handoff_service())))
         finally:
             llm.shutdown()  # where something came before run() could
 
@@ -329,6 +329,7 @@ class Server:
             "tls": self._credentials is not None,
             "tokens": bool(self._tokens),
         }
+        about |= _about_handoffs(llm.config)
         if metrics_port is not None:
             about["metrics"] = join(options.metrics_host, metrics_port)
         if self._gateway is not None:
@@ -339,6 +340,17 @@ class Server:
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _HANDOFF_SERVICE = kv_transfer_pb2.DESCRIPTOR.services_by_name["KvHandoffService"].full_name
 GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
+
+
+def _about_handoffs(config: EngineConfig) -> dict[str, Any]:
+    """Who computes prompts for whom."""
+    if config.prefill is not None:
+        prefill_tp = config.prefill.get("tensor_parallel_size", config.tensor_parallel_size)
+        return {"prefill": f"tp={prefill_tp}", "decode": f"tp={config.tensor_parallel_size}"}
+    if config.handoff is None:
+        return {}
+    peers = {"prefill": ",".join(config.handoff.peers)} if config.handoff.role == "decode" else {}
+    return {"role": config.handoff.role, **peers}
 
 
 def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | None]:

@@ -1,0 +1,122 @@
+"""The options of ``headwise serve`` by which prompts are computed by one engine and continued by another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headwise.runtime.cli.options import FlagError, option
+
+Role = Annotated[
+    str | None,
+    option("role", "prefill: compute prompts for decode servers; decode: have them computed by --prefill."),
+]
+Prefill = Annotated[
+    str | None,
+    option(
+        "servers|settings",
+        "Who computes prompts: servers with --role prefill, host:port[,host:port]; or, of an engine that this command "
+        "starts beside this one, in what it differs: tp=1[,kv-memory=1GiB].",
+    ),
+]
+Decode = Annotated[str | None, option("settings", "In what the engine that generates differs: tp=2.")]
+HandoffMinTokens = Annotated[
+    int | None,
+    option("n", "Prompts with fewer tokens to compute are computed here; default: what is faster.", min=0),
+]
+OnHandoffFailure = Annotated[
+    str, option("what", "recompute: compute a prompt here if its handoff fails; fail: end the request.")
+]
+HandoffHost = Annotated[str, option("address", "Where ranks of a decode server listen for keys and values.")]
+HandoffCa = Annotated[
+    Path | None, option("file", "Who signed the certificates of the other side (PEM); default: clear text.")
+]
+HandoffTokenFile = Annotated[
+    Path | None, option("file", "Holds the token that this decode server shows to prefill servers.")
+]
+HandoffSharedMemory = Annotated[
+    bool, typer.Option(help="Ranks on one host hand over keys and values in shared memory.")
+]
+
+_SHORT = {"tp": "tensor_parallel_size"}
+
+
+def handoff_fields(
+    role: str | None,
+    prefill: str | None,
+    decode: str | None,
+    options: dict[str, Any],
+    token_file: Path | None,
+) -> dict[str, Any]:
+    """The fields of EngineConfig that the flags ask for.
+
+    Args:
+        options: of :class:`~headwise.runtime.config.HandoffConfig`, but for role, peers and token.
+
+    Raises:
+        FlagError, InvalidValueError: a flag is wrong, or does not go with the others.
+    """
+    from headwise.runtime.config import handoff_config
+    from headwise.runtime.sides import check_side
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if prefill is not None and "=" in prefill:
+        if role is not None:
+            raise FlagError(
+                "--role", "this command starts both sides", "leave --role out, or name servers in --prefill"
+            )
+        sides = {name: _settings(f"--{name}", text) for name, text in (("prefill", prefill), ("decode", decode or ""))}
+        for name, settings in sides.items():
+            check_side(f"--{name}", settings)
+        return {**sides["decode"], "prefill": sides["prefill"], "handoff": handoff_config(role="decode", **given)}
+    if decode is not None:
+        raise FlagError("--decode", "is for a command that starts both sides", "give --prefill tp=1 with it")
+    if role is None and prefill is None:
+        return {}
+    if (role or "decode") == "decode":
+        if not prefill:
+            raise FlagError("--role", "a decode server needs prefill servers", "name them: --prefill host:port")
+        return {"handoff": handoff_config(role="decode", peers=_peers(prefill), token=_token(token_file), **given)}
+    if prefill is not None:
+        raise FlagError("--prefill", "a prefill server has its prompts from others", "leave --prefill out")
+    return {"handoff": handoff_config(role=role, **given)}
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    peers = tuple(peer.strip() for peer in text.split(","))
+    for peer in peers:
+        host, _, port = peer.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise FlagError("--prefill", "must be host:port[,host:port] or settings such as tp=1", "name the port, too")
+    return peers
+
+
+def _settings(flag: str, text: str) -> dict[str, Any]:
+    """``tp=1,kv-memory=1GiB`` as settings of an engine."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not name or not equals:
+            raise FlagError(flag, "must be settings such as tp=1,kv-memory=1GiB", "put = between name and value")
+        found[_SHORT.get(name, name.replace("-", "_"))] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlagError("--handoff-token-file", "cannot be read", str(error)) from None
