@@ -189,10 +189,15 @@ class Inbound:
         size = self._cache.block_size
         prompt = Prompt(num_tokens, first * size, blocks.digests[:stop], size)
         known: dict[str, KnownPeer] = {}
+        asked: Counter[str] = Counter()  # more than a peer has told of, as a rule, when many prompts come at once
+        for handoff in self._running.values():
+            asked[handoff.peer.name] += len(handoff.memory) * size
         for peer in self.peers:
             session, load_there = peer.session, peer.load
             if session is not None and session.max_tokens >= stop * size:
-                known[peer.name] = KnownPeer(peer.name, load_there.queued_tokens, load_there.token_s, peer.digests)
+                known[peer.name] = KnownPeer(
+                    peer.name, max(load_there.queued_tokens, asked[peer.name]), load_there.token_s, peer.digests
+                )
         chosen = self.cost.choose(prompt, list(known.values()), load.queued_tokens, load.streams)
         if chosen is None:
             return None

@@ -160,7 +160,7 @@ class Outbound:
             return
         for push in sending.computed(num_tokens // self._block_size):
             if isinstance(push, Push):
-                self._push(key, seat, push)
+                self._push(key, seat, push, sending.first_block)
 
     def ended(self, key: TransferKey, error: str | None) -> None:
         """A prompt's request has ended.
@@ -223,7 +223,7 @@ class Outbound:
         status = self._transfers.status(key)
         self._counts["committed" if not status.reason else "failed"] += 1
 
-    def _push(self, key: TransferKey, seat: Seat, push: Push) -> None:
+    def _push(self, key: TransferKey, seat: Seat, push: Push, first_block: int) -> None:
         transfer = self._running[key]
         seat.num_moving += 1
         job = HandoffJob(
@@ -231,7 +231,7 @@ class Outbound:
             HandoffOp.PUSH,
             transfer.fence,
             seat.block_ids[push.first : push.first + push.count],
-            push.first,
+            push.first - first_block,
             destinations=transfer.destinations,
             timeout_s=2 * MAX_LEASE_S,
         )

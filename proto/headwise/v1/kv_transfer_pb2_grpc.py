@@ -100,7 +100,8 @@ class KvHandoffServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortTransfer(self, request, context):
-        """Ends an attempt of a transfer; nothing of it is pushed once the call has returned. Unknown ones are ignored.
+        """Ends an attempt of a transfer. What is under way of it may still come, and finds the fence closed. An attempt that is
+        not known is refused if it comes later: this call may overtake it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
