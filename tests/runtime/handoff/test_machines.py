@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from headwise.runtime.handoff.receiving import Cause
 from tests.effort import examples
-from tests.runtime.handoff.fake_ranks import RANKS, Wish
+from tests.runtime.handoff.fake_ranks import BLOCKS, RANKS, Wish
 from tests.runtime.handoff.world import LIMIT, SLOW, World
 
 PROMPTS = st.sampled_from([(1, 2), (1, 3), (1, 2, 3), (1, 2, 4), (5, 6, 7, 8)])
@@ -223,7 +223,8 @@ def test_what_is_not_finite_is_computed_again() -> None:
 
 def test_a_cancel_reaches_prefill_long_before_its_lease_runs_out() -> None:
     world = World()
-    world.wish(make_wish((1, 2, 3, 4, 5, 6, 7, 8), 1))
+    world.slow.add("chunks")  # or prefill would notice that its bytes are refused
+    world.wish(make_wish(tuple(range(20)), 1))
     while not world.prefill.requests:
         world.go_on()
     world.cancel(world.wishes[0])
@@ -233,3 +234,24 @@ def test_a_cancel_reaches_prefill_long_before_its_lease_runs_out() -> None:
         assert world.now < before + 2
     world.settle()
     assert world.wishes[0].outcome == ""
+
+
+def test_chunks_that_come_after_an_abort_do_not_reach_whoever_has_the_blocks_now() -> None:
+    world = World()
+    world.slow.add("chunks")
+    world.wish(make_wish((1, 2, 3), 1))
+    while not world.data:
+        world.go_on()
+    blocks = list(world.decode.attempts[0].blocks)
+    world.cancel(world.wishes[0])
+    while world.decode.attempts:
+        assert blocks == [block for block, owner in enumerate(world.decode.owners) if owner is not None]
+        world.go_on()
+    world.lend(BLOCKS)
+    late = list(world.data)
+    world.slow.clear()
+    world.settle()
+    world.check()
+    assert late and not world.data
+    for chunk in late:
+        assert world.decode.ranks[chunk.rank].memory[blocks[chunk.place]] is None
