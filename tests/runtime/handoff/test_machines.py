@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headwise.runtime.handoff.receiving import Cause
+from headwise.runtime.handoff.receiving import Cause, State
 from tests.effort import examples
 from tests.runtime.handoff.fake_ranks import BLOCKS, RANKS, Wish
 from tests.runtime.handoff.world import LIMIT, SLOW, World
@@ -255,3 +255,16 @@ def test_chunks_that_come_after_an_abort_do_not_reach_whoever_has_the_blocks_now
     assert late and not world.data
     for chunk in late:
         assert world.decode.ranks[chunk.rank].memory[blocks[chunk.place]] is None
+
+
+def test_a_commit_that_reaches_the_next_generation_of_prefill_publishes_nothing() -> None:
+    world = World()
+    world.wish(make_wish((1, 2, 3), 1))
+    while world.decode.attempts[0].machine.state is not State.COMMITTING:
+        world.go_on()
+    world.kill_prefill()
+    world.start_prefill()
+    world.settle()
+    world.check()
+    assert world.wishes[0].outcome == "computed"
+    assert world.causes[Cause.PEER] == 1
