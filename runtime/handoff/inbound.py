@@ -350,8 +350,8 @@ class Inbound:
             deadline_s=MAX_PROMPT_S,
             lease_s=self._lease_s,
         )
-        handoff.peer.track(handoff.key, lambda key, status: self._post(handoff, _renewed, status))
         handoff.peer.ask(ask, partial(self._post, handoff, _answered))
+        handoff.peer.track(handoff.key, lambda key, status: self._post(handoff, _renewed, status))
 
     def _publish(self, handoff: Handoff) -> None:
         handoff.peer.untrack(handoff.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +98,7 @@ class Answer:
 
 Answered = Callable[[Answer], None]
 Renewed = Callable[[TransferKey, Status | None], None]
-"""Gets how a transfer stands after each renewal; None if the peer did not answer. UNKNOWN is the last."""
+"""Gets how a transfer stands after each renewal; None if the peer did not answer."""
 
 
 class PrefillLink:
@@ -148,6 +149,7 @@ class PrefillLink:
         self._stub = KvHandoffServiceStub(self._channel)
         self._lock = threading.Lock()
         self._tracked: dict[TransferKey, Renewed] = {}
+        self._asking: Counter[TransferKey] = Counter()
         self._wake, self._closed = threading.Event(), False
         self._open, self._idle = 0, threading.Condition(self._lock)
         self._following = Following(self._channel, self._metadata, address)
@@ -166,13 +168,21 @@ class PrefillLink:
         return self._connected.wait(timeout_s)
 
     def ask(self, ask: Ask, answered: Answered) -> None:
-        """Asks the peer to compute a prompt. May be repeated."""
+        """Asks the peer to compute a prompt. May be repeated. Its lease is not renewed before the answer: a peer that
+        heard of the renewal first would not know the transfer."""
+
+        def over(answer: Answer) -> None:
+            with self._lock:
+                self._asking -= Counter([ask.key])
+            answered(answer)
 
         def accepted(response: pb.PrefillResponse) -> Answer:
             self.load = load = Load.of(response.load)
             return Answer(None, expected_s=max(0.0, response.expected_s), load=load)
 
-        self._call(self._stub.Prefill, ask.message(), min(CALL_TIMEOUT_S, ask.deadline_s), accepted, answered)
+        with self._lock:
+            self._asking[ask.key] += 1
+        self._call(self._stub.Prefill, ask.message(), min(CALL_TIMEOUT_S, ask.deadline_s), accepted, over)
 
     def commit(self, key: TransferKey, answered: Answered) -> None:
         """Tells the peer that every byte is here, and asks whether what it computed is sound. May be repeated."""
@@ -190,7 +200,7 @@ class PrefillLink:
         )
 
     def track(self, key: TransferKey, renewed: Renewed) -> None:
-        """Renews a transfer's lease from now on."""
+        """Renews a transfer's lease from now on. Ask first."""
         with self._lock:
             self._tracked[key] = renewed
 
@@ -275,7 +285,7 @@ class PrefillLink:
 
     def _renew(self) -> bool:
         """Renews all leases; returns False if the session is lost."""
-        session, tracked = self.session, self._snapshot()
+        session, tracked = self.session, self._renewable()
         assert session is not None
         anew = Status(State.UNKNOWN, "the engine has another epoch now")
         self._tell(tracked, {key: anew for key in tracked if key.prefill_epoch != session.epoch})
@@ -311,14 +321,12 @@ class PrefillLink:
         self.load = Load.of(response.load)
         return [Status.of(status) for status in response.statuses]
 
-    def _snapshot(self) -> dict[TransferKey, Renewed]:
+    def _renewable(self) -> dict[TransferKey, Renewed]:
         with self._lock:
-            return dict(self._tracked)
+            return {key: renewed for key, renewed in self._tracked.items() if key not in self._asking}
 
     def _tell(self, tracked: dict[TransferKey, Renewed], statuses: Mapping[TransferKey, Status | None]) -> None:
         for key, status in statuses.items():
-            if status is not None and status.state is State.UNKNOWN:
-                self.untrack(key)
             try:
                 tracked[key](key, status)
             except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import Counter
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 
+from headwise.runtime.handoff import link as link_module
 from headwise.runtime.handoff.errors import RefusedError
-from headwise.runtime.handoff.link import PrefillLink
+from headwise.runtime.handoff.link import Answer, PrefillLink
 from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import Ask, Hello, HelloAnswer, Identity, Load, State, Status, TransferKey
 from headwise.runtime.handoff.service import HandoffService, Outbound
@@ -153,6 +155,56 @@ class TcpServer:
     def close(self) -> None:
         self._server.stop(None).wait(DEADLINE_S)
         self._threads.shutdown()
+
+
+def connected(link: PrefillLink) -> PrefillLink:
+    wait_until(lambda: link.session)
+    assert link.problem is None
+    return link
+
+
+def ask(link: PrefillLink, what: Ask) -> Answer:
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    link.ask(what, answers.put)
+    return answers.get(timeout=DEADLINE_S)
+
+
+def commit(link: PrefillLink, key: TransferKey) -> Answer:
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    link.commit(key, answers.put)
+    return answers.get(timeout=DEADLINE_S)
+
+
+class Renewals:
+    """What a link told of transfers."""
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[tuple[TransferKey, Status | None]] = queue.SimpleQueue()
+
+    def __call__(self, key: TransferKey, status: Status | None) -> None:
+        self.told.put((key, status))
+
+    def next(self) -> tuple[TransferKey, Status | None]:
+        return self.told.get(timeout=DEADLINE_S)
+
+    def until(self, key: TransferKey, status: Status | None) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while self.next() != (key, status):
+            assert time.monotonic() < deadline
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renews and tries again within a moment."""
+    monkeypatch.setattr(link_module, "RENEW_S", 0.03)
+    monkeypatch.setattr(link_module, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(link_module, "MAX_BACKOFF_S", 0.05)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(link_module, "COMMIT_TIMEOUT_S", 0.3)
 
 
 @pytest.fixture

@@ -1,18 +1,14 @@
-"""A link finds its peer, keeps leases alive, notices when the peer is lost, and says what came of each call."""
+"""A link finds its peer, says what came of each call, and leaves nothing when it is closed."""
 
 from __future__ import annotations
 
 import logging
 import os
 import queue
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ import pytest
 from headwise.runtime.handoff import link as link_module
 from headwise.runtime.handoff.link import Answer, PrefillLink
 from headwise.runtime.handoff.local import LocalServer
-from headwise.runtime.handoff.messages import Ask, Load, State, Status, TransferKey
+from headwise.runtime.handoff.messages import Ask, Load, State, Status
 from headwise.runtime.handoff.receiving import Cause
 from headwise.runtime.handoff.service import HandoffService
 from headwise.v1 import kv_transfer_pb2 as pb
@@ -36,9 +32,13 @@ from tests.runtime.handoff.conftest import (
     HELLO,
     IDENTITY,
     FakeEngine,
+    Renewals,
     TcpServer,
     about,
+    ask,
     ask_of,
+    commit,
+    connected,
     key_of,
     wait_until,
 )
@@ -46,57 +46,6 @@ from tests.runtime.handoff.conftest import (
 MakeLink = Callable[..., PrefillLink]
 Serve = Callable[..., TcpServer]
 TOKEN = "token-0123456789abcdef"
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Renews and tries again within a moment."""
-    monkeypatch.setattr(link_module, "RENEW_S", 0.03)
-    monkeypatch.setattr(link_module, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(link_module, "MAX_BACKOFF_S", 0.05)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "CALL_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(link_module, "COMMIT_TIMEOUT_S", 0.3)
-
-
-def connected(link: PrefillLink) -> PrefillLink:
-    wait_until(lambda: link.session)
-    assert link.problem is None
-    return link
-
-
-def ask(link: PrefillLink, what: Ask) -> Answer:
-    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-    link.ask(what, answers.put)
-    return answers.get(timeout=DEADLINE_S)
-
-
-def commit(link: PrefillLink, key: TransferKey) -> Answer:
-    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-    link.commit(key, answers.put)
-    return answers.get(timeout=DEADLINE_S)
-
-
-class Renewals:
-    """What a link told of transfers."""
-
-    def __init__(self) -> None:
-        self.told: queue.SimpleQueue[tuple[TransferKey, Status | None]] = queue.SimpleQueue()
-
-    def __call__(self, key: TransferKey, status: Status | None) -> None:
-        self.told.put((key, status))
-
-    def next(self) -> tuple[TransferKey, Status | None]:
-        return self.told.get(timeout=DEADLINE_S)
-
-    def until(self, key: TransferKey, status: Status | None) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while self.next() != (key, status):
-            assert time.monotonic() < deadline
 
 
 # Meeting
@@ -332,151 +281,6 @@ def test_a_callback_that_fails_ends_nothing(
     wait_until(lambda: engine.calls["renew"] >= 3)
     assert ask(one, ask_of(key_of(2))).cause is None
     assert caplog.text.count("at the caller's") >= 3
-
-
-# Leases
-
-
-@pytest.mark.usefixtures("quick")
-def test_leases_are_renewed_in_one_batch(local: LocalServer, engine: FakeEngine, link: MakeLink) -> None:
-    one = connected(link(local.address))
-    keys, renewals = [key_of(number) for number in range(1, 4)], Renewals()
-    for key in keys:
-        assert ask(one, ask_of(key)).cause is None
-    for key in keys:
-        one.track(key, renewals)
-    wait_until(lambda: keys in engine.batches)
-    for key in keys:
-        renewals.until(key, Status(State.COMPUTING))
-    engine.statuses_of[keys[0]] = Status(State.PUSHED)
-    renewals.until(keys[0], Status(State.PUSHED))
-    one.untrack(keys[0])
-    wait_until(lambda: engine.batches[-1] == keys[1:])
-    del engine.statuses_of[keys[1]]
-    renewals.until(keys[1], Status(State.UNKNOWN))
-    wait_until(lambda: engine.batches[-1] == keys[2:])
-
-
-@pytest.mark.usefixtures("quick")
-def test_more_leases_than_a_message_holds_are_renewed(
-    local: LocalServer, engine: FakeEngine, link: MakeLink, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(link_module, "MAX_KEYS", 2)
-    one = connected(link(local.address))
-    keys = [key_of(number) for number in range(1, 6)]
-    engine.statuses_of = {key: Status(State.COMPUTING) for key in keys}
-    for key in keys:
-        one.track(key, lambda key, status: None)
-    wait_until(lambda: {key for batch in engine.batches[-3:] for key in batch} == {*keys})
-    assert all(len(batch) <= 2 for batch in engine.batches)
-
-
-@pytest.mark.usefixtures("quick", "impatient")
-def test_a_peer_that_does_not_answer_is_given_up_and_met_again(
-    local: LocalServer, engine: FakeEngine, link: MakeLink
-) -> None:
-    one, renewals, key = connected(link(local.address)), Renewals(), key_of(1)
-    engine.statuses_of[key] = Status(State.COMPUTING)
-    one.track(key, renewals)
-    renewals.until(key, Status(State.COMPUTING))
-    engine.going.clear()
-    renewals.until(key, None)
-    assert one.session is None and "DEADLINE_EXCEEDED" in str(one.problem)
-    engine.going.set()
-    connected(one)
-    renewals.until(key, Status(State.COMPUTING))
-
-
-@pytest.mark.usefixtures("quick", "impatient")
-def test_a_peer_without_transfers_is_watched_too(local: LocalServer, engine: FakeEngine, link: MakeLink) -> None:
-    one = connected(link(local.address))
-    engine.asks[key_of(9)] = ask_of(key_of(9))
-    wait_until(lambda: one.load == Load(8, 0.25, 100))
-    engine.going.clear()
-    wait_until(lambda: one.session is None)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_peer_that_has_restarted_does_not_know_its_old_transfers(
-    serve: Serve, service: HandoffService, engine: FakeEngine, link: MakeLink
-) -> None:
-    server = serve(service)
-    one, renewals, old = connected(link(server.address)), Renewals(), key_of(1)
-    assert ask(one, ask_of(old)).cause is None
-    one.track(old, renewals)
-    renewals.until(old, Status(State.COMPUTING))
-    server.close()
-    renewals.until(old, None)
-    wait_until(lambda: one.session is None)
-    assert ask(one, ask_of(old)).cause == Cause.UNREACHABLE
-    again = FakeEngine()
-    try:
-        serve(HandoffService(about(epoch=EPOCH + 1), again.run), server.port)
-        connected(one)
-        told = renewals.next()
-        while told[1] is None:
-            told = renewals.next()
-        assert told[1].state is State.UNKNOWN and "epoch" in told[1].reason
-        assert one.session is not None and one.session.epoch == EPOCH + 1
-        assert ask(one, ask_of(old)).cause == Cause.PEER
-        connected(one)
-        assert ask(one, ask_of(key_of(1, prefill_epoch=EPOCH + 1))).cause is None
-    finally:
-        again.close()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_new_epoch_of_the_same_server_is_noticed(local: LocalServer, service: HandoffService, link: MakeLink) -> None:
-    one = connected(link(local.address))
-    service.about = about(epoch=EPOCH + 1)
-    wait_until(lambda: one.session is not None and one.session.epoch == EPOCH + 1)
-
-
-@pytest.mark.usefixtures("quick")
-def test_an_engine_that_was_forgotten_says_hello_again(
-    local: LocalServer, service: HandoffService, engine: FakeEngine, link: MakeLink
-) -> None:
-    one, renewals, key = connected(link(local.address)), Renewals(), key_of(1)
-    assert ask(one, ask_of(key)).cause is None
-    one.track(key, renewals)
-    renewals.until(key, Status(State.COMPUTING))
-    engine.run(lambda outbound: service._decodes.clear()).result(DEADLINE_S)
-    wait_until(lambda: engine.calls["hello"] == 2)
-    renewals.until(key, None)
-    renewals.until(key, Status(State.COMPUTING))
-
-
-@contextmanager
-def another_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A peer that can be stopped and killed, and its address."""
-    command = [sys.executable, "-m", "tests.runtime.handoff.stopped_peer"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().strip()
-        finally:
-            process.kill()
-
-
-@pytest.mark.usefixtures("quick", "impatient")
-def test_a_stopped_peer_holds_up_nobody(link: MakeLink) -> None:
-    with another_process() as (process, address):
-        one, renewals, key = connected(link(address)), Renewals(), key_of(1)
-        assert ask(one, ask_of(key)).cause is None
-        one.track(key, renewals)
-        renewals.until(key, Status(State.COMPUTING))
-        process.send_signal(signal.SIGSTOP)
-        assert ask(one, ask_of(key_of(2))).cause == Cause.UNREACHABLE
-        renewals.until(key, None)
-        process.send_signal(signal.SIGCONT)
-        renewals.until(key, Status(State.COMPUTING))
-        process.send_signal(signal.SIGSTOP)
-        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        one.commit(key, answers.put)
-        started = time.monotonic()
-        one.close()
-        assert time.monotonic() - started < 1.0
-        assert answers.get(timeout=DEADLINE_S).cause in (Cause.CANCELLED, Cause.UNREACHABLE)
 
 
 # The end
