@@ -2,10 +2,10 @@
 
     python benchmarks/handoff.py [--tokens 1024] [--layers 30] [--kv-heads 3] [--head-dim 64] [--repeats 5] [--json]
 
-"bare" is a client stream of grpcio with as many bytes in messages of the same size, and nothing done with them; "grpc" and
-"shared memory" gather from paged blocks, add and verify checksums, and scatter to paged blocks. The ways take turns, each
-number is a median. A loop like that of decode then runs in the receiver's process and, for comparison, in one of its own,
-while blocks arrive: what it loses more in the receiver's is what Python's lock costs.
+"bare" is a client stream of grpcio with as many bytes in messages of the same size, and nothing done with them; "grpc"
+and "shared memory" gather from paged blocks, add and verify checksums, and scatter to paged blocks. The ways take
+turns; each number is a median. Then a loop like that of decode runs in the receiver's process and, for comparison, in
+one of its own, while blocks arrive: what it loses more in the receiver's is what Python's lock costs.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, Ran
 PAYLOAD_BYTES = 2 << 20
 """The most bytes of keys and values in a message, unless one layer of one block has more."""
 
+SHARED_BYTES = 4 << 20
+"""The same of a message whose bytes are in shared memory: on its way it weighs nothing, so it may as well be large."""
+
 MAX_HEADER_BYTES = 512
 OVERHEAD_BYTES = MAX_HEADER_BYTES + 16
 """The most that a message has beside its payload."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.kv.chunk import PAYLOAD_BYTES, Chunk, ChunkError, Received, decode_chunk
+from headwise.workers.kv.chunk import PAYLOAD_BYTES, SHARED_BYTES, Chunk, ChunkError, Received, decode_chunk
 from headwise.workers.kv.handoff import Fence, Range
 from headwise.workers.kv.routes import head_routes
 from headwise.workers.kv.shared_file import SharedReader
@@ -313,7 +313,7 @@ class _OpenFence:
         if expected is None:
             raise PushRefused(Refusal.WRONG, f"heads={chunk.heads} do not come from source rank {chunk.source}")
         num_layers, num_heads = chunk.layers[1] - chunk.layers[0], chunk.heads[1] - chunk.heads[0]
-        largest = max(PAYLOAD_BYTES, cache.range_bytes(1, num_heads, 1))
+        largest = max(PAYLOAD_BYTES if chunk.shared is None else SHARED_BYTES, cache.range_bytes(1, num_heads, 1))
         dtype = str(cache.dtype).removeprefix("torch.")
         for name, value, fits, limit in (
             ("dtype", chunk.dtype, chunk.dtype == dtype, f"must be {dtype}"),

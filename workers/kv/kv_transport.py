@@ -13,10 +13,10 @@ import grpc
 
 from headwise.v1 import kv_transfer_pb2 as pb
 from headwise.workers.errors import HeadwiseError
-from headwise.workers.kv.chunk import Chunk, encode_chunk
+from headwise.workers.kv.chunk import PAYLOAD_BYTES, SHARED_BYTES, Chunk, encode_chunk
 from headwise.workers.kv.handoff import HandoffSpec
 from headwise.workers.kv.receiver import UNREADABLE, read_pem
-from headwise.workers.kv.shared_file import MAX_SHARED_BYTES, SharedFile
+from headwise.workers.kv.shared_file import FILE_BYTES, SharedFile
 
 Read = Callable[[Chunk, memoryview], None]
 """Puts the keys and values of a chunk into memory of ``num_bytes``."""
@@ -61,7 +61,12 @@ class KvTransport(ABC):
     """A way to one rank of decode. One thread uses it, but for what a Cancellation does.
 
     Whatever the way, chunks arrive by Push, their bytes in them or elsewhere, and the receiver checks them all alike.
+
+    Attributes:
+        chunk_bytes: the most that a chunk should have, unless one layer of one block has more.
     """
+
+    chunk_bytes: int
 
     @abstractmethod
     def push(self, chunks: Sequence[Chunk], read: Read, cancellation: Cancellation, deadline: float) -> int:
@@ -91,6 +96,8 @@ class GrpcTransport(KvTransport):
     """Bytes in the messages. HTTP/2 grants the sender room as the receiver reads: a slow one slows it down, and neither
     keeps more than a window of it."""
 
+    chunk_bytes = PAYLOAD_BYTES
+
     def __init__(self, address: str, spec: HandoffSpec) -> None:
         """
         Raises:
@@ -118,6 +125,8 @@ class SharedMemoryTransport(KvTransport):
     """Messages without bytes, which are in a memory file of this process. What is in the file is not touched before the
     receiver has answered: a file of which that is not known is left to whoever reads it."""
 
+    chunk_bytes = SHARED_BYTES
+
     def __init__(self, address: str, spec: HandoffSpec) -> None:
         """
         Raises:
@@ -128,7 +137,7 @@ class SharedMemoryTransport(KvTransport):
 
     def push(self, chunks: Sequence[Chunk], read: Read, cancellation: Cancellation, deadline: float) -> int:
         written = 0
-        for part in _parts(chunks, MAX_SHARED_BYTES):
+        for part in _parts(chunks, FILE_BYTES):
             try:
                 file = self._file_of(sum(chunk.num_bytes for chunk in part))
                 written += self._calls.push(_shared_messages(part, read, file), cancellation, deadline)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.kv.chunk import PAYLOAD_BYTES, Chunk
+from headwise.workers.kv.chunk import Chunk
 from headwise.workers.kv.handoff import Fence, HandoffJob, HandoffSpec, KvEndpoint, Range
 from headwise.workers.kv.kv_transport import (
     Cancellation,
@@ -131,22 +131,19 @@ class Pusher:
         parts = []
         routes = head_routes(self._heads, [end.heads for end in job.destinations])
         for rank, end in enumerate(job.destinations):
-            mine = [
-                (route.start, route.stop) for route in routes if (route.source, route.destination) == (self._rank, rank)
-            ]
-            chunks = [chunk for heads in mine for chunk in self._chunks(job, heads)]
-            if chunks:
-                parts.append((end, _Part(push, rank, chunks)))
+            mine = [(r.start, r.stop) for r in routes if (r.source, r.destination) == (self._rank, rank)]
+            if mine and job.blocks:
+                parts.append((end, _Part(push, rank, mine)))
         if len(self._destinations.keys() | {end for end, _ in parts}) > MAX_DESTINATIONS:
             limit = f"a rank sends to at most {MAX_DESTINATIONS} ranks"
             raise InvalidValueError("destinations", len(self._destinations), limit, "try again later")
         return parts
 
-    def _chunks(self, job: HandoffJob, heads: Range) -> Iterator[Chunk]:
-        """Several blocks in each, or where one is too large some layers of one."""
+    def _chunks(self, job: HandoffJob, heads: Range, most: int) -> Iterator[Chunk]:
+        """Several blocks in each, or where one has more than ``most`` bytes some layers of one."""
         cache, count = self._kv_cache, heads[1] - heads[0]
-        num_layers = min(cache.num_layers, max(1, PAYLOAD_BYTES // cache.range_bytes(1, count, 1)))
-        num_blocks = max(1, PAYLOAD_BYTES // cache.range_bytes(1, count, cache.num_layers))
+        num_layers = min(cache.num_layers, max(1, most // cache.range_bytes(1, count, 1)))
+        num_blocks = max(1, most // cache.range_bytes(1, count, cache.num_layers))
         dtype = str(cache.dtype).removeprefix("torch.")
         for start in range(0, len(job.blocks), num_blocks):
             blocks = min(num_blocks, len(job.blocks) - start)
@@ -203,8 +200,9 @@ class Pusher:
             self._kv_cache.read_range(job.blocks[start : start + chunk.num_blocks], heads, chunk.layers, out)
 
         while True:
+            chunks = [chunk for heads in part.heads for chunk in self._chunks(job, heads, ways[0].chunk_bytes)]
             try:
-                return ways[0].push(part.chunks, read, part.cancellation, part.push.deadline)
+                return ways[0].push(chunks, read, part.cancellation, part.push.deadline)
             except UnreadableError as error:
                 if len(ways) == 1:
                     raise
@@ -274,7 +272,7 @@ class _Part:
 
     push: _Push
     rank: int
-    chunks: list[Chunk]
+    heads: list[Range]
     cancellation: Cancellation = field(default_factory=Cancellation)
 
 

@@ -62,6 +62,9 @@ class Receiver:
         options = [
             ("grpc.max_receive_message_length", max(PAYLOAD_BYTES, largest_layer) + OVERHEAD_BYTES),
             ("grpc.so_reuseport", 0),
+            # What may be on its way in a stream that nobody reads; else it would grow with what the network can do.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", 2 * PAYLOAD_BYTES),
             # A sender that is gone without a word is noticed.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),

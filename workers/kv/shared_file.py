@@ -11,7 +11,8 @@ import os
 import stat
 from pathlib import Path
 
-MAX_SHARED_BYTES = int(os.environ.get("XX", 32)) << 20
+FILE_BYTES = 32 << 20
+"""What a SharedFile is good for: with more, what is written would no longer be in the CPU's cache when it is read."""
 
 _NAME = "headwise-kv"
 # None can make it smaller under a reader, who would then be killed by SIGBUS.
