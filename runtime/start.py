@@ -26,7 +26,7 @@ from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.tier_sizes import tier_sizes
 from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import VERSION, HelloAnswer, Identity
-from headwise.runtime.handoff.outbound import MAX_TRANSFERS, Outbound
+from headwise.runtime.handoff.outbound import MAX_LEASE_S, MAX_TRANSFERS, Outbound
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.processor import InputProcessor
@@ -166,6 +166,7 @@ def handoff_service(started: Started, submit: Submit) -> HandoffService:
         [(part.heads.kv_start, part.heads.kv_stop) for part in partitions],
         started.inputs.max_model_len - 1,
         MAX_TRANSFERS,
+        MAX_LEASE_S,
     )
     return HandoffService(about, run)
 
@@ -197,7 +198,7 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
     if spec.device == "cpu":
         prepare_kernels(quiet)
     # Later engines have later epochs, so that a router can tell a restart from a gap.
-    events = KvEvents(time.time_ns() // 1_000_000)
+    events = KvEvents(time.time_ns())
     generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events, wire)
     with contextlib.ExitStack() as undo:  # until all of it stands
         undo.callback(generations.close)

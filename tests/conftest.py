@@ -91,27 +91,6 @@ def thread_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLLM]:
         llm.close()
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two authorities, and from each a certificate for 127.0.0.1: good.pem, good.key and other.pem, other.key."""
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30, cwd=folder)
-
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name in ("good", "other"):
-        subject = f"/CN={name}"
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"{subject}-ca",
-                "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.pem")  # fmt: skip
-        openssl(
-            "req", "-newkey", "rsa:2048", "-nodes", "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.csr"
-        )
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.pem", "-CAkey", f"{name}-ca.key",
-                "-CAcreateserial", "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test after which shared memory, socket folders or threads of ours are there that were not before."""

@@ -160,7 +160,9 @@ class GenerationFactory:
         if handoff.ca is not None:
             cert, key = (None if path is None else Path(path) for path in (handoff.tls_cert, handoff.tls_key))
             credentials = channel_credentials(Path(handoff.ca), cert, key)
-        peers = [PrefillLink(peer, hello, credentials, handoff.token, group.wake) for peer in handoff.peers]
+        peers = [
+            PrefillLink(peer, hello, credentials, handoff.token, group.wake, handoff.lease_s) for peer in handoff.peers
+        ]
         inbound = Inbound(
             cache,
             ledger,

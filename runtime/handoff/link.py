@@ -122,6 +122,7 @@ class PrefillLink:
         credentials: grpc.ChannelCredentials | None,
         token: str | None,
         on_change: Callable[[], None],
+        lease_s: float = LEASE_S,
     ) -> None:
         """
         Args:
@@ -129,6 +130,7 @@ class PrefillLink:
             credentials: None connects in clear text.
             token: is sent with each call.
             on_change: called when the link has gained or lost its session.
+            lease_s: what leases are renewed to.
 
         Raises:
             InvalidValueError: the token would go to another machine in clear text.
@@ -137,7 +139,7 @@ class PrefillLink:
             limit = f"would go in clear text to {address}, which is not loopback"
             raise InvalidValueError("token", "...", limit, "connect by TLS")
         self.name, self.load = OWN_PREFILL if address.startswith("unix:") else address, Load()
-        self._connected = threading.Event()
+        self._connected, self._lease_s = threading.Event(), lease_s
         self.session: HelloAnswer | None = None
         self.problem: str | None = None
         self._hello, self._on_change = hello, on_change
@@ -310,7 +312,7 @@ class PrefillLink:
         messages = [key.message() for key in keys]
         response: Any
         if keys:
-            lease_s = min(LEASE_S, session.max_lease_s)
+            lease_s = min(self._lease_s, session.max_lease_s)
             response = self._stub.Renew(pb.RenewRequest(keys=messages, lease_s=lease_s), **self._options())
         else:
             response = self._stub.Query(pb.QueryRequest(), **self._options())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.receiving import Receiving
-from headwise.runtime.handoff.transfers import Key
 
 RANKS, BLOCKS = 2, 24
 
@@ -39,7 +39,7 @@ class Wish:
 
 @dataclass(eq=False)
 class Attempt:
-    key: Key
+    key: TransferKey
     wish: Wish
     machine: Receiving
     blocks: list[int]
@@ -53,7 +53,7 @@ class Attempt:
 class Chunk:
     """A block for a rank of decode; ``place`` counts the blocks of the transfer, ``push`` the pushes of prefill."""
 
-    key: Key
+    key: TransferKey
     fence: int
     rank: int
     place: int

@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 from headwise.runtime.handoff import link as link_module
-from headwise.runtime.handoff.link import Answer, PrefillLink
+from headwise.runtime.handoff.link import OWN_PREFILL, Answer, PrefillLink
 from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import Ask, Load, State, Status
 from headwise.runtime.handoff.receiving import Cause
@@ -56,7 +56,7 @@ def test_a_link_meets_an_engine_of_the_same_program(local: LocalServer, engine: 
     one = link(local.address, on_change=lambda: changes.put(None))
     changes.get(timeout=DEADLINE_S)
     assert one.session == about(version=1, load=Load(0, 0.25, 100))
-    assert (one.name, one.problem, one.load, one.digests) == (local.address, None, one.session.load, set())
+    assert (one.name, one.problem, one.load, one.digests) == (OWN_PREFILL, None, one.session.load, set())
     assert engine.decodes[HELLO.epoch] == HELLO.endpoints
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from headwise.runtime.handoff import receiving, sending
+from headwise.runtime.handoff.errors import NotFoundError, RefusedError
+from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.receiving import Cause, Receiving
-from headwise.runtime.handoff.transfers import Key, Order, PrefillRefused, Status, Transfers
+from headwise.runtime.handoff.transfers import Order, Status, Transfers
 from tests.runtime.handoff.fake_ranks import BLOCKS, RANKS, Attempt, Chunk, Content, Rank, Stranger, Wish
 
 LEASE_S, RENEW_S, CALL_S, MEMORY_S = 30.0, 5.0, 4.0, 40.0
@@ -69,7 +71,7 @@ class Decode:
         """Starts an attempt, or computes the prompt if there is no room to receive it."""
         self.fences += 1
         machine = Receiving(LEASE_S, wish.deadline)
-        attempt = Attempt(Key(wish.transfer, number, self.epoch, prefill_epoch), wish, machine, [], self.fences)
+        attempt = Attempt(TransferKey(wish.transfer, number, self.epoch, prefill_epoch), wish, machine, [], self.fences)
         blocks = self.take_blocks(len(wish.prompt) - wish.first_block, attempt)
         if blocks is None:
             self.compute(wish)
@@ -200,13 +202,13 @@ class Prefill:
     def __init__(self, world: World, epoch: int) -> None:
         self.world, self.epoch = world, epoch
         self.transfers = Transfers(epoch, LIMIT, MEMORY_S)
-        self.requests: dict[Key, Running] = {}
-        self.asked: dict[Key, Attempt] = {}
-        self.pushes: dict[int, tuple[Key, int, set[Chunk]]] = {}  # with what is not answered
-        self.commits: list[tuple[Key, Callable[[object], None]]] = []
-        self.sent: set[tuple[Key, int]] = set()
-        self.verified: set[Key] = set()
-        self.aborted: dict[Key, float] = {}
+        self.requests: dict[TransferKey, Running] = {}
+        self.asked: dict[TransferKey, Attempt] = {}
+        self.pushes: dict[int, tuple[TransferKey, int, set[Chunk]]] = {}  # with what is not answered
+        self.commits: list[tuple[TransferKey, Callable[[object], None]]] = []
+        self.sent: set[tuple[TransferKey, int]] = set()
+        self.verified: set[TransferKey] = set()
+        self.aborted: dict[TransferKey, float] = {}
 
     def prefill(self, attempt: Attempt, answer: Callable[[object], None]) -> None:
         wish, key, now = attempt.wish, attempt.key, self.world.now
@@ -214,7 +216,7 @@ class Prefill:
             found = self.transfers.accept(
                 key, repr(wish.prompt).encode(), len(wish.prompt), wish.first_block, now, LEASE_S, wish.deadline
             )
-        except PrefillRefused as refusal:
+        except (NotFoundError, RefusedError) as refusal:
             answer(str(refusal))
             return
         if found.new:
@@ -229,14 +231,14 @@ class Prefill:
         self.do(found.orders)
         answer("")
 
-    def commit(self, key: Key, answer: Callable[[object], None]) -> None:
+    def commit(self, key: TransferKey, answer: Callable[[object], None]) -> None:
         self.commits.append((key, answer))
         self.do(self.transfers.commit(key, self.world.now))
 
-    def renew(self, keys: list[Key], answer: Callable[[object], None]) -> None:
+    def renew(self, keys: list[TransferKey], answer: Callable[[object], None]) -> None:
         answer([self.transfers.renew(key, self.world.now, LEASE_S) for key in keys])
 
-    def abort(self, answer: Callable[[object], None], key: Key, reason: str) -> None:
+    def abort(self, answer: Callable[[object], None], key: TransferKey, reason: str) -> None:
         self.aborted.setdefault(key, self.world.now)
         self.do(self.transfers.abort(key, reason, self.world.now))
         answer("")
@@ -247,7 +249,7 @@ class Prefill:
             running = self.transfers.get(key)
             assert running is None or running.lease_until > self.world.now
 
-    def compute(self, key: Key) -> None:
+    def compute(self, key: TransferKey) -> None:
         """The next block, and after the last the end of the request."""
         request, wish = self.requests[key], self.requests[key].attempt.wish
         machine = self.transfers.get(key)
@@ -278,7 +280,7 @@ class Prefill:
                         self.commits.remove(one)
                         one[1](self.transfers.status(key))
 
-    def push(self, key: Key, first: int, count: int) -> None:
+    def push(self, key: TransferKey, first: int, count: int) -> None:
         attempt, number = self.asked[key], self.world.count()
         wish = attempt.wish
         places = {(key, place) for place in range(first, first + count)}
@@ -316,10 +318,10 @@ class Prefill:
         for key, _ in self.commits:
             assert self.state(key) is sending.State.COMPUTING, "a Commit waits that could be answered"
 
-    def of(self, transfer: bytes) -> list[Key]:
+    def of(self, transfer: bytes) -> list[TransferKey]:
         return [key for key in self.asked if key.transfer == transfer]
 
-    def state(self, key: Key) -> sending.State | None:
+    def state(self, key: TransferKey) -> sending.State | None:
         return self.transfers.status(key).state
 
 
@@ -378,7 +380,7 @@ class World:
     def takeable(self) -> list[Rank]:
         return [] if "decode" in self.paused else [rank for rank in self.decode.ranks if rank.results]
 
-    def computable(self) -> list[Key]:
+    def computable(self) -> list[TransferKey]:
         return list(self.prefill.requests) if self.prefill_up and "prefill" not in self.paused else []
 
     def cancel(self, wish: Wish) -> None:
