@@ -95,7 +95,7 @@ class AsyncLLM:
         """What other engines have this one compute prompts by; None where its role is not to do that."""
         if self.config.handoff is None or self.config.handoff.role != "prefill":
             return None
-        return handoff_service(self._started, self.submit)
+        return handoff_service(self._started, self._loop)
 
     @property
     def num_blocks(self) -> int:

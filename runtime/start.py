@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress as RichProgress
@@ -20,7 +20,7 @@ from headwise.cluster.local_group import LocalGroupFactory
 from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
-from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError
+from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError, is_hung
 from headwise.runtime.engine.prefilling import Prefilling
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.tier_sizes import tier_sizes
@@ -53,12 +53,6 @@ MEET_TIMEOUT_S = 20.0
 _logger = logging.getLogger(__name__)
 
 
-class Submit(Protocol):
-    """Runs a function on an engine's thread; see :meth:`EngineLoop.submit`."""
-
-    def __call__(self, function: Callable[[Engine], T], /) -> Future[T]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Started:
     """An engine that is ready, and what hands it requests."""
@@ -88,7 +82,7 @@ class PrefillSide:
         self._started = _start(config, quiet)
         try:
             self.loop = EngineLoop(self._started.engine, self._failed)
-            service = handoff_service(self._started, self.loop.submit)
+            service = handoff_service(self._started, self.loop)
             self._server = LocalServer(service)
         except BaseException:
             self._started.close()
@@ -142,23 +136,31 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     return replace(started, prefill=side)
 
 
-def handoff_service(started: Started, submit: Submit) -> HandoffService:
-    """What other engines ask a prefill engine for.
+def handoff_service(started: Started, loop: EngineLoop) -> HandoffService:
+    """What other engines have a prefill engine compute prompts by.
 
     Args:
-        submit: runs a function on the engine's thread.
+        loop: the engine's.
     """
-    engine, spec = started.engine, started.spec
+    engine, spec, outbound = started.engine, started.spec, started.engine.generation.outbound
+    assert outbound is not None
+
+    def post(function: Callable[[], object]) -> None:
+        loop.post(lambda engine: function())
+        engine.generation.group.wake()  # it may wait for its ranks
 
     def run(function: Callable[[Outbound], T]) -> Future[T]:
-        def on_outbound(engine: Engine) -> T:
-            assert engine.generation.outbound is not None
-            return function(engine.generation.outbound)
+        """Here and now, for a step that is under way may take longer than the caller has time."""
+        if loop.ended is not None:
+            raise loop.ended
+        if is_hung(engine):
+            raise EngineStoppedError("a step makes no progress")
+        answer: Future[T] = Future()
+        with outbound.lock:
+            answer.set_result(function(outbound))
+        return answer
 
-        future = submit(on_outbound)
-        engine.generation.group.wake()  # it may wait for its ranks
-        return future
-
+    outbound.post = post
     partitions = partition_model(started.inputs.model, spec.tensor_parallel_size)
     about = HelloAnswer(
         _identity(started.inputs.model, model_fingerprint(started.model_path), spec),

@@ -27,6 +27,9 @@ class EngineStoppedError(HeadwiseError):
 
 
 _HURRY_S = 1.0
+MIN_STEP_TIMEOUT_S = 8.0
+SLOW_STEPS = 4
+"""So many times the slowest recent step is a step that hangs."""
 
 
 class EngineLoop:
@@ -50,6 +53,11 @@ class EngineLoop:
     def engine(self) -> Engine:
         """The engine, for code that runs on its thread."""
         return self._engine
+
+    @property
+    def ended(self) -> BaseException | None:
+        """What ended the loop; None while it runs. May be read on any thread."""
+        return self._ended
 
     def run(self, function: Callable[[Engine], T], timeout_s: float | None = None) -> T:
         """Runs ``function`` on the engine's thread between two steps and returns what it returns.
@@ -161,3 +169,16 @@ class EngineLoop:
 
 def _is_for_caller(error: BaseException) -> bool:
     return isinstance(error, HeadwiseError) and not isinstance(error, (ShardGroupDied, IntegrityError))
+
+
+def is_hung(engine: Engine, step_timeout_s: float | None = None) -> bool:
+    """Whether the current step, or a call between two steps, makes no progress. May be called on any thread.
+
+    Args:
+        step_timeout_s: seconds that it may take; None: SLOW_STEPS times the slowest recent step, and at least
+            MIN_STEP_TIMEOUT_S.
+    """
+    if step_timeout_s is None:
+        step_timeout_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * engine.slowest_step_s)
+    since = engine.busy_since
+    return since is not None and time.monotonic() - since > step_timeout_s

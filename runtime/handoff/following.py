@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -34,17 +34,24 @@ class Following:
         digests: of the blocks that the peer holds in any tier. May be asked on any thread whether a digest is in it.
     """
 
-    def __init__(self, channel: grpc.Channel, metadata: list[tuple[str, str]], name: str) -> None:
-        """Args: ``name``: of the peer, for the log."""
+    def __init__(
+        self, channel: grpc.Channel, metadata: list[tuple[str, str]], name: str, lost: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            name: of the peer, for the log.
+            lost: called when a peer that has told something is gone.
+        """
+        self._lost = lost
         self._stub, self._metadata, self._name = InferenceServiceStub(channel), metadata, name
         self.digests: set[bytes] = set()
         self._call: Any = None
         self._thread: threading.Thread | None = None
-        self._refused = False
+        self._refused = self._heard = False
 
     def begin(self) -> None:
         """Follows a peer that was just met."""
-        self._refused = False
+        self._refused = self._heard = False
         self.go_on()
 
     def go_on(self) -> None:
@@ -78,6 +85,8 @@ class Following:
         except grpc.RpcError as error:
             self._refused = error.code() in _REFUSALS
             _logger.info("prefill at %s tells no KV events: %s", self._name, error.code().name)
+            if error.code() is grpc.StatusCode.UNAVAILABLE and self._heard:
+                self._lost()
         except ValueError as error:
             _logger.warning("prefill at %s: malformed KV events: %s", self._name, error)
         finally:
@@ -94,6 +103,7 @@ class Following:
         tiers: dict[str, set[bytes]] = {tier: set() for tier in TIERS}
         at: tuple[int, int] | None = None
         for response in call:
+            self._heard = True
             if response.WhichOneof("message") == "snapshot":
                 snapshot = decode_snapshot(response.snapshot)
                 tiers = {tier: set(blocks) for tier, blocks in snapshot.blocks.items()}

@@ -254,6 +254,8 @@ class Inbound:
                 break
             event(now)
         for handoff in list(self._running.values()):
+            if handoff.machine.renewable and not _is_there(handoff):
+                self._follow(handoff, handoff.machine.renewed(now, False, "the connection was lost"))
             self._follow(handoff, handoff.machine.tick(now))
 
     def stats(self) -> dict[str, Any]:
@@ -385,6 +387,12 @@ class Inbound:
         """Called on any thread."""
         self._events.put(lambda now: self._follow(handoff, read(handoff.machine, now, answer)))
         self.on_event()
+
+
+def _is_there(handoff: Handoff) -> bool:
+    """Whether the engine that was asked is still connected. If it comes back later it may have lost the prompt."""
+    session = handoff.peer.session
+    return session is not None and session.epoch == handoff.key.prefill_epoch
 
 
 def _answered(machine: Receiving, now: float, answer: Answer) -> list[Instruction]:

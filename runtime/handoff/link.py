@@ -154,7 +154,7 @@ class PrefillLink:
         self._asking: Counter[TransferKey] = Counter()
         self._wake, self._closed = threading.Event(), False
         self._open, self._idle = 0, threading.Condition(self._lock)
-        self._following = Following(self._channel, self._metadata, address)
+        self._following = Following(self._channel, self._metadata, address, self._wake.set)
         self._thread = threading.Thread(target=self._run, name=f"headwise-link-{address}", daemon=True)
         self._thread.start()
 

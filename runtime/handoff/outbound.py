@@ -1,15 +1,17 @@
 """Outbound: prefill's side of handoffs. Prompts of other engines are computed as requests of this one, and their blocks
 are pushed while the rest is computed.
 
-All of it runs on the engine's thread.
+Other engines' calls come on threads of their own, and are answered without waiting for a step to end: a step may take
+longer than a lease. What they ask of the engine is done on its thread.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +73,9 @@ class Outbound:
 
     Attributes:
         prompts: computes them; set by whoever makes the engine.
+        post: runs a function on the engine's thread, soon; set by whoever gives the engine a thread.
+        lock: is held by whoever calls a method; all but :meth:`tick`, :meth:`computed`, :meth:`ended` and :meth:`stats`
+            may be called on any thread.
     """
 
     prompts: Prompts
@@ -82,6 +87,8 @@ class Outbound:
         self._decoders: dict[int, list[KvEndpoint]] = {}  # by epoch
         self._counts: Counter[str] = Counter()
         self._seconds = {"push": 0.0, "hidden": 0.0}
+        self.post: Callable[[Callable[[], object]], object] = lambda function: function()
+        self.lock = threading.RLock()
 
     @property
     def busy(self) -> bool:
@@ -120,7 +127,7 @@ class Outbound:
             fence = Fence(ask.key.transfer, ask.key.attempt, ask.key.decode_epoch, ask.fence, ask.ticket)
             self._running[ask.key] = _Transfer(fence, endpoints)
             self._counts["accepted"] += 1
-            self.prompts.start(ask)
+            self.post(lambda: self.prompts.start(ask))
         load = self.load()
         return load.queued_tokens * load.token_s, load
 
@@ -156,11 +163,12 @@ class Outbound:
 
     def computed(self, key: TransferKey, seat: Seat, num_tokens: int) -> None:
         """The first tokens of a prompt are computed, and their blocks are in its seat."""
-        if (sending := self._sending(key)) is None:
-            return
-        for push in sending.computed(num_tokens // self._block_size):
-            if isinstance(push, Push):
-                self._push(key, seat, push, sending.first_block)
+        with self.lock:
+            if (sending := self._sending(key)) is None:
+                return
+            for push in sending.computed(num_tokens // self._block_size):
+                if isinstance(push, Push):
+                    self._push(key, seat, push, sending.first_block)
 
     def ended(self, key: TransferKey, error: str | None) -> None:
         """A prompt's request has ended.
@@ -168,17 +176,19 @@ class Outbound:
         Args:
             error: why it has no logits that are finite; None if it has.
         """
-        if (sending := self._sending(key)) is None:
-            return
-        self._running[key].computing = False
-        self._follow([(key, i) for i in (sending.verified() if error is None else sending.failed(error))])
-        self._settle(key)
+        with self.lock:
+            if (sending := self._sending(key)) is None:
+                return
+            self._running[key].computing = False
+            self._follow([(key, i) for i in (sending.verified() if error is None else sending.failed(error))])
+            self._settle(key)
 
     def tick(self) -> None:
         """Ends what has taken too long. Called once a step."""
-        self._follow(self._transfers.sweep(time.monotonic()))
-        for key in list(self._running):
-            self._settle(key)
+        with self.lock:
+            self._follow(self._transfers.sweep(time.monotonic()))
+            for key in list(self._running):
+                self._settle(key)
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: transfers ``accepted``, ``committed`` and ``failed``; ``pushes``, those that failed
@@ -201,11 +211,14 @@ class Outbound:
             transfer = self._running.get(key)
             match instruction:
                 case Stop() if transfer is not None:
-                    self._ledger.hand_over(HandoffJob(0, HandoffOp.STOP, transfer.fence), lambda outcome: None)
+                    self.post(partial(self._stop, transfer.fence))
                 case End():
-                    self.prompts.end(key)
+                    self.post(partial(self.prompts.end, key))
                 case Answer() if transfer is not None:
                     self._answer(key, transfer)
+
+    def _stop(self, fence: Fence) -> None:
+        self._ledger.hand_over(HandoffJob(0, HandoffOp.STOP, fence), lambda outcome: None)
 
     def _answer(self, key: TransferKey, transfer: _Transfer) -> None:
         status, waiting = _status(self._transfers.status(key)), transfer.waiting
@@ -241,14 +254,15 @@ class Outbound:
     def _pushed(self, key: TransferKey, seat: Seat, count: int, outcome: Outcome) -> None:
         seat.num_moving -= 1
         self.prompts.moved()
-        self._counts["bytes"] += outcome.num_bytes
-        self._counts["push_failures"] += bool(outcome.error)
-        self._seconds["push"] += outcome.seconds
-        if (sending := self._sending(key)) is not None:
-            if self._running[key].computing:
-                self._seconds["hidden"] += outcome.seconds
-            self._follow([(key, i) for i in sending.pushed(count, outcome.error)])
-            self._settle(key)
+        with self.lock:
+            self._counts["bytes"] += outcome.num_bytes
+            self._counts["push_failures"] += bool(outcome.error)
+            self._seconds["push"] += outcome.seconds
+            if (sending := self._sending(key)) is not None:
+                if self._running[key].computing:
+                    self._seconds["hidden"] += outcome.seconds
+                self._follow([(key, i) for i in sending.pushed(count, outcome.error)])
+                self._settle(key)
 
 
 _STATES = {

@@ -1,6 +1,6 @@
 """KvHandoffService: how other engines have this one compute prompts. Thin: checks what comes, and asks the engine.
 
-What a call does is decided on the engine's thread, where all state is; handlers wait for that, and keep nothing.
+What a call does is decided by the engine's Outbound; handlers keep nothing but who has said Hello.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ LOOPBACK = "loopback"
 
 
 class Outbound(Protocol):
-    """What an engine does for other engines. All calls on the engine's thread; each may come twice, with the same
-    effect and the same answer."""
+    """What an engine does for other engines. Each call may come twice, with the same effect and the same answer."""
 
     def hello(self, epoch: int, endpoints: list[KvEndpoint]) -> Load:
         """Remembers a decode engine, and where its ranks take KV."""
@@ -81,8 +80,8 @@ class Outbound(Protocol):
 
 
 class Run(Protocol):
-    """Runs a function on the engine's thread. The future fails with what the function raises, or with another error if
-    the engine ends."""
+    """Runs a function, one at a time. The future, or the call itself, fails with what the function raises, or with
+    another error if the engine has ended."""
 
     def __call__(self, function: Callable[[Outbound], T], /) -> Future[T]: ...
 
@@ -97,7 +96,7 @@ class HandoffService(KvHandoffServiceServicer):
 
     def __init__(self, about: HelloAnswer, run: Run) -> None:
         self.about, self._run = about, run
-        # By epoch: where it calls from, and its ranks. On the engine's thread only.
+        # By epoch: where it calls from, and its ranks. Used only in what ``run`` runs.
         self._decodes: OrderedDict[int, tuple[str, list[KvEndpoint]]] = OrderedDict()
 
     def answer(self, method: str, request: Any, peer: str) -> Future[Any]:

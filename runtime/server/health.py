@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.loop import is_hung
 from headwise.runtime.server.errors import ENGINE_ENDED
 from headwise.runtime.server.sessions import Context, Sessions
 
 _INTERVAL_S = 0.5
-MIN_STEP_TIMEOUT_S = 8.0
-SLOW_STEPS = 4
-"""So many times the slowest recent step is a step that hangs."""
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -32,8 +28,7 @@ class HealthMonitor:
     def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float | None) -> None:
         """
         Args:
-            step_timeout_s: how long a step may take, in seconds, before the engine counts as hung; None: SLOW_STEPS
-                times the slowest recent step, and at least MIN_STEP_TIMEOUT_S.
+            step_timeout_s: see :func:`~headwise.runtime.engine.loop.is_hung`.
         """
         self.servicer = HealthServicer(sessions, ["", *services])
         self._sessions, self._step_timeout_s = sessions, step_timeout_s
@@ -103,12 +98,3 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         if service not in self._services:
             return health_pb2.HealthCheckResponse(status=SERVICE_UNKNOWN)
         return health_pb2.HealthCheckResponse(status=SERVING if self._serving else NOT_SERVING)
-
-
-def is_hung(engine: Engine, step_timeout_s: float | None) -> bool:
-    """Whether the current step, or a call between two steps, has taken longer than ``step_timeout_s``, which is as of
-    :class:`HealthMonitor`."""
-    if step_timeout_s is None:
-        step_timeout_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * engine.slowest_step_s)
-    since = engine.busy_since
-    return since is not None and time.monotonic() - since > step_timeout_s

@@ -192,7 +192,7 @@ def test_any_story_ends_with_what_is_there(steps: list[tuple[str, str, int]]) ->
     events = KvEvents(3)
     events.stored(digests("0", "1"), ROOT, "host")
     with grpc.insecure_channel("127.0.0.1:1") as channel, events.subscribe() as messages:
-        following = Following(channel, [], "nobody")
+        following = Following(channel, [], "nobody", lambda: None)
         told = [snapshot(events)]
         for kind, tier, number in steps:
             if kind == "stored":
