@@ -68,10 +68,12 @@ class Started:
         """Ends the shards; call it once the engine's thread has ended. Idempotent."""
         # Whatever fails or interrupts one of these, the others are done; the last pushed is the first.
         with contextlib.ExitStack() as stack:
-            if self.prefill is not None:
-                stack.callback(self.prefill.close)
             stack.callback(self.generations.close)
             stack.callback(self.engine.generation.close)
+            if self.prefill is not None:  # before the ranks that it pushes to, and after who asks it
+                stack.callback(self.prefill.close)
+            if self.engine.generation.inbound is not None:
+                stack.callback(self.engine.generation.inbound.close)
             stack.callback(self.inputs.close)
 
 
