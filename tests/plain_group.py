@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,12 @@ from headwise.cluster.group import Progress, ShardGroup
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation
+from headwise.runtime.engine.prefilling import Prefilling
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.text import Delta, TextStream
+from headwise.runtime.handoff.inbound import Inbound
+from headwise.runtime.handoff.outbound import Outbound
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.identity import KvIdentity
@@ -26,6 +29,7 @@ from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
 from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
+from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 from headwise.workers.plan import (
     RowSampling,
@@ -100,8 +104,10 @@ class PlainGroup(ShardGroup):
         assert not self.plans
         return [method]
 
-    def transfer(self, job: TransferJob) -> None:
-        self.jobs[job.tier].append(decode_job(encode_job(job)))
+    def transfer(self, job: TransferJob | HandoffJob) -> None:
+        assert isinstance(job, TransferJob), "a group that hands over KV is in tests/runtime/handoff"
+        self.jobs[job.tier].append(job)
+        assert decode_job(encode_job(job)) == job
         if job.op is Op.LOAD:
             assert not self.loading & set(job.blocks) and not set(job.blocks) & set().union(*self.in_use)
             self.loading |= set(job.blocks)
@@ -236,18 +242,30 @@ class Bench:
         tiers: tuple[int, int] = (0, 0),
         group: PlainGroup | None = None,
         quota: float | None = None,
+        inbound: Callable[[PrefixCache, Ledger], Inbound] | None = None,
+        outbound: Callable[[Ledger], Outbound] | None = None,
         **cache: Any,
     ) -> None:
-        """Args: ``tiers``: blocks of host memory and disk; ``cache``: other arguments of its PrefixCache."""
+        """
+        Args:
+            tiers: blocks of host memory and disk.
+            inbound, outbound: make those of an engine that hands over KV.
+            cache: other arguments of its PrefixCache.
+        """
         self.pool, self.group = BlockPool(blocks), group or PlainGroup()
         self.events = KvEvents(1)
         share = None if quota is None else max(1, int(quota * blocks))
         self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_owner=share, **cache)
         ledger = Ledger(self.group.transfer, self.group.transferred, 1)
         self.tiers = Tiers(self.cache, ledger, *tiers, blocks, quota, self.events) if any(tiers) else None
-        tables, pins = BlockTables(self.cache, self.tiers), Pins(self.cache, blocks - 8)
-        generation = Generation(1, self.group, self.cache, tables, ledger, self.tiers, pins)
+        self.inbound = inbound(self.cache, ledger) if inbound is not None else None
+        self.outbound = outbound(ledger) if outbound is not None else None
+        tables, pins = BlockTables(self.cache, self.tiers, self.inbound), Pins(self.cache, blocks - 8)
+        books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound)
+        generation = Generation(1, self.group, *books)
         self.engine = Engine(generation, Scheduler(tables, rows, budget, mixed), self.events, depth)
+        if self.outbound is not None:
+            self.outbound.prompts = Prefilling(self.engine, blocks * BLOCK, VOCAB + 1)
         self.requests: list[Request] = []
         self.got: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -135,7 +135,7 @@ class Handoff:
     tenant: str
     done: Callable[[Arrival], None]
     machine: Receiving
-    started: float = field(default_factory=time.monotonic)
+    started: float
 
     @property
     def peer(self) -> Peer:
@@ -232,12 +232,13 @@ class Inbound:
         fence = Fence(transfer, 1, self._epoch, self._next_fence, secrets.token_bytes(TICKET_BYTES))
         key = TransferKey(transfer, 1, self._epoch, session.epoch if session is not None else 0)
         machine = Receiving(self._lease_s, None)
-        handoff = Handoff(chosen, key, fence, blocks, list(chain), memory, tenant, done, machine)
+        now = time.monotonic()
+        handoff = Handoff(chosen, key, fence, blocks, list(chain), memory, tenant, done, machine, now)
         self._running[fence.number] = handoff
         self._next_fence += 1
         self._reserved += len(memory)
         self._counts["started"] += 1
-        self._follow(handoff, machine.start(time.monotonic()))
+        self._follow(handoff, machine.start(now))
         return handoff
 
     def cancel(self, handoff: Handoff) -> None:
