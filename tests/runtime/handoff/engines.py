@@ -64,6 +64,7 @@ class HandoffGroup(PlainGroup):
     def __init__(self, chance: random.Random, faults: float) -> None:
         super().__init__(chance)
         self.faults = faults
+        self.pace = chance.choice([0.05, 0.3, 0.6])  # how soon it does what it is told
         self.handoffs: list[HandoffJob] = []
         self.fences: dict[int, OpenFence] = {}
         self.flying: list[Flying] = []
@@ -82,10 +83,10 @@ class HandoffGroup(PlainGroup):
 
     def move(self) -> None:
         """Does some of what is to be done, jobs in their order, and lets some blocks arrive, in any order."""
-        while self.handoffs and self.chance.random() < 0.6:
+        while self.handoffs and self.chance.random() < self.pace:
             self._do(self.handoffs.pop(0))
         self.chance.shuffle(self.flying)
-        while self.flying and self.chance.random() < 0.6:
+        while self.flying and self.chance.random() < self.pace:
             self._arrive(self.flying.pop())
 
     def _do(self, job: HandoffJob) -> None:

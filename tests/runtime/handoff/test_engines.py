@@ -15,12 +15,12 @@ from tests.plain_group import POISON, VOCAB, alone, make_request
 from tests.runtime.handoff.engines import Pair
 
 
-@examples(150)
+@examples(400)
 @given(data=st.data())
 @pytest.mark.parametrize("faults", [0.0, 0.1])
 def test_every_request_gets_the_tokens_it_would_get_alone(faults: float, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        blocks = data.draw(st.tuples(st.integers(12, 30), st.integers(9, 24)), "blocks")
+        blocks = data.draw(st.tuples(st.integers(12, 30), st.integers(7, 20)), "blocks")
         settings = {"rows": data.draw(st.integers(1, 4)), "budget": data.draw(st.integers(2, 20))}
         settings["depth"] = data.draw(st.integers(1, 2))
         pair = Pair(data.draw(st.integers(0, 1 << 30), "seed"), faults, blocks, **settings)
