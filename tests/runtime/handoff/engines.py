@@ -292,14 +292,20 @@ class Pair:
 
     @property
     def has_work(self) -> bool:
-        return any(side.engine.has_work for side in self.sides) or bool(self.link.calls)
+        return any(side.engine.has_work for side in self.sides) or any(link.calls for link in self.links)
+
+    @property
+    def links(self) -> list[FakeLink]:
+        assert self.decode.inbound is not None
+        return [link for link in self.decode.inbound.peers if isinstance(link, FakeLink)]
 
     def move(self) -> None:
         """Something happens on one side, on the way between both, or time passes."""
         side = self.chance.choice(self.sides)
         if side.engine.has_work:
             side.step()
-        self.link.move()
+        for link in self.links:
+            link.move()
         for bench in self.sides:
             assert isinstance(bench.group, HandoffGroup)
             bench.group.move()

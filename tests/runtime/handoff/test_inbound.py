@@ -1,0 +1,134 @@
+"""Inbound: whom it asks, and what becomes of a request when that goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from headwise.runtime.handoff import inbound as inbound_module
+from headwise.runtime.handoff import outbound as outbound_module
+from headwise.runtime.handoff.inbound import Inbound, LocalLoad
+from headwise.runtime.handoff.messages import HelloAnswer, Load
+from headwise.runtime.output import FinishReason
+from tests.plain_group import BLOCK, IDENTITY, alone, make_request
+from tests.runtime.handoff.engines import IDENTITY as WIRE
+from tests.runtime.handoff.engines import PREFILL_EPOCH, FakeLink, Pair
+
+PROMPT = [*range(12), 0]
+BLOCKS = IDENTITY.token_blocks(PROMPT)
+
+
+class Known(FakeLink):
+    """A prefill engine of which only this is known."""
+
+    def __init__(self, pair: Pair, name: str, load: Load, held: int = 0, max_tokens: int = 1 << 16) -> None:
+        super().__init__(pair.link.outbound, pair.chance, 0.0, name=name, digests=frozenset(BLOCKS.digests[:held]))
+        self._load = load
+        self.session = HelloAnswer(WIRE, PREFILL_EPOCH, [(0, 1)], max_tokens, 64)
+
+    @property
+    def load(self) -> Load:
+        return self._load
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    pair = Pair(1, 0.0, (30, 30))
+    monkeypatch.setattr(inbound_module, "time", pair.clock)
+    monkeypatch.setattr(outbound_module, "time", pair.clock)
+    yield pair
+    pair.settle()
+    pair.check_idle()
+
+
+def inbound_of(pair: Pair) -> Inbound:
+    assert pair.decode.inbound is not None
+    return pair.decode.inbound
+
+
+def chosen(pair: Pair, *peers: Known) -> str | None:
+    inbound = inbound_of(pair)
+    inbound.peers = peers
+    found = inbound.choose(BLOCKS, len(PROMPT), 0, 3, LocalLoad())
+    return found.peer.name if found is not None else None
+
+
+def test_the_peer_that_will_be_done_first_is_asked(pair: Pair) -> None:
+    assert chosen(pair, Known(pair, "busy", Load(500, 0.01)), Known(pair, "idle", Load(0, 0.01))) == "idle"
+    assert chosen(pair, Known(pair, "fast", Load(500, 0.001)), Known(pair, "slow", Load(0, 0.1))) == "fast"
+
+
+def test_what_a_peer_holds_need_not_be_computed(pair: Pair) -> None:
+    assert chosen(pair, Known(pair, "empty", Load(0, 0.01)), Known(pair, "warm", Load(2, 0.01), held=2)) == "warm"
+
+
+def test_a_peer_that_is_away_or_takes_no_such_prompt_is_not_asked(pair: Pair) -> None:
+    away, small = Known(pair, "away", Load()), Known(pair, "small", Load(), max_tokens=11)
+    away.session = None
+    assert chosen(pair, away, small) is None
+    assert chosen(pair, away, small, Known(pair, "one", Load(1000, 1.0))) == "one"
+
+
+def test_prompts_that_were_asked_for_just_now_count(pair: Pair) -> None:
+    """Of eight prompts at once not all go to one of two peers that were idle before the first."""
+    inbound = inbound_of(pair)
+    peers = [Known(pair, "a", Load(0, 0.01)), Known(pair, "b", Load(0, 0.01))]
+    inbound.peers = peers
+    requests = [make_request(str(number), [number] * 9, 1) for number in range(2)]
+    for request in requests:
+        pair.decode.add(request)
+    pair.settle()
+    assert {request.metrics.prefilled_by for request in requests} == {"a", "b"}
+
+
+def test_a_prompt_without_a_full_block_stays_here(pair: Pair) -> None:
+    request = make_request("short", [1] * BLOCK, 2)
+    pair.decode.add(request)
+    pair.settle()
+    assert (request.metrics.prefilled_by, request.generated) == (None, alone(request)[0])
+    assert inbound_of(pair).stats()["started"] == 0
+
+
+@pytest.mark.parametrize("other_epoch", [False, True])
+def test_a_peer_that_is_gone_is_not_waited_for(pair: Pair, other_epoch: bool) -> None:
+    request, before = make_request("long", PROMPT, 3), pair.clock.now
+    pair.decode.add(request)
+    for _ in range(200):
+        pair.move()
+        if pair.outbound.stats()["accepted"]:
+            break
+    assert pair.link.session is not None
+    pair.link.session = replace(pair.link.session, epoch=PREFILL_EPOCH + 1) if other_epoch else None
+    pair.settle()
+    assert request.generated == alone(request)[0] and request.metrics.prefilled_by is None
+    assert inbound_of(pair).stats()["causes"]["lease"] == 0 and pair.clock.now < before + 200
+
+
+def test_a_request_that_must_not_be_computed_here_fails_with_the_reason(pair: Pair) -> None:
+    inbound = inbound_of(pair)
+    inbound.must_succeed = True
+    pair.link.session = replace(HelloAnswer(WIRE, 0, [(0, 1)], 1 << 16, 64), epoch=PREFILL_EPOCH + 1)
+    request, neighbour = make_request("long", PROMPT, 3), make_request("short", [1, 2], 3)
+    pair.decode.add(request)
+    pair.decode.add(neighbour)
+    pair.settle()
+    assert pair.decode.ended[request.key] is FinishReason.ERROR and request.generated == []
+    assert request.error is not None and "prefill: refused: " in request.error
+    assert pair.decode.ended[neighbour.key] is FinishReason.LENGTH
+
+
+def test_reserved_blocks_leave_room_for_a_request(pair: Pair) -> None:
+    """22 blocks may be reserved; each prompt takes 7."""
+    requests = [make_request(str(number), [number] * 29, 1) for number in range(6)]
+    for request in requests:
+        pair.decode.add(request)
+    most = 0
+    for _ in range(4000):
+        if not pair.has_work:
+            break
+        pair.move()
+        most = max(most, inbound_of(pair).stats()["reserved_blocks"])
+    assert 7 <= most <= 22
+    assert all(request.generated == alone(request)[0] for request in requests)
