@@ -65,7 +65,9 @@ class _Transfer:
     fence: Fence
     destinations: list[KvEndpoint]
     waiting: list[Future[Status]] = field(default_factory=list)  # Commits
-    computing: bool = True
+    push_s: float = 0.0
+    computed: float | None = None  # when
+    sent: bool = False
 
 
 class Outbound:
@@ -179,8 +181,10 @@ class Outbound:
         with self.lock:
             if (sending := self._sending(key)) is None:
                 return
-            self._running[key].computing = False
+            transfer = self._running[key]
+            transfer.computed = time.monotonic()
             self._follow([(key, i) for i in (sending.verified() if error is None else sending.failed(error))])
+            self._look_if_sent(transfer, sending)
             self._settle(key)
 
     def tick(self) -> None:
@@ -192,8 +196,8 @@ class Outbound:
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: transfers ``accepted``, ``committed`` and ``failed``; ``pushes``, those that failed
-        (``push_failures``), and the ``bytes`` sent; ``push_seconds``, and how many of those were ``hidden_seconds``,
-        behind the computing of the same prompt. And how many are ``in_flight`` now."""
+        (``push_failures``), and the ``bytes`` sent; ``push_seconds``, and how many of those were ``hidden_seconds``
+        behind the computing of the rest of the prompt. And how many are ``in_flight`` now."""
         return {
             "role": "prefill",
             **{name: self._counts[name] for name in ("accepted", "committed", "failed", "pushes", "push_failures")},
@@ -225,6 +229,13 @@ class Outbound:
         transfer.waiting = []
         for answer in waiting:
             answer.set_result(status)
+
+    def _look_if_sent(self, transfer: _Transfer, sending: Sending) -> None:
+        """Once all is computed and sent, counts the seconds of its pushes that nobody had to wait for."""
+        if sending.state in (State.PUSHED, State.COMMITTED) and not transfer.sent and transfer.computed is not None:
+            transfer.sent = True
+            waited = time.monotonic() - transfer.computed
+            self._seconds["hidden"] += max(0.0, transfer.push_s - waited)
 
     def _settle(self, key: TransferKey) -> None:
         """Forgets a transfer that is over; what remembers how it ended is its registry."""
@@ -259,9 +270,10 @@ class Outbound:
             self._counts["push_failures"] += bool(outcome.error)
             self._seconds["push"] += outcome.seconds
             if (sending := self._sending(key)) is not None:
-                if self._running[key].computing:
-                    self._seconds["hidden"] += outcome.seconds
+                transfer = self._running[key]
+                transfer.push_s += outcome.seconds
                 self._follow([(key, i) for i in sending.pushed(count, outcome.error)])
+                self._look_if_sent(transfer, sending)
                 self._settle(key)
 
 
