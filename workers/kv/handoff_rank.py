@@ -11,7 +11,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.fences import Fences
 from headwise.workers.kv.handoff import HandoffJob, HandoffOp, HandoffSpec, Range
-from headwise.workers.kv.pusher import Connect, Pusher, connect
+from headwise.workers.kv.pusher import Pusher, connect
 from headwise.workers.kv.receiver import Receiver
 from headwise.workers.kv.shared_file import host_id
 from headwise.workers.kv.transfer import TransferResult
@@ -31,7 +31,6 @@ class HandoffRank:
         spec: HandoffSpec,
         done: Callable[[TransferResult], None],
         failed: Callable[[BaseException], None],
-        connect_to: Connect | None = None,
     ) -> None:
         """
         Args:
@@ -39,7 +38,6 @@ class HandoffRank:
             rank: this one.
             done: gets the result of each job, on one thread.
             failed: gets the error, of ``done`` too, after which there are no results any more.
-            connect_to: how to reach the ranks of decode; None is as ``spec`` says.
 
         Raises:
             InvalidValueError: the port cannot be opened as ``spec`` says, or a file of TLS cannot be used.
@@ -53,7 +51,7 @@ class HandoffRank:
             self._receiver = Receiver(self._fences, spec, kv_cache.range_bytes(1, kv_cache.num_kv_heads, 1))
             self._host_id = host_id() if spec.shared_memory else b""
         self._heads = heads[rank]
-        self._pusher = Pusher(kv_cache, heads, rank, connect_to or connect(spec), self._queue.put)
+        self._pusher = Pusher(kv_cache, heads, rank, connect(spec), self._queue.put)
         self._thread = threading.Thread(target=self._run, name="headwise-kv-handoff", daemon=True)
         self._thread.start()
 

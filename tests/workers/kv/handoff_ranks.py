@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.handoff import Fence, HandoffJob, HandoffOp, HandoffSpec, KvEndpoint, Range
 from headwise.workers.kv.handoff_rank import HandoffRank
-from headwise.workers.kv.pusher import Connect
+from headwise.workers.kv.kv_transport import GrpcTransport, SharedMemoryTransport
 from headwise.workers.kv.transfer import TransferResult, decode_job, encode_job
 from headwise.workers.model.partition import partition_heads
 
@@ -39,7 +40,6 @@ class Rank:
         rank: int,
         spec: HandoffSpec,
         num_blocks: int,
-        connect: Connect | None,
         **form: Any,
     ) -> None:
         sizes: dict[str, Any] = {
@@ -53,7 +53,7 @@ class Rank:
         self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
         self._results: dict[int, queue.SimpleQueue[TransferResult]] = {}
         self._numbers = itertools.count()
-        self.handoff = HandoffRank(self.cache, heads, rank, spec, self._tell, self.failures.put, connect)
+        self.handoff = HandoffRank(self.cache, heads, rank, spec, self._tell, self.failures.put)
 
     @property
     def endpoint(self) -> KvEndpoint:
@@ -92,12 +92,11 @@ class Group:
         tp: int,
         spec: HandoffSpec,
         num_blocks: int = 12,
-        connect: Connect | None = None,
         seed: int = 0,
         **form: Any,
     ) -> None:
         self.heads = [(shard.kv_start, shard.kv_stop) for shard in partition_heads(*heads, tp)]
-        self.ranks = [Rank(self.heads, rank, spec, num_blocks, connect, **form) for rank in range(tp)]
+        self.ranks = [Rank(self.heads, rank, spec, num_blocks, **form) for rank in range(tp)]
         cache = self.ranks[0].cache
         shape = (num_blocks, cache.num_layers, 2, heads[1], cache.block_size, cache.head_dim)
         self.content = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(cache.dtype)
@@ -125,43 +124,21 @@ def groups(
     heads: tuple[int, int] = (9, 3),
     tp: tuple[int, int] = (1, 1),
     shared_memory: bool = False,
-    connect: Connect | None = None,
+    transposed: tuple[bool, bool] = (False, False),
     **form: Any,
 ) -> Iterator[tuple[Group, Group]]:
     """A group that sends and one that receives; nothing of them is left afterwards.
 
     Args:
-        connect: of the sending ranks.
+        transposed: how either keeps its keys.
         form: of the caches of both.
     """
     before = set(threading.enumerate())
     made: list[Group] = []
     try:
-        transposed = form.pop("transposed", (False, False))
-        made.append(
-            Group(
-                heads,
-                tp[0],
-                HandoffSpec(shared_memory=shared_memory),
-                12,
-                connect,
-                1,
-                transposed_keys=transposed[0],
-                **form,
-            )
-        )
-        made.append(
-            Group(
-                heads,
-                tp[1],
-                HandoffSpec(True, shared_memory=shared_memory),
-                12,
-                None,
-                2,
-                transposed_keys=transposed[1],
-                **form,
-            )
-        )
+        specs = HandoffSpec(shared_memory=shared_memory), HandoffSpec(True, shared_memory=shared_memory)
+        for side, spec in enumerate(specs):
+            made.append(Group(heads, tp[side], spec, seed=side, transposed_keys=transposed[side], **form))
         yield made[0], made[1]
     finally:
         for group in made:
@@ -170,6 +147,12 @@ def groups(
         if thread.name.startswith("headwise"):
             thread.join(DEADLINE_S)
             assert not thread.is_alive(), thread.name
+
+
+def cut_chunks(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """To so many bytes, or to a layer of a block: a few blocks are then several messages."""
+    for transport in (GrpcTransport, SharedMemoryTransport):
+        monkeypatch.setattr(transport, "chunk_bytes", most)
 
 
 def ok(results: list[TransferResult]) -> bool:

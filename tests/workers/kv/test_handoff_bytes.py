@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headwise.workers.kv import pusher
 from headwise.workers.kv.handoff import HandoffOp
 from tests.effort import thorough
-from tests.workers.kv.handoff_ranks import Group, fence_of, groups, ok
+from tests.workers.kv.handoff_ranks import Group, cut_chunks, fence_of, groups, ok
 
 MODELS = [(9, 3), (4, 1), (8, 8)]
 FEW = {((9, 3), 1, 2, False), ((9, 3), 3, 2, True), ((4, 1), 4, 2, False), ((8, 8), 3, 4, True)}
@@ -31,7 +30,7 @@ CELLS = [
 @pytest.fixture
 def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few blocks are several messages, and for a rank with many heads a block is more than one."""
-    monkeypatch.setattr(pusher, "PAYLOAD_BYTES", 3000)
+    cut_chunks(monkeypatch, 3000)
 
 
 @pytest.mark.parametrize(("heads", "source", "target", "shared_memory"), CELLS)

@@ -24,7 +24,7 @@ from headwise.workers.kv.kv_transport import GrpcTransport, SharedMemoryTranspor
 from headwise.workers.kv.pusher import Pusher, connect
 from headwise.workers.kv.shared_file import host_id
 from headwise.workers.kv.transfer import TransferResult
-from tests.workers.kv.handoff_ranks import DEADLINE_S, Group, Rank, fence_of, groups, ok
+from tests.workers.kv.handoff_ranks import DEADLINE_S, Group, Rank, cut_chunks, fence_of, groups, ok
 
 BLOCKS, PLACES = [1, 3, 5, 7], [8, 2, 6, 0]
 SHARED = pytest.mark.parametrize("shared_memory", [False, True], ids=["grpc", "shared"])
@@ -45,7 +45,7 @@ class Wire:
             return real(calls, self._noted(self.fault(messages)), *rest)
 
         monkeypatch.setattr(kv_transport._PushCalls, "push", push)
-        monkeypatch.setattr(pusher, "PAYLOAD_BYTES", 2400)  # a block is one message
+        cut_chunks(monkeypatch, 2400)  # a block is one message
 
     def _noted(self, messages: Messages) -> Messages:
         for message in messages:
@@ -201,7 +201,7 @@ def test_chunks_that_come_after_an_abort_do_not_touch_the_new_owner(wire: Wire, 
 
 @SHARED
 def test_chunks_that_come_while_the_fence_is_closed(shared_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pusher, "PAYLOAD_BYTES", 300)
+    cut_chunks(monkeypatch, 300)
     with groups((9, 3), (2, 2), shared_memory) as (prefill, decode):
         for number in range(5):
             handover = Handover(prefill, decode, number)
@@ -447,7 +447,7 @@ def test_more_than_a_message_may_have_is_refused() -> None:
 )
 def test_what_must_not_be_bound_is_refused(spec: HandoffSpec, why: str) -> None:
     with pytest.raises(InvalidValueError, match=why):
-        Rank([(0, 3)], 0, spec, 4, None)
+        Rank([(0, 3)], 0, spec, 4)
 
 
 @SHARED

@@ -37,7 +37,7 @@ def process(target: Any) -> Iterator[tuple[Any, int]]:
 
 
 def receive(connection: Connection) -> None:
-    rank = Rank(HEADS, 0, HandoffSpec(receives=True), 12, None)
+    rank = Rank(HEADS, 0, HandoffSpec(receives=True), 12)
     assert ok([rank.run(HandoffOp.OPEN, fence_of(), blocks=[0, 1], sources=HEADS)])
     connection.send(rank.endpoint)
     signal.pause()
