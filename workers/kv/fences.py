@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.chunk import PAYLOAD_BYTES, SHARED_BYTES, Chunk, ChunkError, Received, decode_chunk
-from headwise.workers.kv.handoff import Fence, Range
+from headwise.workers.kv.handoff import TICKET_BYTES, Fence, Range
 from headwise.workers.kv.routes import head_routes
 from headwise.workers.kv.shared_file import SharedReader
 
@@ -63,8 +63,11 @@ class Fences:
             sources: the KV heads of each rank that sends.
 
         Raises:
-            InvalidValueError: the fence is open; a block is none, or another's; no source has a head of this rank.
+            InvalidValueError: the fence is open, or its ticket has another length; a block is none, or another's; no
+                source has a head of this rank.
         """
+        if len(fence.ticket) != TICKET_BYTES:
+            raise InvalidValueError("ticket", f"{len(fence.ticket)} bytes", f"must be {TICKET_BYTES} bytes")
         routes = head_routes(sources, self._heads)
         mine = [(route.source, (route.start, route.stop)) for route in routes if route.destination == self._rank]
         with self._lock:

@@ -312,6 +312,8 @@ def test_a_fence_of_what_is_not_there_is_refused(blocks: list[int], sources: lis
     decode = Decode()
     with pytest.raises(InvalidValueError, match=f"^{field}="):
         decode.fences.open(fence_of(2), blocks, sources)
+    with pytest.raises(InvalidValueError, match=r"^ticket='3 bytes': must be 32 bytes"):
+        decode.fences.open(fence_of(2, ticket=b"key"), [0], [(0, 2), (2, 3)])
     with pytest.raises(InvalidValueError, match=r"^fence=1: is open already"):
         decode.fences.open(decode.fence, [0], [(0, 3)])
 

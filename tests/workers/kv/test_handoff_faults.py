@@ -9,81 +9,18 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
 import pytest
 import torch
 
-from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv import fences, kv_transport, pusher, receiver
-from headwise.workers.kv.fences import FenceStream, SharedReader
+from headwise.workers.kv import kv_transport, pusher
+from headwise.workers.kv.fences import FenceStream
 from headwise.workers.kv.handoff import HandoffJob, HandoffOp, HandoffSpec, KvEndpoint
-from headwise.workers.kv.kv_transport import GrpcTransport, SharedMemoryTransport
 from headwise.workers.kv.pusher import Pusher, connect
-from headwise.workers.kv.shared_file import host_id
 from headwise.workers.kv.transfer import TransferResult
-from tests.workers.kv.handoff_ranks import DEADLINE_S, Group, Rank, cut_chunks, fence_of, groups, ok
-
-BLOCKS, PLACES = [1, 3, 5, 7], [8, 2, 6, 0]
-SHARED = pytest.mark.parametrize("shared_memory", [False, True], ids=["grpc", "shared"])
-
-Messages = Iterator[bytes]
-Fault = Callable[[Messages], Messages]
-
-
-class Wire:
-    """What is between a rank of prefill and gRPC: does to the messages of each stream what ``fault`` does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fault: Fault = iter
-        self.sent: list[bytes] = []
-        real = kv_transport._PushCalls.push
-
-        def push(calls: Any, messages: Messages, *rest: Any) -> int:
-            return real(calls, self._noted(self.fault(messages)), *rest)
-
-        monkeypatch.setattr(kv_transport._PushCalls, "push", push)
-        cut_chunks(monkeypatch, 2400)  # a block is one message
-
-    def _noted(self, messages: Messages) -> Messages:
-        for message in messages:
-            self.sent.append(message)
-            yield message
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
-    return Wire(monkeypatch)
-
-
-class Handover:
-    """Blocks on their way from a group to another, of which decode's are open and waited for."""
-
-    def __init__(self, prefill: Group, decode: Group, number: int = 1) -> None:
-        self.prefill, self.decode, self.fence = prefill, decode, fence_of(number)
-        assert ok(decode.run(HandoffOp.OPEN, self.fence, blocks=PLACES, sources=prefill.heads))
-        self.filled = decode.begin(HandoffOp.FILL, self.fence)
-
-    def push(self, timeout_s: float = DEADLINE_S) -> Callable[[], list[TransferResult]]:
-        ends = self.decode.endpoints
-        return self.prefill.begin(HandoffOp.PUSH, self.fence, blocks=BLOCKS, destinations=ends, timeout_s=timeout_s)
-
-    def check_arrived(self) -> None:
-        for rank in self.decode.ranks:
-            expected = self.prefill.content[BLOCKS][:, :, :, slice(*rank.heads)]
-            assert torch.equal(rank.content()[PLACES], expected)
-
-    def reuse(self) -> None:
-        """The blocks get another owner."""
-        assert ok(self.decode.run(HandoffOp.CLOSE, self.fence))
-        for rank in self.decode.ranks:
-            rank.cache.keys.fill_(7)
-            rank.cache.values.fill_(7)
-
-    def check_reused(self) -> None:
-        assert all(bool((rank.content() == 7).all()) for rank in self.decode.ranks)
+from tests.workers.kv.handoff_ranks import DEADLINE_S, Rank, cut_chunks, fence_of, groups, ok
+from tests.workers.kv.handoff_wire import BLOCKS, PLACES, SHARED, Fault, Gate, Handover, Messages, Wire
 
 
 def drop(messages: Messages) -> Messages:
@@ -156,33 +93,6 @@ def test_a_fault_on_the_way_fails_both_ends_and_writes_nothing_wrong(
         again = Handover(prefill, decode, 2)
         assert ok(again.push()()) and ok(again.filled())
         again.check_arrived()
-
-
-def test_a_transfer_that_is_replayed_is_refused(wire: Wire) -> None:
-    with groups() as (prefill, decode):
-        handover = Handover(prefill, decode)
-        assert ok(handover.push()()) and ok(handover.filled())
-        handover.reuse()
-        with grpc.insecure_channel(decode.endpoints[0].address) as channel:
-            push: Any = channel.stream_unary("/headwise.v1.KvTransferService/Push")
-            for messages in (wire.sent, wire.sent[-1:]):
-                with pytest.raises(grpc.RpcError) as raised:
-                    push(iter(messages), timeout=DEADLINE_S)
-                assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-        handover.check_reused()
-
-
-class Gate:
-    """A fault: the messages after the first wait until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, messages: Messages) -> Messages:
-        yield next(messages)
-        self.reached.set()
-        assert self.go.wait(DEADLINE_S)
-        yield from messages
 
 
 @SHARED
@@ -324,53 +234,6 @@ def test_a_receiver_that_does_not_read_is_not_sent_everything(monkeypatch: pytes
         assert not ok(decode.run(HandoffOp.FILL, fence))
 
 
-def test_where_shared_memory_cannot_be_read_the_bytes_go_over_the_wire(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def unreadable(pid: int, fd: int) -> SharedReader:
-        raise PermissionError("hidden")
-
-    monkeypatch.setattr(fences, "SharedReader", unreadable)
-    with groups((9, 3), (3, 2), shared_memory=True) as (prefill, decode):
-        for number in (1, 2):
-            handover = Handover(prefill, decode, number)
-            assert ok(handover.push()()) and ok(handover.filled())
-            handover.check_arrived()
-    assert caplog.text.count("KV does not go through shared memory") == 3
-
-
-def test_where_there_is_no_shared_memory_the_bytes_go_over_the_wire(
-    wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(name: str, flags: int) -> int:
-        raise OSError("no memory")
-
-    with groups(shared_memory=True) as (prefill, decode):
-        monkeypatch.setattr(os, "memfd_create", none)
-        handover = Handover(prefill, decode)
-        assert ok(handover.push()()) and ok(handover.filled())
-        handover.check_arrived()
-        assert host_id() == b""
-
-
-def test_shared_memory_is_used_on_one_host_and_if_it_may() -> None:
-    here = KvEndpoint((0, 1), "127.0.0.1:1", host_id())
-    for spec, end, expected in (
-        (HandoffSpec(), here, [SharedMemoryTransport, GrpcTransport]),
-        (HandoffSpec(shared_memory=False), here, [GrpcTransport]),
-        (HandoffSpec(), KvEndpoint((0, 1), "127.0.0.1:1", b"elsewhere"), [GrpcTransport]),
-        (HandoffSpec(), KvEndpoint((0, 1), "127.0.0.1:1"), [GrpcTransport]),
-    ):
-        ways = connect(spec)(end)
-        assert list(map(type, ways)) == expected
-        for way in ways:
-            way.close()
-    with groups(shared_memory=True) as (_, decode):
-        assert decode.endpoints[0].host_id == here.host_id != b""
-    with groups(shared_memory=False) as (_, decode):
-        assert decode.endpoints[0].host_id == b""
-
-
 @SHARED
 def test_what_cannot_be_read_from_the_cache_fails_the_push(wire: Wire, shared_memory: bool) -> None:
     with groups(shared_memory=shared_memory) as (prefill, decode):
@@ -413,64 +276,6 @@ def test_a_destination_that_is_idle_costs_no_thread(monkeypatch: pytest.MonkeyPa
                 thread.join(DEADLINE_S)
             assert not any(thread.is_alive() for thread in threads) and not idle._destinations
         assert idle.close()
-
-
-def test_a_stream_that_shows_no_ticket_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver, "FIRST_MESSAGE_S", 0.05)
-    with groups() as (_, decode), grpc.insecure_channel(decode.endpoints[0].address) as channel:
-        push: Any = channel.stream_unary("/headwise.v1.KvTransferService/Push")
-        go = threading.Event()
-        call = push.future(message for message in [b""] if go.wait(DEADLINE_S))
-        with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
-            call.result(timeout=DEADLINE_S)
-        assert call.code() == grpc.StatusCode.CANCELLED
-        go.set()
-
-
-def test_more_than_a_message_may_have_is_refused() -> None:
-    with groups() as (_, decode), grpc.insecure_channel(decode.endpoints[0].address) as channel:
-        push: Any = channel.stream_unary("/headwise.v1.KvTransferService/Push")
-        with pytest.raises(grpc.RpcError) as raised:
-            push(iter([bytes(3 << 20)]), timeout=DEADLINE_S)
-        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-@pytest.mark.parametrize(
-    ("spec", "why"),
-    [
-        (HandoffSpec(True, "0.0.0.0"), r"^host='0.0.0.0': must be a loopback address where the port is not encrypted"),
-        (HandoffSpec(True, "192.0.2.1"), "^host='192.0.2.1': must be a loopback address"),
-        (HandoffSpec(True, "0.0.0.0", tls_cert="c", tls_key="k"), "^host='0.0.0.0': must be an address by which"),
-        (HandoffSpec(True, tls_cert="c"), "^tls_cert='c': a certificate and its key"),
-        (HandoffSpec(True, tls_cert="/none.pem", tls_key="/none.key"), "^tls_key='/none.key': cannot be read: No such"),
-    ],
-)
-def test_what_must_not_be_bound_is_refused(spec: HandoffSpec, why: str) -> None:
-    with pytest.raises(InvalidValueError, match=why):
-        Rank([(0, 3)], 0, spec, 4)
-
-
-@SHARED
-def test_encrypted_ports_take_from_who_trusts_them(certificates: Any, shared_memory: bool) -> None:
-    good = {"tls_cert": str(certificates / "good.pem"), "tls_key": str(certificates / "good.key")}
-    decode = Group((9, 3), 2, HandoffSpec(True, shared_memory=shared_memory, **good))
-    for ca, code in (("good-ca.pem", ""), ("other-ca.pem", "UNAVAILABLE"), (None, "UNAVAILABLE")):
-        path = None if ca is None else str(certificates / ca)
-        prefill = Group((9, 3), 1, HandoffSpec(shared_memory=shared_memory, ca=path), seed=1)
-        handover = Handover(prefill, decode)
-        (sent,) = handover.push()()
-        assert code in sent.error and bool(sent.error) == bool(code)
-        if not code:
-            assert ok(handover.filled())
-            handover.check_arrived()
-        assert ok(decode.run(HandoffOp.CLOSE, handover.fence))
-        prefill.close()
-    wrong = HandoffSpec(ca=str(certificates / "none.pem"))
-    prefill = Group((9, 3), 1, wrong)
-    (sent,) = prefill.run(HandoffOp.PUSH, fence_of(), blocks=[0], destinations=decode.endpoints, timeout_s=DEADLINE_S)
-    assert "ca=" in sent.error and "cannot be read" in sent.error
-    prefill.close()
-    decode.close()
 
 
 @SHARED

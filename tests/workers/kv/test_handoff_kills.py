@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import grpc
 import pytest
 
 from headwise.workers.kv.handoff import HandoffOp, HandoffSpec
@@ -62,6 +64,42 @@ def test_a_receiver_that_is_stopped_or_killed_costs_no_more_than_the_timeout(sig
         assert ok(decode.run(HandoffOp.OPEN, fence_of(2), blocks=[0, 1], sources=HEADS))
         push = {"blocks": [3, 4], "destinations": decode.endpoints, "timeout_s": DEADLINE_S}
         assert ok(prefill.run(HandoffOp.PUSH, fence_of(2), **push))
+
+
+def receive_and_end(connection: Connection) -> None:
+    rank = Rank(HEADS, 0, HandoffSpec(receives=True), 12)
+    connection.send(rank.endpoint)
+    connection.recv()
+
+
+@pytest.mark.thorough
+def test_streams_do_not_keep_a_process_from_ending() -> None:
+    here, there = FORKED.Pipe()
+    child = FORKED.Process(target=receive_and_end, args=(there,), daemon=True)
+    child.start()
+    try:
+        assert here.poll(DEADLINE_S)
+        reached, go = threading.Event(), threading.Event()
+
+        def silent() -> Iterator[bytes]:
+            reached.set()
+            go.wait(DEADLINE_S)
+            yield b""
+
+        with grpc.insecure_channel(here.recv().address) as channel:
+            push: Any = channel.stream_unary("/headwise.v1.KvTransferService/Push")
+            call = push.future(silent())
+            assert reached.wait(DEADLINE_S)
+            here.send(None)
+            child.join(DEADLINE_S)
+            assert child.exitcode == 0
+            go.set()
+            with pytest.raises(grpc.RpcError):
+                call.result(timeout=DEADLINE_S)
+    finally:
+        child.kill()
+        here.close()
+        there.close()
 
 
 @pytest.mark.thorough
