@@ -198,6 +198,7 @@ class _PushCalls:
             ("grpc.max_send_message_length", -1),
             ("grpc.use_local_subchannel_pool", 1),  # or a new connection would wait because an old one failed
             ("grpc.enable_retries", 0),
+            ("grpc.enable_http_proxy", 0),
         ]
         if spec.ca is None:
             self._channel = grpc.insecure_channel(address, options)

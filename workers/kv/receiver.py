@@ -92,7 +92,9 @@ class Receiver:
                 impatience.cancel()
             return pb.PushResponse(num_bytes=stream.end())
         except PushRefused as error:
-            _logger.warning("a push of KV from %s was refused: %s", context.peer(), error)
+            # What comes after its fence was closed is nothing to worry about.
+            level = logging.INFO if error.refusal == Refusal.UNKNOWN else logging.WARNING
+            _logger.log(level, "a push of KV from %s was refused: %s", context.peer(), error)
             context.abort(_STATUS[error.refusal], str(error))
         except grpc.RpcError:  # the peer is gone, or the fence was closed
             stream.broke()
