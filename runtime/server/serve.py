@@ -62,6 +62,8 @@ _CHANNEL_OPTIONS = [
 _GRACE_S = 0.5
 """For the last words of calls that have ended to reach their clients."""
 _END_S = 5.0
+_LOOK_S = 0.05
+"""How often a server that drains looks whether peers have got what they asked for."""
 
 _logger = logging.getLogger(__name__)
 
@@ -222,7 +224,7 @@ class Server:
             health.set(False)
             if self._llm.ended.is_set():
                 return self._died()
-            idle, hurry = asyncio.create_task(sessions.idle()), asyncio.create_task(self._hurry.wait())
+            idle, hurry = asyncio.create_task(self._idle(sessions)), asyncio.create_task(self._hurry.wait())
             await asyncio.wait(
                 [idle, hurry, ended], timeout=self._options.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -236,6 +238,12 @@ class Server:
         finally:
             for task in (drained, ended, stopping):
                 task.cancel()
+
+    async def _idle(self, sessions: Sessions) -> None:
+        """Returns once no call runs, and no prompt is computed for a peer."""
+        await sessions.idle()
+        while self._llm.engine.generation.handing_over:
+            await asyncio.sleep(_LOOK_S)
 
     async def _end(self, server: grpc.aio.Server) -> None:
         """Ends the calls that are open; those that are being answered have a moment for it."""

@@ -254,6 +254,9 @@ class FakeLLM:
         self.was_shut_down = False
         FakeLLM.last = self
 
+    def handoff_service(self) -> None:
+        return None
+
     def shutdown(self) -> None:
         self.was_shut_down = True
 

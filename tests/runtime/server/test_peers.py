@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import AsyncClient, ServerError
+from headwise.runtime.engine.generation import Generation
 from headwise.runtime.handoff.link import Answer, PrefillLink
 from headwise.runtime.handoff.messages import State, Status
 from headwise.runtime.handoff.service import HandoffService
@@ -260,3 +261,22 @@ def test_a_server_that_drains_takes_no_prompt_and_lets_transfers_end(
         assert stub.Renew(renew, timeout=DEADLINE_S).statuses[0].state == State.COMPUTING
         stream.close()
     assert running.end() == 0
+
+
+def test_a_server_that_stops_waits_until_prompts_are_handed_over(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, over, looks = serve(), threading.Event(), threading.Semaphore(0)
+
+    def handing_over(generation: Generation) -> bool:
+        if running.server.sessions.draining:
+            looks.release()
+        return not over.is_set()
+
+    monkeypatch.setattr(Generation, "handing_over", property(handing_over))
+    running.stop()
+    try:
+        for _ in range(10):  # by the engine and by the server
+            assert looks.acquire(timeout=DEADLINE_S)
+        assert not running.exit_code.done()
+    finally:
+        over.set()
+    assert running.exit_code.result(DEADLINE_S) == 0
