@@ -193,6 +193,17 @@ class AsyncLLM:
             stats["prefill"] = await asyncio.to_thread(self._started.prefill.stats)
         return stats
 
+    def stats_within(self, timeout_s: float) -> dict[str, Any]:
+        """As :meth:`stats`, for any thread but the event loop's.
+
+        Raises:
+            TimeoutError: the engine did not answer in time.
+        """
+        stats = self.submit(Engine.stats).result(timeout_s)
+        if self._started.prefill is not None:
+            stats["prefill"] = self._started.prefill.stats()
+        return stats
+
     async def close(self) -> None:
         """Ends the requests that run, the engine and its shards. Idempotent."""
         await asyncio.to_thread(self.shutdown)

@@ -104,6 +104,8 @@ class Completion:
         completion_tokens: generated tokens of all samples.
         queued_s, time_to_first_token_s, total_s: seconds from the request's arrival at the server until it was first
             scheduled, until its first token, and until its end.
+        prefilled_by: the address of the prefill engine that computed the prompt; None if the server did itself.
+        handoff_tokens: tokens of the prompt that engine handed over; ``cached_tokens`` counts them, too.
     """
 
     request_id: str
@@ -114,6 +116,8 @@ class Completion:
     queued_s: float = 0.0
     time_to_first_token_s: float = 0.0
     total_s: float = 0.0
+    prefilled_by: str | None = None
+    handoff_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -471,6 +475,8 @@ def _take(completion: Completion, response: pb.GenerateResponse) -> Increment | 
     completion.queued_s = result.timings.queued
     completion.time_to_first_token_s = result.timings.time_to_first_token
     completion.total_s = result.timings.total
+    completion.prefilled_by = result.prefilled_by if result.HasField("prefilled_by") else None
+    completion.handoff_tokens = result.handoff_tokens
     for ended in result.samples:
         sample = completion.samples[ended.index]
         sample.finish_reason, sample.error = _FINISH.get(ended.finish_reason), ended.error

@@ -261,10 +261,10 @@ class Inbound:
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: handoffs ``started``, ``committed``, ``cancelled``, and ``fallbacks``, prompts that
-        were computed here after all, which ``causes`` has by cause; ``bytes`` and ``blocks`` that came, and ``seconds``
-        from the start of those handoffs to their end. What computing and handing over took lately: ``cost_s``. And what
-        holds now: ``in_flight``, ``reserved_blocks``, ``oldest_s``, and of each peer whether it is ``connected`` or
-        what the ``problem`` is."""
+        were computed here after all, which ``causes`` has by cause; ``bytes``, ``blocks`` and prompt ``tokens`` that
+        came, and ``seconds`` from the start of those handoffs to their end. What computing and handing over took
+        lately: ``cost_s``. And what holds now: ``in_flight``, ``reserved_blocks``, ``oldest_s``, and of each peer
+        whether it is ``connected`` or what the ``problem`` is."""
         oldest = min((handoff.started for handoff in self._running.values()), default=None)
         causes = {cause.value: self._counts[cause.value] for cause in Cause if cause is not Cause.CANCELLED}
         return {
@@ -272,6 +272,7 @@ class Inbound:
             **{name: self._counts[name] for name in ("started", "committed", "cancelled", "fallbacks")},
             "causes": causes,
             **{name: self._counts[name] for name in ("bytes", "blocks")},
+            "tokens": self._counts["blocks"] * self._cache.block_size,
             "seconds": self._seconds,
             "cost_s": self.cost.stats(),
             "in_flight": len(self._running),

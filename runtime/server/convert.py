@@ -135,6 +135,8 @@ def result(requests: Sequence[Request]) -> pb.GenerateResult:
         ),
         timings=pb.Timings(queued=metrics.queued, time_to_first_token=metrics.time_to_first_token, total=metrics.total),
     )
+    if metrics.prefilled_by is not None:
+        message.prefilled_by, message.handoff_tokens = metrics.prefilled_by, metrics.num_handoff_tokens
     for request in requests:
         assert request.finish_reason is not None
         sample = message.samples.add(

@@ -23,7 +23,7 @@ class Metrics:
     def __init__(self, engine_stats: Callable[[], dict[str, Any]]) -> None:
         """
         Args:
-            engine_stats: returns ``Engine.stats()``; may be called from any thread.
+            engine_stats: returns ``AsyncLLM.stats()``; may be called from any thread.
         """
         self.registry = CollectorRegistry()
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")
@@ -107,6 +107,9 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, stats[key])
         yield from _cache_metrics(cache)
+        # A server with a prefill engine of its own has both sides.
+        handoffs = [side.get("handoff") for side in (stats, stats.get("prefill", {}))]
+        yield from _handoff_metrics({side["role"]: side for side in handoffs if side})
 
 
 def _cache_metrics(cache: dict[str, Any]) -> Iterable[Metric]:
@@ -129,3 +132,58 @@ def _cache_metrics(cache: dict[str, Any]) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "headwise_prefix_cache_integrity_checks", "Checks of the books passed.", cache["integrity_checks"]
     )
+
+
+_HANDOFF_COUNTERS = (
+    ("bytes", "bytes", "Bytes of keys and values, received by decode and sent by prefill."),
+    ("prompt_tokens", "tokens", "Prompt tokens that others computed for this server."),
+    ("seconds", "seconds", "From the start of a handoff until its blocks could be read, of those that were committed."),
+    ("pushes", "pushes", "Pushes of a chunk's blocks."),
+    ("push_failures", "push_failures", "Pushes that did not arrive."),
+    ("push_seconds", "push_seconds", "That pushes took."),
+    ("hidden_push_seconds", "hidden_seconds", "Of the seconds of pushes, those while the same prompt was computed."),
+)
+_HANDOFF_GAUGES = (
+    ("headwise_handoffs_in_flight", "in_flight", "Handoffs that are on their way."),
+    ("headwise_handoff_reserved_blocks", "reserved_blocks", "KV blocks that handoffs fill."),
+    ("headwise_handoff_oldest_seconds", "oldest_s", "Since the start of the oldest handoff that is on its way."),
+)
+
+
+def _handoff_metrics(sides: dict[str, dict[str, Any]]) -> Iterable[Metric]:
+    """Of each side by its role; nothing where there are no handoffs."""
+    if not sides:
+        return
+    outcomes = CounterMetricFamily(
+        "headwise_handoffs", "Handoffs that are over, by outcome and cause.", labels=["role", "outcome", "cause"]
+    )
+    for role, counts in sides.items():
+        for outcome in ("committed", "cancelled", "failed"):
+            if outcome in counts:
+                outcomes.add_metric([role, outcome, ""], counts[outcome])
+        for cause, count in counts.get("causes", {}).items():
+            outcomes.add_metric([role, "fallback", cause], count)
+    yield outcomes
+    for name, key, text in _HANDOFF_COUNTERS:
+        yield from _by_role(CounterMetricFamily(f"headwise_handoff_{name}", text, labels=["role"]), key, sides)
+    for name, key, text in _HANDOFF_GAUGES:
+        yield from _by_role(GaugeMetricFamily(name, text, labels=["role"]), key, sides)
+    peers = {name: peer for counts in sides.values() for name, peer in counts.get("peers", {}).items()}
+    if peers:
+        connected = GaugeMetricFamily(
+            "headwise_handoff_peer_connected", "Whether a prefill engine is connected.", labels=["peer"]
+        )
+        for name, peer in peers.items():
+            connected.add_metric([name], int(peer["connected"]))
+        yield connected
+
+
+def _by_role(
+    family: CounterMetricFamily | GaugeMetricFamily, key: str, sides: dict[str, dict[str, Any]]
+) -> Iterable[Metric]:
+    """One metric of the sides that count it; none where neither does."""
+    for role, counts in sides.items():
+        if key in counts:
+            family.add_metric([role], counts[key])
+    if family.samples:
+        yield family

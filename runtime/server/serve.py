@@ -22,7 +22,6 @@ from grpc_reflection.v1alpha import reflection
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.engine.engine import Engine
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
@@ -169,7 +168,7 @@ class Server:
         self._tokens, self._credentials = _checked(options)
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._gateway: Gateway | None = None
-        metrics = Metrics(lambda: llm.submit(Engine.stats).result(5.0))
+        metrics = Metrics(lambda: llm.stats_within(5.0))
         by_certificate = options.tls_client_ca is not None
         admins, peers = frozenset(options.admins), frozenset(options.peers)
         access = Access(self._tokens, by_certificate, admins, peers, is_loopback(options.host))

@@ -166,16 +166,20 @@ class TopLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class GenerateResult(_message.Message):
-    __slots__ = ("request_id", "samples", "usage", "timings")
+    __slots__ = ("request_id", "samples", "usage", "timings", "prefilled_by", "handoff_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_BY_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     samples: _containers.RepeatedCompositeFieldContainer[SampleResult]
     usage: Usage
     timings: Timings
-    def __init__(self, request_id: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[SampleResult, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    prefilled_by: str
+    handoff_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[SampleResult, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., prefilled_by: _Optional[str] = ..., handoff_tokens: _Optional[int] = ...) -> None: ...
 
 class SampleResult(_message.Message):
     __slots__ = ("index", "finish_reason", "stop_string", "stop_token_id", "num_tokens", "error")

@@ -99,10 +99,10 @@ def serve(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(start_module, "make_factory", thread_groups())
 
     def start(model: Path | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Running:
-        queued, handoff = settings.pop("max_queued_requests", 1024), settings.pop("handoff", None)
+        queued, service = settings.pop("max_queued_requests", 1024), settings.pop("service", None)
         config = engine_config(model=str(model or checkpoint("gqa")), **{"kv_memory": "16MiB"} | settings)
         llm = AsyncLLM(config, max_queued_requests=queued, quiet=True)
-        started.append(Running(llm, ServeOptions(**{"name": "tiny", "port": 0} | (options or {})), handoff))
+        started.append(Running(llm, ServeOptions(**{"name": "tiny", "port": 0} | (options or {})), service))
         return started[-1]
 
     yield start

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
+from headwise.runtime.config import handoff_config
 from headwise.runtime.server import serve as serve_module
 from headwise.runtime.server.health import is_hung
 from headwise.v1 import inference_pb2 as pb
@@ -148,6 +149,43 @@ def test_metrics_are_scraped(serve: Serve) -> None:
         f'headwise_prefix_cache_queried_tokens_total{{tier="device"}} {len(PROMPT)}.0',
     ):
         assert line in text, line
+
+
+def test_handoffs_are_scraped_and_a_result_says_who_computed_its_prompt(serve: Serve) -> None:
+    settings = {"prefill": {}, "handoff": handoff_config(role="decode", min_tokens=32)}
+    running = serve(options={"metrics_port": 0}, **settings)
+    with running.client() as client:
+        handed = client.generate(PROMPT, SamplingParams(max_tokens=2, ignore_eos=True))
+        short = client.generate(PROMPT[5:15], SamplingParams(max_tokens=2, ignore_eos=True))
+        stats = json.loads(client.stats().json)
+    assert (handed.prefilled_by, handed.handoff_tokens, handed.cached_tokens) == ("prefill", 32, 32)
+    assert (short.prefilled_by, short.handoff_tokens) == (None, 0)
+    num_bytes = stats["handoff"]["bytes"]
+    text = running.metrics()
+    for line in (
+        'headwise_handoffs_total{cause="",outcome="committed",role="decode"} 1.0',
+        'headwise_handoffs_total{cause="",outcome="cancelled",role="decode"} 0.0',
+        'headwise_handoffs_total{cause="lease",outcome="fallback",role="decode"} 0.0',
+        'headwise_handoffs_total{cause="transport",outcome="fallback",role="decode"} 0.0',
+        'headwise_handoffs_total{cause="",outcome="committed",role="prefill"} 1.0',
+        f'headwise_handoff_bytes_total{{role="decode"}} {float(num_bytes)}',
+        f'headwise_handoff_bytes_total{{role="prefill"}} {float(num_bytes)}',
+        'headwise_handoff_prompt_tokens_total{role="decode"} 32.0',
+        'headwise_handoff_seconds_total{role="decode"} ',
+        'headwise_handoff_push_seconds_total{role="prefill"} ',
+        'headwise_handoff_hidden_push_seconds_total{role="prefill"} ',
+        'headwise_handoff_push_failures_total{role="prefill"} 0.0',
+        'headwise_handoffs_in_flight{role="decode"} 0.0',
+        'headwise_handoff_reserved_blocks{role="decode"} 0.0',
+        'headwise_handoff_oldest_seconds{role="decode"} 0.0',
+        'headwise_handoff_peer_connected{peer="prefill"} 1.0',
+    ):
+        assert line in text, line
+    assert num_bytes > 0 and 'headwise_handoff_pushes_total{role="decode"}' not in text
+
+
+def test_a_server_without_handoffs_has_no_metrics_of_them(serve: Serve) -> None:
+    assert "handoff" not in serve(options={"metrics_port": 0}).metrics()
 
 
 def test_the_line_of_a_call_whose_client_has_left_says_who_it_was(

@@ -115,7 +115,7 @@ def test_which_methods_are_for_whom(tenant: Tenant, handoff: bool, events: bool,
 def test_everybody_on_loopback_is_a_peer(
     serve: Serve, handoff: HandoffService, engine: FakeEngine, link: Callable[..., PrefillLink]
 ) -> None:
-    running = serve(handoff=handoff)
+    running = serve(service=handoff)
     one = link(running.address)
     wait_until(lambda: one.session)
     assert committed(one, engine).status == Status(State.COMMITTED)
@@ -127,7 +127,7 @@ def test_everybody_on_loopback_is_a_peer(
 def test_only_a_peers_token_hands_over(
     serve: Serve, handoff: HandoffService, engine: FakeEngine, link: Callable[..., PrefillLink], token_file: Path
 ) -> None:
-    running = serve(options={"token_file": token_file}, handoff=handoff)
+    running = serve(options={"token_file": token_file}, service=handoff)
     for token, code in (
         (ALICE, "PERMISSION_DENIED"),
         (OPS, "PERMISSION_DENIED"),
@@ -142,7 +142,7 @@ def test_only_a_peers_token_hands_over(
 
 
 def test_a_peer_does_nothing_else(serve: Serve, handoff: HandoffService, token_file: Path) -> None:
-    running = serve(options={"token_file": token_file}, handoff=handoff)
+    running = serve(options={"token_file": token_file}, service=handoff)
     with running.client(token=DECODE) as peer:
         calls: list[Callable[[], Any]] = [
             lambda: peer.generate([5, 6], SamplingParams(max_tokens=1)),
@@ -171,7 +171,7 @@ def test_a_peer_is_named_by_the_certificate(
     both = certificates / "both-ca.pem"
     both.write_text((certificates / "good-ca.pem").read_text() + (certificates / "other-ca.pem").read_text())
     tls = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key", "tls_client_ca": both}
-    running = serve(options=tls | {"peers": ("other",)}, handoff=handoff)
+    running = serve(options=tls | {"peers": ("other",)}, service=handoff)
 
     def files(*names: str) -> list[bytes]:
         return [(certificates / name).read_bytes() for name in names]
@@ -188,13 +188,13 @@ def test_a_peer_is_named_by_the_certificate(
 def test_strangers_on_a_public_host_are_no_peers(
     serve: Serve, handoff: HandoffService, link: Callable[..., PrefillLink]
 ) -> None:
-    running = serve(options={"host": "0.0.0.0", "insecure": True}, handoff=handoff)
+    running = serve(options={"host": "0.0.0.0", "insecure": True}, service=handoff)
     port = running.address.rpartition(":")[2]
     assert "PERMISSION_DENIED" in refused(link(f"127.0.0.1:{port}"))
 
 
 def test_statuses_are_those_of_a_handoff(serve: Serve, handoff: HandoffService, engine: FakeEngine) -> None:
-    running = serve(handoff=handoff)
+    running = serve(service=handoff)
     with grpc.insecure_channel(running.address) as channel:
         stub = KvHandoffServiceStub(channel)
 
@@ -226,7 +226,7 @@ def test_statuses_are_those_of_a_handoff(serve: Serve, handoff: HandoffService, 
 
 
 def test_the_service_is_named_only_where_it_is(serve: Serve, handoff: HandoffService) -> None:
-    for one, there in ((serve(handoff=handoff), True), (serve(), False)):
+    for one, there in ((serve(service=handoff), True), (serve(), False)):
         with grpc.insecure_channel(one.address) as channel:
             assert (SERVICE in ProtoReflectionDescriptorDatabase(channel).get_services()) is there
             health = health_pb2_grpc.HealthStub(channel)
@@ -242,7 +242,7 @@ def test_the_service_is_named_only_where_it_is(serve: Serve, handoff: HandoffSer
 def test_a_server_that_drains_takes_no_prompt_and_lets_transfers_end(
     serve: Serve, handoff: HandoffService, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = serve(handoff=handoff)
+    running = serve(service=handoff)
     with grpc.insecure_channel(running.address) as channel, running.client() as client:
         stub = KvHandoffServiceStub(channel)
         stub.Hello(HELLO.message(), timeout=DEADLINE_S)
