@@ -99,6 +99,7 @@ class LLM:
         decode: Mapping[str, Any] | None = None,
         handoff_min_tokens: int | None = None,
         on_handoff_failure: str = "recompute",
+        handoff_shared_memory: bool = True,
         quiet: bool = False,
     ) -> None:
         """Loads a model.
@@ -109,8 +110,9 @@ class LLM:
             prefill: settings of an engine of its own that computes the prompts, in which it differs from this one, such
                 as ``{"tensor_parallel_size": 1}``. The KV of the prompts is handed over.
             decode: settings of the engine that goes on from them; as if they were given to ``LLM`` itself.
-            handoff_min_tokens, on_handoff_failure: which prompts are handed over, and what becomes of a request if that
-                fails: ``min_tokens`` and ``on_failure`` of :class:`~headwise.runtime.config.HandoffConfig`.
+            handoff_min_tokens, on_handoff_failure, handoff_shared_memory: which prompts are handed over, what becomes
+                of a request if that fails, and how the bytes travel: ``min_tokens``, ``on_failure`` and
+                ``shared_memory`` of :class:`~headwise.runtime.config.HandoffConfig`.
             quiet: print nothing on stderr; by default progress and the size of the KV cache are shown there.
 
         The other arguments are the fields of :class:`~headwise.runtime.config.EngineConfig`, which says what they mean.
@@ -146,7 +148,7 @@ class LLM:
             "cpus_per_rank": cpus_per_rank,
             "start_timeout": start_timeout,
         }
-        handoff = handoff_settings(prefill, decode, handoff_min_tokens, on_handoff_failure)
+        handoff = handoff_settings(prefill, decode, handoff_min_tokens, on_handoff_failure, handoff_shared_memory)
         self.config: EngineConfig = engine_config(model=str(model), **settings | handoff)
         started = start_engine(self.config, quiet)
         self.model_path = started.model_path

@@ -19,7 +19,11 @@ _OWN = ("host_kv_memory", "disk_kv_path", "disk_kv_limit", "num_blocks", "cpus_p
 
 
 def handoff_settings(
-    prefill: Mapping[str, Any] | None, decode: Mapping[str, Any] | None, min_tokens: int | None, on_failure: str
+    prefill: Mapping[str, Any] | None,
+    decode: Mapping[str, Any] | None,
+    min_tokens: int | None,
+    on_failure: str,
+    shared_memory: bool,
 ) -> dict[str, Any]:
     """The fields of EngineConfig that make two engines of one; none where ``prefill`` and ``decode`` are both None.
 
@@ -30,12 +34,13 @@ def handoff_settings(
         for name, value, default in (
             ("handoff_min_tokens", min_tokens, None),
             ("on_handoff_failure", on_failure, "recompute"),
+            ("handoff_shared_memory", shared_memory, True),
         ):
             if value != default:
                 raise InvalidValueError(name, value, "is for an engine with prefill and decode", "give prefill={}")
         return {}
     check_side("decode", decode or {})
-    handoff = handoff_config(role="decode", min_tokens=min_tokens, on_failure=on_failure)
+    handoff = handoff_config(role="decode", min_tokens=min_tokens, on_failure=on_failure, shared_memory=shared_memory)
     return {**(decode or {}), "prefill": dict(prefill or {}), "handoff": handoff}
 
 

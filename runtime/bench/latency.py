@@ -125,17 +125,43 @@ def measure(
     Raises:
         UnsteadyError: a row that decodes ended before the last request did.
     """
+    timelines, watched = timelines_of(llm, consumers, arriving, tokens, due, decoding)
+    first = timelines[0].arrival
+    return timelines, [b - a for times in watched for a, b in pairwise(times) if a >= first]
+
+
+def timelines_of(
+    llm: LLM,
+    consumers: ThreadPoolExecutor,
+    arriving: Sequence[list[int]],
+    tokens: int,
+    due: Sequence[float],
+    decoding: Sequence[list[int]],
+) -> tuple[list[Timeline], list[list[float]]]:
+    """As :func:`measure`, but of the rows that decode returns when each of their tokens came."""
     stop = Event()
     with steady_rows(llm, decoding) as streams:
-        watching = [consumers.submit(_watch, stream, stop) for stream in streams]
+        watching = [consumers.submit(watch, stream, stop) for stream in streams]
         try:
             timelines = _send(llm, consumers, arriving, tokens, due)
         finally:
             stop.set()
             wait(watching)
-        first = timelines[0].arrival
-        gaps = [b - a for future in watching for a, b in pairwise(future.result()) if a >= first]
-    return timelines, gaps
+        return timelines, [future.result() for future in watching]
+
+
+def watch(stream: Iterator[OutputDelta], stop: Event) -> list[float]:
+    """When each token of a row came, until told to stop.
+
+    Raises:
+        UnsteadyError: the row ended before.
+    """
+    times: list[float] = []
+    for delta in stream:
+        times.extend([time.perf_counter()] * len(delta.token_ids))
+        if stop.is_set():
+            return times
+    raise UnsteadyError("a steady row ended before the last request; raise --max-model-len or send fewer --requests")
 
 
 def metrics_of(timelines: Sequence[Timeline], steady_gaps: Sequence[float]) -> Metrics:
@@ -180,16 +206,6 @@ def _consume(llm: LLM, prompt: list[int], tokens: int, arrival: float) -> Timeli
     for delta in llm.stream(prompt, greedy(tokens)):
         timeline.tokens.extend([time.perf_counter()] * len(delta.token_ids))
     return timeline
-
-
-def _watch(stream: Iterator[OutputDelta], stop: Event) -> list[float]:
-    """When each token of a row came, until told to stop."""
-    times: list[float] = []
-    for delta in stream:
-        times.extend([time.perf_counter()] * len(delta.token_ids))
-        if stop.is_set():
-            return times
-    raise UnsteadyError("a steady row ended before the last request; raise --max-model-len or send fewer --requests")
 
 
 def _table(results: Sequence[Mapping[str, Any]], load: Load) -> Table:

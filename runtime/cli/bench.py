@@ -245,6 +245,71 @@ def serve(
     )
 
 
+@bench.command()
+def handoff(
+    model: Model,
+    tp: Tp = 1,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each prompt that is handed over.", min=1)] = 1024,
+    pairs: Annotated[int, option("n", "Readings of each case, in turns; reported: the median.", min=1)] = 5,
+    streams: Annotated[int, option("n", "Streams that generate while transfers run.", min=1, max=128)] = 4,
+    window: Annotated[float, option("seconds", "For which those are watched.", min=0.01)] = 3.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "ray",
+    max_model_len: MaxModelLen = 2048,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What it costs to have prompts computed by another engine.
+
+    Measured are the bytes on their way, the time to the first token against computing a prompt here, and what streams
+    lose meanwhile. Either engine has half of the cores.
+    """
+    from headwise.runtime.bench import handoff as measure
+
+    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    load = measure.Load(prompt_tokens, pairs, streams, window)
+    measure.run(model, load, settings, as_json=as_json, plot=plot)
+
+
+@bench.command()
+def interference(
+    model: Model,
+    tp: Tp = 1,
+    streams: Annotated[int, option("n", "Streams that generate all the while.", min=1, max=128)] = 4,
+    rate: Annotated[float, option("n", "Long prompts a second, on average.", min=1e-3)] = 0.1,
+    requests: Annotated[int, option("n", "Long prompts to send.", min=1, max=4096)] = 8,
+    prompt_tokens: Annotated[int, option("n", "Tokens of each long prompt.", min=32)] = 2048,
+    tokens: Annotated[int, option("n", "Tokens to generate for each long prompt.", min=1)] = 16,
+    seed: Annotated[int, option("n", "The same seed gives the same times of arrival.", min=0)] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    executor: Executor = "ray",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What streams feel of others' long prompts.
+
+    Three ways of using the same cores: a prefill and a decode engine, each on its half of the cores (as ranks on Ray);
+    one engine that computes prompts in small parts beside streams; and one that computes them in large parts.
+    """
+    from headwise.runtime.bench import interference as measure
+
+    settings = engine_settings(
+        tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address, None, max_num_batched_tokens
+    )
+    load = measure.Load(streams, rate, requests, prompt_tokens, tokens, seed)
+    measure.run(model, load, settings, as_json=as_json, plot=plot)
+
+
 def _sizes(flag: str, text: str) -> list[int]:
     """Numbers separated by commas, each once.
 

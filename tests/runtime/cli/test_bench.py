@@ -165,9 +165,58 @@ def test_kv_cache_with_other_outputs_exits_with_1(headwise: Run, model: str, mon
     assert (code, out) == (1, "") and "token 3 is" in err and "Traceback" not in err
 
 
+HANDOFF = ["--prompt-tokens", "40", "--pairs", "1", "--streams", "2", "--window", "0.05", *LOCAL]
+HANDOFF += ["--max-model-len", "4096"]
+
+
+def test_handoff(headwise: Run, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    picture, model = tmp_path / "out.png", str(checkpoint("gqa", max_position_embeddings=4096))
+    code, out, _ = headwise("bench", "handoff", "--model", model, *HANDOFF, "--json", "--plot", str(picture))
+    assert code == 0
+    results, closing = parsed(out, "handoff")
+    ways, paces = ["grpc", "shared memory"], ["paced", "back to back"]
+    assert [(one["part"], one["way"]) for one in results[:5]] == [
+        *(("bytes", way) for way in ("bare", *ways)),
+        *(("first token", way) for way in ways),
+    ]
+    assert [(one["way"], one["pace"]) for one in results[5:]] == [(way, pace) for way in ways for pace in paces]
+    assert results[0]["of_bare"] == 1 and all(one["gb_per_s"] > 0 for one in results[:3])
+    assert all(one["ratio"] > 0 and one["handoff_s"] >= one["push_s"] > 0 for one in results[3:5])
+    assert all(one["ratio"] > 0 and one["transfers_per_s"] > 0 for one in results[5:])
+    assert closing["settings"]["prompt_tokens"] == 40 and picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.thorough
+def test_handoff_table(headwise: Run, checkpoint: Callable[..., Path]) -> None:
+    model = str(checkpoint("gqa", max_position_embeddings=4096))
+    code, out, err = headwise("bench", "handoff", "--model", model, *HANDOFF)
+    assert code == 0 and "measuring" in err
+    assert all(word in out for word in ("bare", "grpc", "shared memory", "first token", "paced", "back to back"))
+
+
+def test_interference(headwise: Run, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    model = str(checkpoint("gqa", max_position_embeddings=4096))
+    flags = ["--streams", "2", "--rate", "50", "--requests", "3", "--prompt-tokens", "64", "--tokens", "2", *LOCAL]
+    code, out, _ = headwise("bench", "interference", "--model", model, *flags, "--json", "--plot", str(picture))
+    assert code == 0
+    results, closing = parsed(out, "interference")
+    assert [one["case"] for one in results] == ["prefill and decode", "one engine", "one engine, no limit"]
+    assert [one["handed_over"] for one in results] == [3, 0, 0]
+    for one in results:
+        assert 0 <= one["gaps"]["p50_ms"] <= one["gaps"]["p99_ms"] and one["first_token"]["count"] == 3
+        assert one["stream_tok_s"] > 0 and one["prompt_tok_s"] > 0 and not one["pinned"]
+    assert closing["settings"]["requests"] == 3 and picture.read_bytes().startswith(PNG)
+    code, out, _ = headwise("bench", "interference", "--model", model, *flags)
+    assert code == 0 and all(word in out for word in ("p50", "p99", "TTFT", "no limit"))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["handoff", "--pairs", "0"], "--pairs"),
+        (["handoff", "--streams", "0"], "--streams"),
+        (["interference", "--rate", "0"], "--rate"),
         (["throughput", "--batches", "1,none"], "--batches='none'"),
         (["throughput", "--batches", "0"], "--batches='0'"),
         (["throughput", "--batches", ""], "--batches=''"),
@@ -190,7 +239,7 @@ def test_bad_flags_exit_with_2(headwise: Run, model: str, flags: list[str], word
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["throughput", "step", "latency", "limits", "kv-cache"])
+@pytest.mark.parametrize("command", ["throughput", "step", "latency", "limits", "kv-cache", "handoff", "interference"])
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(
     headwise: Run, model: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,4 +259,4 @@ def test_steps_that_do_not_fit_exit_with_1(headwise: Run, model: str) -> None:
 
 def test_help_lists_the_benchmarks(headwise: Run) -> None:
     code, out, _ = headwise("bench", "--help")
-    assert code == 0 and all(name in out for name in ("throughput", "latency", "step", "limits", "kv-cache"))
+    assert code == 0 and all(name in out for name in ("latency", "kv-cache", "handoff", "interference"))
