@@ -112,7 +112,8 @@ class Sender:
         self._rank = HandoffRank(self._cache, [heads], 0, HandoffSpec(), self._results.put, _raise)
         self._channel = grpc.insecure_channel(bare, [("grpc.max_send_message_length", -1)])
         self._bare: Any = self._channel.stream_unary("/bare/Push", request_serializer=None, response_deserializer=None)
-        self._message = secrets.token_bytes(PAYLOAD_BYTES)
+        starts = range(0, self.num_bytes, PAYLOAD_BYTES)
+        self._messages = [secrets.token_bytes(min(PAYLOAD_BYTES, self.num_bytes - start)) for start in starts]
         self._numbers = itertools.count()
 
     def push(self, way: str) -> float:
@@ -122,9 +123,8 @@ class Sender:
             LostBytesError: it has not.
         """
         if way == BARE:
-            count, rest = divmod(self.num_bytes, PAYLOAD_BYTES)
             start = time.perf_counter()
-            self._bare(iter([self._message] * count + [self._message[:rest]]), timeout=TIMEOUT_S)
+            self._bare(iter(self._messages), timeout=TIMEOUT_S)
             return time.perf_counter() - start
         number = next(self._numbers)
         fence = Fence(secrets.token_bytes(16), 1, 1, number, secrets.token_bytes(32))
