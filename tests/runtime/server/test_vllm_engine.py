@@ -24,6 +24,8 @@ from tests.runtime.server.conftest import DEADLINE_S, Running
 from tests.runtime.server.test_service import PROMPT
 
 pytest.importorskip("smg_grpc_proto")
+from smg_grpc_proto.generated import vllm_engine_pb2
+
 from headwise.runtime.server import vllm_engine
 
 Serve = Callable[..., Running]
@@ -145,3 +147,21 @@ def test_strangers_are_not_told_of_the_prompts_of_others(serve: Serve, peer: str
     assert asked.code is (grpc.StatusCode.OK if is_told else grpc.StatusCode.PERMISSION_DENIED)
     assert bool(asked.sent) is (hit_rate > 0) is is_told
     assert not running.server.sessions._num_subscribers
+
+
+def test_a_handoff_of_a_gateways_choice_is_refused(serve: Serve) -> None:
+    running, context = serve(), Context()
+    request = vllm_engine_pb2.GenerateRequest(
+        request_id="one", text="hello", kv_transfer_params_json='{"do_remote_prefill": true}'
+    )
+
+    async def ask() -> str:
+        sessions = running.server.sessions
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        with suppress(grpc.aio.AbortError):
+            await service.Generate(request, context)  # type: ignore[arg-type]
+        return str(await service.GetServerInfo(None, context))  # type: ignore[arg-type]
+
+    about = asyncio.run_coroutine_threadsafe(ask(), running.loop).result(DEADLINE_S)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT and not context.sent
+    assert "kv_connector" not in about and "kv_role" not in about
