@@ -400,9 +400,15 @@ def _is_there(handoff: Handoff) -> bool:
 def _answered(machine: Receiving, now: float, answer: Answer) -> list[Instruction]:
     if answer.cause is None:
         return machine.answered(now)
-    # "lease" is what a peer says that does not know this engine any more.
-    cause = Cause.PEER if answer.cause == Cause.LEASE else Cause(answer.cause)
-    return machine.answered(now, cause, answer.detail)
+    return machine.answered(now, _CAUSES.get(answer.cause, answer.cause), answer.detail)
+
+
+_CAUSES = {
+    # What a peer says that does not know this engine any more.
+    Cause.LEASE: Cause.PEER,
+    # By the link or by the peer, and not by whoever wants the prompt.
+    Cause.CANCELLED: Cause.UNREACHABLE,
+}
 
 
 def _committed(machine: Receiving, now: float, answer: Answer) -> list[Instruction]:

@@ -1,0 +1,508 @@
+"""A handoff meets every fault in every state: its request is slower then, or one clear error, and never different."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import torch
+
+from headwise.cluster.group import ShardGroupDied
+from headwise.runtime import LLM, SamplingParams
+from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.request import seat_of
+from headwise.runtime.handoff.service import HandoffService
+from headwise.runtime.output import FinishReason
+from headwise.v1 import kv_transfer_pb2 as pb
+from headwise.workers.kv import kv_transport
+from headwise.workers.kv.chunk import decode_chunk, encode_chunk
+from headwise.workers.kv.fences import FenceStream
+from headwise.workers.kv.handoff import Fence
+from tests.effort import thorough
+from tests.runtime.handoff.conftest import DEADLINE_S, wait_until
+from tests.runtime.handoff.failpoints import STATES, Failpoint, stopped_at
+from tests.runtime.handoff.sides import Sides, caches, content, handoff_ranks
+
+LEASE_S = 1.0
+TABLE: dict[tuple[str, str], str] = {}
+"""What came of each state and fault."""
+
+
+def prompt(seed: int, length: int = 101) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randrange(3, 256) for _ in range(length)]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    tokens: list[int]
+    reason: FinishReason | None
+    error: str | None
+
+
+@dataclass(slots=True)
+class Cell:
+    """A handoff that was stopped.
+
+    Attributes:
+        outcome: what becomes of its request.
+        messages: what was pushed for an earlier handoff.
+    """
+
+    sides: Sides
+    point: Failpoint
+    state: str
+    outcome: Future[Outcome]
+    others: Callable[[list[int]], Future[Outcome]]
+    wire: Wire
+
+
+class Wire:
+    """What goes from the ranks of prefill to those of decode.
+
+    Attributes:
+        damage: what becomes of the next message, once; None is nothing.
+        seen: the messages that were to go through.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.damage: Callable[[bytes, Iterable[bytes]], Iterable[bytes]] | None = None
+        self.seen: list[bytes] = []
+        push = kv_transport._PushCalls.push
+
+        def pushed(calls: Any, messages: Iterator[bytes], *arguments: Any) -> int:
+            return push(calls, self._through(messages), *arguments)
+
+        patch.setattr(kv_transport._PushCalls, "push", pushed)
+        patch.setattr(kv_transport.GrpcTransport, "chunk_bytes", 1)  # a layer of a block in each message
+
+    def _through(self, messages: Iterator[bytes]) -> Iterator[bytes]:
+        for message in messages:
+            self.seen.append(message)
+            if (damage := self.damage) is None:
+                yield message
+            else:
+                self.damage = None
+                yield from damage(message, messages)
+
+
+# Faults: what is done while the handoff is stopped. Each returns whether decode itself is alive after it.
+
+
+def nothing(cell: Cell) -> None: ...
+
+
+def prefill_group_dies(cell: Cell) -> None:
+    cell.sides.kill_prefill_ranks()
+
+
+def control_is_closed(cell: Cell) -> None:
+    cell.sides.prefill._server.close()
+
+
+def prefill_is_restarted(cell: Cell) -> None:
+    cell.sides.restart_prefill()
+
+
+def decode_group_dies(cell: Cell) -> None:
+    cell.sides.kill_decode_ranks()
+
+
+def dropped(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: rest
+
+
+def duplicated(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: chain([message, message], rest)
+
+
+def reordered(cell: Cell) -> None:
+    def swap(message: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
+        return chain(list(islice(rest, 1)), [message], rest)
+
+    cell.wire.damage = swap
+
+
+def truncated(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: chain([message[:-7]], rest)
+
+
+def flipped(cell: Cell) -> None:
+    def flip(message: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
+        damaged = bytearray(message)
+        damaged[-100] ^= 4
+        return chain([bytes(damaged)], rest)
+
+    cell.wire.damage = flip
+
+
+def replayed(cell: Cell) -> None:
+    """An earlier stream, as it was and with what may be known of this handoff's fence, but for its ticket."""
+    now = [handoff.fence for handoff in cell.sides.inbound._running.values()]
+    received = decode_chunk(cell.wire.seen[0])
+    old, data = received.chunk, received.payload
+    fences = [old.fence, replace(old.fence, epoch=old.fence.epoch + 1)]
+    for fence in now:
+        fences += [
+            replace(fence, ticket=old.fence.ticket),
+            replace(old.fence, ticket=fence.ticket),
+            replace(fence, epoch=fence.epoch - 1),
+            replace(fence, number=fence.number + 1),
+            replace(fence, attempt=2),
+            Fence(fence.transfer, fence.attempt, fence.epoch, fence.number, bytes(32)),
+        ]
+    for rank in handoff_ranks(cell.sides.decode_group):
+        (*_, address, _) = rank.endpoint() or ("", b"")
+        with grpc.insecure_channel(address) as channel:
+            push = channel.stream_unary("/headwise.v1.KvTransferService/Push", None, pb.PushResponse.FromString)
+            for fence in fences:
+                with pytest.raises(grpc.RpcError) as error:
+                    push(iter([encode_chunk(replace(old, fence=fence), data)]), timeout=DEADLINE_S)
+                assert error.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def prefill_is_full(cell: Cell) -> None:
+    cell.sides.outbound._transfers.limit = 0
+
+
+def rubbish(cell: Cell) -> None:
+    """Whatever prefill is asked, it answers something that is no answer."""
+
+    def answer(service: HandoffService, method: str, request: Any, peer: str) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(_RUBBISH[method])
+        return future
+
+    HandoffService.answer = answer  # type: ignore[method-assign]
+
+
+def calls_are_cancelled(cell: Cell) -> None:
+    """As a server does with what it is asked while it ends."""
+
+    def cancelled(service: HandoffService, method: str, request: Any, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.CANCELLED, "the server ends")
+
+    HandoffService._wait = cancelled  # type: ignore[method-assign,assignment]
+
+
+_RUBBISH = {
+    "Hello": pb.HelloResponse(epoch=3),
+    "Prefill": pb.PrefillResponse(expected_s=float("nan"), load=pb.Load(token_s=-1)),
+    "Renew": pb.RenewResponse(statuses=[pb.TransferStatus(state=pb.TransferStatus.STATE_UNSPECIFIED)] * 7),
+    "Commit": pb.CommitResponse(),
+    "AbortTransfer": pb.AbortTransferResponse(),
+    "Query": pb.QueryResponse(epoch=4),
+}
+
+
+def logits_are_not_finite(cell: Cell) -> None:
+    group = cell.sides.prefill_group
+    collect = group.collect
+
+    def poisoned() -> Any:
+        output = collect()
+        output.failed += [(row, "the logits are not finite") for row, _ in output.tokens]
+        output.tokens.clear()
+        return output
+
+    group.collect = poisoned  # type: ignore[method-assign]
+
+
+def client_cancels(cell: Cell) -> None:
+    cell.sides.llm.abort("stopped")
+
+
+def pool_is_full(cell: Cell) -> None:
+    """Others want more blocks than decode has."""
+    for seed in range(3):
+        cell.others(prompt(1000 + seed, 240))
+
+
+def lease_runs_out(cell: Cell) -> None:
+    inbound = cell.sides.inbound
+    inbound.peers[0]._renewable = dict  # type: ignore[attr-defined]
+    if cell.state != "opening":  # the lease begins after that
+        wait_until(lambda: not inbound._running or all(h.machine.cause for h in inbound._running.values()))
+
+
+KILLING = (prefill_group_dies, control_is_closed, prefill_is_restarted, decode_group_dies)
+HARMLESS = (
+    *(nothing, dropped, duplicated, reordered, truncated, flipped, replayed, prefill_is_full, rubbish),
+    calls_are_cancelled,
+    *(logits_are_not_finite, client_cancels, pool_is_full, lease_runs_out),
+)
+
+
+def cells(faults: tuple[Callable[[Cell], None], ...]) -> list[Any]:
+    """Every state with every fault; ``make test`` takes each fault once."""
+    return [
+        (state, fault) if (row + column) % len(STATES) == 3 else thorough(state, fault)
+        for row, fault in enumerate(faults)
+        for column, state in enumerate(STATES)
+    ]
+
+
+class Alone:
+    """What an engine without handoffs gives, computed once."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm, self._known = llm, dict[tuple[int, ...], list[int]]()
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        if tuple(ids) not in self._known:
+            [output] = self._llm.generate([ids], PARAMS)
+            self._known[tuple(ids)] = output.outputs[0].token_ids
+        return self._known[tuple(ids)]
+
+
+PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Callable[..., Path]) -> Iterator[Alone]:
+    with LLM(checkpoint("uneven"), executor="local", kv_memory="16MiB", max_model_len=256, quiet=True) as llm:
+        yield Alone(llm)
+
+
+@contextmanager
+def two_sides(model: Path, **settings: Any) -> Iterator[tuple[Sides, Wire]]:
+    before = left_over()
+    with pytest.MonkeyPatch.context() as patch:
+        wire = Wire(patch)
+        prefill = {"tensor_parallel_size": 2, "max_num_batched_tokens": 32, "num_blocks": 48}
+        sides = Sides(
+            patch,
+            model,
+            **{"prefill": prefill, "tensor_parallel_size": 2, "num_blocks": 32, "lease_s": LEASE_S}
+            | {"shared_memory": False}
+            | settings,
+        )
+        try:
+            yield sides, wire
+        finally:
+            sides.close()
+    wait_until(lambda: not left_over() - before)
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint: Callable[..., Path]) -> Iterator[tuple[Sides, Wire]]:
+    with two_sides(checkpoint("uneven")) as both:
+        yield both
+
+
+def left_over() -> Counter[str]:
+    """Threads of ours by name, and sockets of this process."""
+    sockets = psutil.Process().net_connections("all")
+    names = (thread.name for thread in threading.enumerate())
+    return Counter(
+        [
+            *(name for name in names if name.startswith("headwise")),
+            *(f"socket {one.laddr} {one.raddr}" for one in sockets),
+        ]
+    )
+
+
+def ask(sides: Sides, ids: list[int], name: str) -> Outcome:
+    tokens: list[int] = []
+    last = None
+    for last in sides.llm.stream(ids, PARAMS, request_id=name):
+        tokens += last.token_ids
+    assert last is not None
+    return Outcome(tokens, last.finish_reason, last.error)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def print_table() -> Iterator[None]:
+    """For whoever asks for it with ``-s``: by fault and state, what became of the handoff."""
+    yield
+    print("\n| fault | " + " | ".join(STATES) + " |\n" + "|---" * (len(STATES) + 1) + "|")
+    for fault in (*HARMLESS, *KILLING):
+        cells = [TABLE.get((state, fault.__name__), "-") for state in STATES]
+        print(f"| {fault.__name__.replace('_', ' ')} | " + " | ".join(cells) + " |")
+
+
+def run_cell(sides: Sides, wire: Wire, state: str, fault: Callable[[Cell], None], alone: Alone) -> Outcome | None:
+    """Runs a cell of the table; returns what came of the request, None if decode died."""
+    seed = zlib.crc32(f"{state} {fault.__name__}".encode())
+    more: list[tuple[list[int], Future[Outcome]]] = []
+    with ThreadPoolExecutor(8) as threads, pytest.MonkeyPatch.context() as patch:
+        for name in ("answer", "_wait"):
+            patch.setattr(HandoffService, name, getattr(HandoffService, name))  # and puts it back
+        if not wire.seen:
+            ask(sides, prompt(seed + 1), "before")
+        wait_until(lambda: sides.inbound.peers[0].session)
+
+        def others(ids: list[int]) -> Future[Outcome]:
+            more.append((ids, threads.submit(ask, sides, ids, f"other {len(more)}")))
+            return more[-1][1]
+
+        with stopped_at(sides, state) as point:
+            outcome = threads.submit(ask, sides, prompt(seed), "stopped")
+            assert point.reached.wait(DEADLINE_S), f"no handoff comes to {state}"
+            fault(Cell(sides, point, state, outcome, others, wire))
+        if fault is decode_group_dies:
+            with pytest.raises(ShardGroupDied):
+                outcome.result(DEADLINE_S)
+            return None
+        for ids, other in more:
+            assert other.result(DEADLINE_S).tokens == alone(ids)
+        found = outcome.result(DEADLINE_S)
+        if fault is client_cancels:
+            assert found.reason is FinishReason.ABORT and alone(prompt(seed))[: len(found.tokens)] == found.tokens
+        elif found.error is None:
+            assert found.tokens == alone(prompt(seed))
+        else:
+            assert found.reason is FinishReason.ERROR and not found.tokens
+        return found
+
+
+def fallbacks(sides: Sides) -> dict[str, int]:
+    return dict(sides.inbound.stats()["causes"])
+
+
+def record(state: str, fault: Callable[[Cell], None], sides: Sides, before: dict[str, int]) -> str:
+    after = fallbacks(sides)
+    causes = [name for name in after if after[name] > before[name]]
+    TABLE[state, fault.__name__] = ", ".join(causes) or "committed"
+    return TABLE[state, fault.__name__]
+
+
+@pytest.mark.parametrize(("state", "fault"), cells(HARMLESS), ids=lambda value: getattr(value, "__name__", value))
+def test_every_fault_in_every_state(
+    shared: tuple[Sides, Wire], alone: Alone, state: str, fault: Callable[[Cell], None]
+) -> None:
+    sides, wire = shared
+    group, before = sides.prefill_group, fallbacks(sides)
+    limit = sides.outbound._transfers.limit
+    try:
+        found = run_cell(sides, wire, state, fault, alone)
+    finally:
+        sides.outbound._transfers.limit, wire.damage = limit, None
+        group.__dict__.pop("collect", None)
+        sides.inbound.peers[0].__dict__.pop("_renewable", None)
+    assert found is not None and found.error is None
+    sides.settle()
+    record(state, fault, sides, before)
+
+
+@pytest.mark.parametrize(("state", "fault"), cells(KILLING), ids=lambda value: getattr(value, "__name__", value))
+def test_every_death_in_every_state(
+    checkpoint: Callable[..., Path], alone: Alone, state: str, fault: Callable[[Cell], None]
+) -> None:
+    with two_sides(checkpoint("uneven")) as (sides, wire):
+        before = fallbacks(sides)
+        found = run_cell(sides, wire, state, fault, alone)
+        TABLE[state, fault.__name__] = "one error"
+        if found is not None:
+            assert found.error is None
+            record(state, fault, sides, before)
+        sides.settle(decode=fault is not decode_group_dies, prefill=fault is not prefill_group_dies)
+        if fault is prefill_is_restarted:  # the new one is of use
+            wait_until(lambda: (now := sides.inbound.peers[0].session) and now.epoch == sides.outbound._epoch)
+            committed = sides.inbound.stats()["committed"]
+            assert ask(sides, prompt(77), "after").tokens == alone(prompt(77))
+            assert sides.inbound.stats()["committed"] == committed + 1
+
+
+HITS = [
+    (flipped, "computing", "transport"),
+    (prefill_is_full, "opening", "refused"),
+    (rubbish, "asking", "peer"),
+    (calls_are_cancelled, "asking", "unreachable"),
+    (logits_are_not_finite, "between pushes", "(peer|transport)"),  # prefill says so, and ends its pushes
+    (lease_runs_out, "filled", "lease"),
+]
+
+
+def test_where_a_handoff_must_not_fail_its_request_has_one_clear_error(
+    checkpoint: Callable[..., Path], alone: Alone
+) -> None:
+    with two_sides(checkpoint("uneven"), on_handoff_failure="fail") as (sides, wire):
+        for fault, state, cause in HITS:
+            limit, group = sides.outbound._transfers.limit, sides.prefill_group
+            found = run_cell(sides, wire, state, fault, alone)
+            sides.outbound._transfers.limit = limit
+            group.__dict__.pop("collect", None)
+            sides.inbound.peers[0].__dict__.pop("_renewable", None)
+            assert found is not None and found.error is not None
+            assert re.search(f"computed by 127.0.0.1:{sides.port}: {cause}: .", found.error)
+            sides.settle()
+        wait_until(lambda: sides.inbound.peers[0].session)
+        assert ask(sides, prompt(5), "after").tokens == alone(prompt(5))
+        sides.settle()
+
+
+@pytest.mark.parametrize("where", ["at the sender", "at the receiver"])
+def test_what_is_late_does_not_touch_the_next_owner_of_the_blocks(
+    checkpoint: Callable[..., Path], alone: Alone, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message is on its way while its handoff is cancelled, and every block of decode gets another owner."""
+    with two_sides(checkpoint("uneven"), num_blocks=16) as (sides, _):
+        point, receive = Failpoint(), FenceStream.receive
+
+        def late(stream: FenceStream, message: bytes) -> None:
+            if not point.reached.is_set():
+                point.wait()
+            receive(stream, message)
+
+        with ThreadPoolExecutor(2) as threads, ExitStack() as undo:
+            if where == "at the receiver":
+                monkeypatch.setattr(FenceStream, "receive", late)
+                undo.callback(point.release)
+            else:
+                point = undo.enter_context(stopped_at(sides, "pushing"))
+            outcome = threads.submit(ask, sides, prompt(1), "stopped")
+            assert point.reached.wait(DEADLINE_S)
+            sides.llm.abort("stopped")
+            assert outcome.result(DEADLINE_S).reason is FinishReason.ABORT
+            wait_until(lambda: not sides.inbound.busy)
+            monkeypatch.setattr(sides.inbound, "choose", lambda *arguments: None)
+            owner = prompt(2, 240)
+            assert ask(sides, owner, "owner").tokens == alone(owner)
+            before, blocks = sides.decode_kv(owner), sides.llm.stats()["prefix_cache"]["cached_blocks"]
+            assert blocks >= 15
+            memory = [content(cache, range(16)) for _, cache in caches(sides.decode_group)]
+            point.release()
+            wait_until(lambda: not any(len(rank._pusher._pushes) for rank in handoff_ranks(sides.prefill_group)))
+        sides.settle()
+        assert sides.decode_kv(owner) == before
+        for was, (_, cache) in zip(memory, caches(sides.decode_group), strict=True):
+            assert torch.equal(was, content(cache, range(16)))
+
+
+def test_keys_and_values_that_are_not_finite_are_never_read_at_decode(
+    checkpoint: Callable[..., Path], alone: Alone
+) -> None:
+    """Those of a block that prefill pushes become what is no number, as by a fault of its memory."""
+    with two_sides(checkpoint("uneven")) as (sides, _), ThreadPoolExecutor(1) as threads:
+        ids = prompt(3)
+        with stopped_at(sides, "between pushes") as point:
+            outcome = threads.submit(ask, sides, ids, "stopped")
+            assert point.reached.wait(DEADLINE_S)
+
+            def poison(engine: Engine) -> None:
+                [request] = [live.request for live in engine._live.values()]
+                seat = seat_of(request)
+                for _, cache in caches(sides.prefill_group):
+                    size = cache.range_bytes(1, cache.num_kv_heads, 2)
+                    nan = torch.full((size // 4,), float("nan")).numpy().tobytes()
+                    cache.write_range(seat.block_ids[:1], (0, cache.num_kv_heads), (0, 2), nan)
+
+            sides.prefill.loop.run(poison)
+        assert outcome.result(DEADLINE_S).tokens == alone(ids)
+        assert fallbacks(sides)["peer"] == 1
+        sides.settle()
+        assert not sides.prefill_kv(ids)
