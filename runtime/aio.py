@@ -161,6 +161,12 @@ class AsyncLLM:
         check_request_id(request_id)
         self._loop.post(lambda engine: engine.abort(request_id))
 
+    async def reset_prefix_cache(self) -> None:
+        """Empties the prefix cache; see :meth:`headwise.runtime.llm.LLM.reset_prefix_cache`."""
+        if self._started.prefill is not None:
+            self._started.prefill.reset_prefix_cache()
+        await self.run(Engine.reset_prefix_cache)
+
     async def run(self, function: Callable[[Engine], T]) -> T:
         """Runs ``function`` on the engine's thread, between two steps; returns or raises what ``function`` does.
 

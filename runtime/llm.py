@@ -295,6 +295,8 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Empties the prefix cache: on the device, in host memory and on disk, pinned blocks included. Running requests
         go on."""
+        if self._prefill is not None:
+            self._prefill.reset_prefix_cache()
         self._loop.run(Engine.reset_prefix_cache)
 
     def subscribe_kv_events(self, capacity: int = 1024) -> Subscription:

@@ -102,6 +102,10 @@ class PrefillSide:
         except HeadwiseError:
             return {}
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached block before it computes what it is asked for from now on."""
+        self.loop.post(Engine.reset_prefix_cache)
+
     def close(self) -> None:
         """Idempotent."""
         try:

@@ -102,7 +102,8 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt, generated and pending tokens."""
-        return len(self.prompt_token_ids) + len(self.generated) + (self.seat.num_pending if self.seat else 0)
+        seat = self.seat  # which the engine's thread may take while another counts
+        return len(self.prompt_token_ids) + len(self.generated) + (seat.num_pending if seat else 0)
 
     @property
     def num_uncomputed(self) -> int:

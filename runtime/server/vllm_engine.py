@@ -159,7 +159,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         try:
             if not self._sessions.tenant(context).admin:
                 raise PermissionDeniedError("emptying the prefix cache takes an admin's token")
-            await self._llm.run(lambda engine: engine.reset_prefix_cache())
+            await self._llm.reset_prefix_cache()
         except Exception as error:
             await abort(context, error)
         return common_pb2.FlushCacheResponse(success=True, message="what runs goes on")
