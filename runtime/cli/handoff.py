@@ -29,6 +29,15 @@ HandoffMinTokens = Annotated[
 OnHandoffFailure = Annotated[
     str, option("what", "recompute: compute a prompt here if its handoff fails; fail: end the request.")
 ]
+HandoffLease = Annotated[
+    float | None,
+    option(
+        "seconds",
+        "Time after which either side gives a prompt up if it does not hear of the other; default: 30.",
+        min=0.1,
+        max=120,
+    ),
+]
 HandoffHost = Annotated[str, option("address", "Where ranks of a decode server listen for keys and values.")]
 HandoffCa = Annotated[
     Path | None, option("file", "Who signed the certificates of the other side (PEM); default: clear text.")

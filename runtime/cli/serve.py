@@ -12,6 +12,7 @@ from headwise.runtime.cli.handoff import (
     Decode,
     HandoffCa,
     HandoffHost,
+    HandoffLease,
     HandoffMinTokens,
     HandoffSharedMemory,
     HandoffTokenFile,
@@ -113,6 +114,7 @@ def serve(
     decode: Decode = None,
     handoff_min_tokens: HandoffMinTokens = None,
     on_handoff_failure: OnHandoffFailure = "recompute",
+    handoff_lease: HandoffLease = None,
     handoff_host: HandoffHost = "127.0.0.1",
     handoff_ca: HandoffCa = None,
     handoff_token_file: HandoffTokenFile = None,
@@ -139,6 +141,7 @@ def serve(
     handoff = {
         "min_tokens": handoff_min_tokens,
         "on_failure": on_handoff_failure,
+        "lease_s": handoff_lease,
         "host": handoff_host,
         "shared_memory": handoff_shared_memory,
         **{

@@ -36,7 +36,7 @@ from headwise.workers.errors import InvalidValueError
 OWN_PREFILL = "prefill"
 """The name of a prefill engine of the same program, whose address tells nobody anything."""
 RENEW_S = 5.0
-"""Between two renewals; also how soon an idle peer is missed."""
+"""Between two renewals, or a quarter of a lease if that is less; also how soon an idle peer is missed."""
 CALL_TIMEOUT_S = 5.0
 """For a peer to answer what it can answer at once."""
 COMMIT_TIMEOUT_S = 20.0
@@ -258,7 +258,7 @@ class PrefillLink:
                 wait_s = backoff_s if fits else MISMATCH_BACKOFF_S
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
             elif self._renew():
-                wait_s, backoff_s = RENEW_S, BACKOFF_S
+                wait_s, backoff_s = min(RENEW_S, self._lease_s / 4), BACKOFF_S
             else:
                 wait_s = 0.0
             # Not all links of a machine at once.

@@ -24,6 +24,7 @@ from headwise.runtime.handoff.service import HandoffService
 from tests.runtime.handoff.conftest import (
     DEADLINE_S,
     EPOCH,
+    HELLO,
     FakeEngine,
     Renewals,
     TcpServer,
@@ -59,6 +60,20 @@ def test_leases_are_renewed_in_one_batch(local: LocalServer, engine: FakeEngine,
     renewals.until(keys[1], Status(State.UNKNOWN))
     one.untrack(keys[1])
     wait_until(lambda: engine.batches[-1] == keys[2:])
+
+
+def test_a_short_lease_is_renewed_before_it_runs_out(local: LocalServer, engine: FakeEngine) -> None:
+    one = PrefillLink(local.address, HELLO, None, None, lambda: None, lease_s=0.2)
+    try:
+        renewals, key = Renewals(), key_of(1)
+        assert ask(connected(one), ask_of(key)).cause is None
+        one.track(key, renewals)
+        first = time.monotonic()
+        for _ in range(4):
+            assert renewals.next() == (key, Status(State.COMPUTING))
+        assert time.monotonic() - first < 4 * 0.2
+    finally:
+        one.close()
 
 
 @pytest.mark.usefixtures("quick")
