@@ -30,6 +30,7 @@ class Launched:
         rows: those that sample a token.
         result: their tokens on the device, None if there are no such rows.
         constraints: of these rows, or None; not looked up later, when another request may have the row.
+        computed: tells where there is no result when the device has done the work; None on a CPU.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Launched:
     rows: list[int]
     result: SampleResult | None
     constraints: list[Constraint | None]
+    computed: torch.cuda.Event | None = None
 
 
 class Runner:
@@ -97,11 +99,18 @@ class Runner:
         self._next_step += 1
         self._apply(plan)
         rows, result = self._compute(plan) if plan.computes else ([], None)
-        return Launched(plan.step, started, rows, result, [self._sampler.constraint(row) for row in rows])
+        computed = None
+        if result is None and self._device.type == "cuda":
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            computed.record()
+        return Launched(plan.step, started, rows, result, [self._sampler.constraint(row) for row in rows], computed)
 
     def finish(self, launched: Launched) -> StepOutput:
-        """Waits for a step's tokens and takes note of them."""
+        """Waits until a step is computed, and takes note of its tokens. Its keys and values are in the memory of every
+        rank then, for all ranks have met after the last of them."""
         output = StepOutput(launched.step)
+        if launched.computed is not None:
+            launched.computed.synchronize()
         if launched.result is not None:
             started = time.perf_counter()
             self._collect(launched, launched.result, output)

@@ -51,6 +51,33 @@ def test_a_step_is_launched_before_the_one_before_it_is_finished(shard: Shard) -
     assert [token for output in found for _, token in output.tokens] == [o.tokens[0][1] for o in expected]
 
 
+class Work:
+    """Stands for what a GPU has to do."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def record(self) -> None:
+        self.calls.append("record")
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+
+def test_a_step_without_a_token_is_finished_once_the_device_has_computed_it(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the blocks of a chunk would be sent to another engine before they are computed."""
+    work, runner = Work(), shard._runner
+    assert runner is not None
+    monkeypatch.setattr(torch.cuda, "Event", lambda: work)
+    monkeypatch.setattr(runner, "_device", torch.device("cuda"))
+    launched = runner.launch(StepPlan(0, admits=[admit(0, list(range(3, 23)), [0, 1])], computes=[(0, 13)]))
+    assert work.calls == ["record"]
+    runner.finish(launched)
+    assert work.calls == ["record", "synchronize"]
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
