@@ -42,6 +42,7 @@ class _Search:
         came_short: not all of them arrived from the tiers; the request computes what is missing.
         handoff: the blocks are on their way from another engine.
         was_handed_over: they were once, and whatever came of it, the request computes the rest itself.
+        reserve: how many blocks it waits to reserve for them; 0 if it does not wait for that.
     """
 
     chain: list[CachedBlock] = field(default_factory=list)
@@ -50,6 +51,7 @@ class _Search:
     came_short: bool = False
     handoff: Handoff | None = None
     was_handed_over: bool = False
+    reserve: int = 0
 
 
 class BlockTables:
@@ -67,12 +69,19 @@ class BlockTables:
         self._block_size = cache.block_size
         self._searches: dict[Request, _Search] = {}  # of requests that wait
         self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
+        self._somebody_waits = False  # for room to reserve blocks, in this round
+
+    def begin_round(self) -> None:
+        """The waiting requests have their turns, the first of them next."""
+        self._somebody_waits = False
 
     def admit(self, request: Request, row: int) -> Admission:
         """Gives a request a seat, if it can have one now, with blocks for all its tokens and the next one. Its first
         blocks come from the cache where they are there; at least one token is left to compute."""
         search = self._searches.get(request) or self._searches.setdefault(request, _Search())
         if search.restoring or (search.awaits is not None and self._is_coming(search.awaits)):
+            return Admission.LATER
+        if self.inbound is not None and search.reserve and not self._may_reserve(self.inbound, search.reserve):
             return Admission.LATER
         limit = self._match(request, search.chain)
         if self._waits_for_another(request, search, limit):
@@ -232,9 +241,13 @@ class BlockTables:
             return False
         chosen = inbound.choose(blocks, request.num_tokens, first, limit, self.load())
         if chosen is None:
-            return False
-        if not inbound.has_room(limit - first):
+            if reason := inbound.forbids(blocks, request.num_tokens, first, limit):
+                self.failed.append((request, reason))
+            return bool(reason)
+        search.reserve = limit - first
+        if not self._may_reserve(inbound, search.reserve):
             return True
+        search.reserve = 0
         search.restoring = search.was_handed_over = True
         for digest in blocks.digests[first:limit]:
             self._coming.setdefault(digest, request)
@@ -242,6 +255,12 @@ class BlockTables:
         handoff = inbound.start(chosen, blocks, search.chain, limit, request.tenant, done)
         search.handoff = handoff if search.restoring else None  # else it has failed by now
         return True
+
+    def _may_reserve(self, inbound: Inbound, num_blocks: int) -> bool:
+        """Whether so many blocks may be reserved now. Once they may not be for one request, they may be for none behind
+        it in this round: else short prompts would keep a long one waiting for ever."""
+        self._somebody_waits = self._somebody_waits or not inbound.has_room(num_blocks)
+        return not self._somebody_waits
 
     def _handed_over(self, request: Request, search: _Search, wanted: Sequence[bytes], arrival: Arrival) -> None:
         self._has_come(request, wanted)

@@ -141,11 +141,11 @@ class Engine:
         while len(self._in_flight) < self._depth and self._submit_next():
             pass
         moving = self._move_blocks(wait=not self._in_flight)
+        failed = self._end_failed()
         if self._in_flight:
             self._collect_oldest()
-        elif len(self._live) > self._num_paused and not moving:
+        elif len(self._live) > self._num_paused and not (moving or failed):
             raise RuntimeError(f"{len(self._live)} requests wait and none can be scheduled: {self.stats()}")
-        self._end_failed()
         self._check_idle()
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
@@ -254,8 +254,8 @@ class Engine:
         generation.ledger.poll(TRANSFER_WAIT_S if wait and busy else 0.0)
         return busy or handing_over
 
-    def _end_failed(self) -> None:
-        """Ends the requests whose prompts another engine was to compute, and did not."""
+    def _end_failed(self) -> bool:
+        """Ends requests whose prompts another engine was to compute, and did not. Returns whether there were any."""
         failed = self._scheduler.take_failed()
         for request, reason in failed:
             if (live := self._live.get(request.key)) is not None and live.request is request:
@@ -263,6 +263,7 @@ class Engine:
                 self._emit(live, end(request, live.text, FinishReason.ERROR))
         if failed:
             self._deliver()
+        return bool(failed)
 
     def _submit_next(self) -> bool:
         """Submits a step, if there is anything to compute."""

@@ -209,6 +209,7 @@ class Scheduler:
 
     def _admit_waiting(self, draft: _Draft) -> None:
         rows_of = self._rows_of_tenants()
+        self._tables.begin_round()
         while draft.budget > 0 and (request := self.waiting.head) is not None:
             if request.paused:
                 self.waiting.skip()

@@ -12,7 +12,8 @@ _WEIGHT = 0.3
 """Of a new reading in the running means: the last few count."""
 
 _DOUBT = 0.98
-"""Each time a peer is passed over its overhead is believed a little less, so that it is tried again now and then."""
+"""With each prompt that a peer does not get, its overhead is believed a little less, so that it is tried again now and
+then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,15 @@ class HandoffCost:
         overhead_s = max(0.0, seconds - self._computing_s(prompt, peer))
         self._overhead_s[peer.address] = _mean(self._overhead_s.get(peer.address), overhead_s)
 
+    def saw_failure(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
+        """A prompt that was handed to ``peer`` is computed here after all, after so many seconds. Counts as longer than
+        here, whatever it would have held up here."""
+        self.saw_handoff(prompt, peer, seconds + PATIENCE * self.local_s(prompt, 0))
+
+    def is_handed_over(self, prompt: Prompt) -> bool:
+        """Whether a prompt is long enough, and blocks of it are missing here."""
+        return prompt.travels and prompt.uncached_tokens >= self._least_tokens
+
     def choose(self, prompt: Prompt, peers: Sequence[Peer], queued_tokens: int, streams: bool) -> Peer | None:
         """The peer that is to compute a prompt; None computes it here.
 
@@ -96,17 +106,20 @@ class HandoffCost:
             queued_tokens: tokens of prompts that wait here.
             streams: whether requests run here whose tokens are read as they come.
         """
-        if not prompt.travels or prompt.uncached_tokens < self._least_tokens:
+        if not self.is_handed_over(prompt):
             return None
         chosen = min(peers, key=lambda peer: self.remote_s(prompt, peer), default=None)
         if chosen is not None and self._min_tokens is None:
             patience = PATIENCE if streams else 1.0
             if self.remote_s(prompt, chosen) >= patience * self.local_s(prompt, queued_tokens):
                 chosen = None
+        return chosen
+
+    def pass_over(self, peers: Sequence[Peer], chosen: Peer | None) -> None:
+        """A choice of :meth:`choose` is acted upon, once for each prompt."""
         for peer in peers:
             if peer is not chosen and peer.address in self._overhead_s:
                 self._overhead_s[peer.address] *= _DOUBT
-        return chosen
 
     def local_s(self, prompt: Prompt, queued_tokens: int) -> float:
         """Seconds until a prompt would be computed here."""

@@ -186,22 +186,21 @@ class Inbound:
 
     def choose(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int, load: LocalLoad) -> Chosen | None:
         """Who is to compute a prompt's blocks from ``first`` to ``stop``; None if they are better computed here."""
-        size = self._cache.block_size
-        prompt = Prompt(num_tokens, first * size, blocks.digests[:stop], size)
-        known: dict[str, KnownPeer] = {}
-        asked: Counter[str] = Counter()  # more than a peer has told of, as a rule, when many prompts come at once
-        for handoff in self._running.values():
-            asked[handoff.peer.name] += len(handoff.memory) * size
-        for peer in self.peers:
-            session, load_there = peer.session, peer.load
-            if session is not None and session.max_tokens >= stop * size:
-                known[peer.name] = KnownPeer(
-                    peer.name, max(load_there.queued_tokens, asked[peer.name]), load_there.token_s, peer.digests
-                )
-        chosen = self.cost.choose(prompt, list(known.values()), load.queued_tokens, load.streams)
+        prompt, known = self._prompt(blocks, num_tokens, first, stop), self._known(stop)
+        chosen = self.cost.choose(prompt, known, load.queued_tokens, load.streams)
+        if chosen is None or self.has_room(stop - first):
+            self.cost.pass_over(known, chosen)
         if chosen is None:
             return None
         return Chosen(next(peer for peer in self.peers if peer.name == chosen.address), chosen, prompt)
+
+    def forbids(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int) -> str:
+        """Why a prompt that nobody was chosen for must not be computed here; empty if it may be."""
+        prompt = self._prompt(blocks, num_tokens, first, stop)
+        if not self.must_succeed or not self.cost.is_handed_over(prompt) or self._known(stop):
+            return ""
+        problems = [f"{peer.name}: {peer.problem or 'it takes no prompt so long'}" for peer in self.peers]
+        return f"its prompt was to be computed by another engine, and none can: {', '.join(problems)}"
 
     def has_room(self, num_blocks: int) -> bool:
         """Whether so many blocks may be reserved now. If not, handoffs are on their way, and will be over."""
@@ -288,6 +287,24 @@ class Inbound:
         for peer in self.peers:
             peer.close()
 
+    def _prompt(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int) -> Prompt:
+        size = self._cache.block_size
+        return Prompt(num_tokens, first * size, blocks.digests[:stop], size)
+
+    def _known(self, num_blocks: int) -> list[KnownPeer]:
+        """The peers that can be reached and take a prompt of so many blocks."""
+        size = self._cache.block_size
+        known: dict[str, KnownPeer] = {}
+        asked: Counter[str] = Counter()  # more than a peer has told of, as a rule, when many prompts come at once
+        for handoff in self._running.values():
+            asked[handoff.peer.name] += len(handoff.memory) * size
+        for peer in self.peers:
+            session, load = peer.session, peer.load
+            if session is not None and session.max_tokens >= num_blocks * size:
+                queued = max(load.queued_tokens, asked[peer.name])
+                known[peer.name] = KnownPeer(peer.name, queued, load.token_s, peer.digests)
+        return list(known.values())
+
     def _follow(self, handoff: Handoff, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
@@ -309,6 +326,9 @@ class Inbound:
                 case Fallback(cause, reason):
                     self._counts["fallbacks"] += 1
                     self._counts[cause.value] += 1
+                    if _is_there(handoff):  # else it is not chosen before it is back, and may be another then
+                        seconds = time.monotonic() - handoff.started
+                        self.cost.saw_failure(handoff.chosen.prompt, handoff.chosen.known, seconds)
                     handoff.done(Arrival(0, handoff.peer.name, f"{cause}: {reason}"))
                 case Free():
                     cache_arrivals(self._cache, handoff.blocks, handoff.chain, handoff.memory, 0)

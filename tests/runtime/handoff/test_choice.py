@@ -112,6 +112,28 @@ def test_a_peer_that_is_passed_over_gets_another_chance() -> None:
     cost.saw_handoff(prompt(), fast, 320 * TOKEN_S * 2)
     tries = 0
     while cost.choose(prompt(), [fast], 0, False) is None:
+        cost.pass_over([fast], None)
         tries += 1
         assert tries < 100
     assert tries > 10
+
+
+def test_a_peer_is_not_passed_over_before_the_choice_is_acted_upon() -> None:
+    """A prompt that waits for room is looked at in every step."""
+    cost, slow, fast = measured(0), peer("slow"), peer("fast")
+    cost.saw_handoff(prompt(), slow, 320 * TOKEN_S + 5)
+    cost.saw_handoff(prompt(), fast, 320 * TOKEN_S + 1)
+    assert all(cost.choose(prompt(), [slow, fast], 0, False) is fast for _ in range(1000))
+    cost.pass_over([slow, fast], fast)
+    assert cost.stats()["overhead slow"] == pytest.approx(5 * 0.98)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_peer_whose_handoffs_fail_is_not_chosen_for_a_while(streams: bool) -> None:
+    """However soon they fail, and however busy this engine is with streams."""
+    cost, fast = measured(), peer(token_s=TOKEN_S / 100)
+    assert cost.choose(prompt(), [fast], 0, streams) is fast
+    cost.saw_failure(prompt(), fast, 0.001)
+    assert cost.choose(prompt(), [fast], 0, streams) is None
+    other = peer("b", token_s=TOKEN_S)
+    assert cost.choose(prompt(), [fast, other], 1, streams) is other

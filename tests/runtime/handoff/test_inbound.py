@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -132,3 +133,71 @@ def test_reserved_blocks_leave_room_for_a_request(pair: Pair) -> None:
         most = max(most, inbound_of(pair).stats()["reserved_blocks"])
     assert 7 <= most <= 22
     assert all(request.generated == alone(request)[0] for request in requests)
+
+
+def test_a_peer_that_fails_is_given_up_for_the_other(pair: Pair) -> None:
+    """Known to be fast, it would be asked for ever."""
+    inbound = inbound_of(pair)
+    broken, sound = Known(pair, "broken", Load(0, 0.001)), Known(pair, "sound", Load(0, 0.5))
+    assert broken.session is not None
+    broken.session = replace(broken.session, epoch=PREFILL_EPOCH + 1)  # what it is asked, it refuses
+    inbound.peers = [broken, sound]
+    inbound.cost.saw_prefill(1, 1.0)
+    requests = [make_request(str(number), [number] * 9, 1) for number in range(4)]
+    for request in requests:
+        pair.decode.add(request)
+        pair.settle()
+    assert [request.metrics.prefilled_by for request in requests] == [None, "sound", "sound", "sound"]
+    assert inbound.stats()["causes"]["refused"] == 1
+
+
+def test_a_long_prompt_is_not_kept_waiting_for_room_by_shorter_ones(pair: Pair) -> None:
+    """22 blocks may be reserved: the first two prompts take 14, the next needs 20, those after it 2."""
+    first = [make_request(f"first-{number}", [number] * 29, 1) for number in range(2)]
+    long = make_request("long", [5] * 81, 1)
+    short = [make_request(f"short-{number}", [number + 6] * 9, 1) for number in range(10)]
+    started: list[str] = []
+    inbound, start = inbound_of(pair), inbound_of(pair).start
+
+    def note(chosen: Any, blocks: Any, *rest: Any) -> Any:
+        started.append(str(blocks.tokens(1)[0]))
+        return start(chosen, blocks, *rest)
+
+    inbound.start = note  # type: ignore[method-assign]
+    for request in [*first, long, *short]:
+        pair.decode.add(request)
+    pair.settle()
+    assert started[:3] == ["0", "1", "5"]
+    assert all(request.generated == alone(request)[0] for request in [*first, long, *short])
+
+
+def test_a_prompt_that_waits_for_room_costs_next_to_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbound, choices = inbound_of(pair), 0
+    choose = inbound.choose
+
+    def count(*arguments: Any) -> Any:
+        nonlocal choices
+        choices += 1
+        return choose(*arguments)
+
+    monkeypatch.setattr(inbound, "choose", count)
+    requests = [make_request(str(number), [number] * 29, 1) for number in range(6)]
+    for request in requests:
+        pair.decode.add(request)
+    steps = 0
+    while pair.decode.engine.has_work and steps < 4000:
+        pair.move()
+        steps += 1
+    assert choices <= 4 * len(requests) < steps
+
+
+def test_a_prompt_that_must_not_be_computed_here_is_not_where_no_peer_is_connected(pair: Pair) -> None:
+    inbound = inbound_of(pair)
+    inbound.must_succeed, pair.link.session, pair.link.problem = True, None, "UNAVAILABLE: refused"
+    request, short = make_request("long", PROMPT, 3), make_request("short", [1, 2], 3)
+    pair.decode.add(request)
+    pair.decode.add(short)
+    pair.settle()
+    assert pair.decode.ended[request.key] is FinishReason.ERROR and request.generated == []
+    assert request.error is not None and "UNAVAILABLE: refused" in request.error
+    assert pair.decode.ended[short.key] is FinishReason.LENGTH
