@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from headwise.runtime.handoff import link as link_module
@@ -214,11 +215,13 @@ def test_a_stopped_peer_holds_up_nobody(link: MakeLink) -> None:
         one.track(key, renewals)
         renewals.until(key, Status(State.COMPUTING))
         process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
         assert ask(one, ask_of(key_of(2))).cause == Cause.UNREACHABLE
         renewals.until(key, None)
         process.send_signal(signal.SIGCONT)
         renewals.until(key, Status(State.COMPUTING))
         process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         one.commit(key, answers.put)
         started = time.monotonic()
