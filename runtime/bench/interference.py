@@ -183,6 +183,8 @@ def _table(results: Sequence[dict[str, Any]], load: Load) -> Table:
     ]
     columns = ("", "p50", "p99", "max", "TTFT p50", "TTFT max", "streams' tokens/s", "prompts' tokens/s")
     caption = "ms between a stream's tokens; ms to the first token of a long prompt, from when it was due"
+    if not results[0]["pinned"]:
+        caption += "; prefill and decode were not kept on cores of their own"
     return report.table(_describe(load), columns, rows, caption)
 
 

@@ -260,6 +260,7 @@ def handoff(
     kv_memory: KvMemory = None,
     cpus_per_rank: CpusPerRank = None,
     address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
@@ -270,7 +271,9 @@ def handoff(
     """
     from headwise.runtime.bench import handoff as measure
 
-    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(
+        tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address, None, max_num_batched_tokens
+    )
     load = measure.Load(prompt_tokens, pairs, streams, window)
     measure.run(model, load, settings, as_json=as_json, plot=plot)
 
