@@ -196,8 +196,10 @@ class KVCache:
         steps, beside = self._streams
         beside.wait_stream(steps)
         with torch.cuda.stream(beside):
-            yield
-        beside.synchronize()
+            try:
+                yield
+            finally:
+                beside.synchronize()  # after an error too: nothing is written once the caller has gone on
 
 
 def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:

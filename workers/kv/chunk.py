@@ -8,7 +8,7 @@ it does not fit any more.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, NoReturn
 
 import msgpack
@@ -76,8 +76,8 @@ class Received:
     """
 
     chunk: Chunk
-    payload: memoryview
-    _fields: bytes
+    payload: memoryview = field(repr=False)
+    _fields: bytes = field(repr=False)  # the ticket among them
     _checksum: int
 
     def fits(self, data: Buffer) -> bool:
@@ -125,7 +125,7 @@ def _chunk(packed: bytes) -> Chunk:
     for name, value, size in (("transfer", transfer, TRANSFER_BYTES), ("ticket", ticket, TICKET_BYTES)):
         if type(value) is not bytes or len(value) != size:
             _refuse(f"its {name} is not of {size} bytes")
-    if type(last) is not bool or type(dtype) is not str or len(dtype) > _MAX_DTYPE:
+    if type(last) is not bool or type(dtype) is not str or len(dtype) > _MAX_DTYPE or not dtype.isidentifier():
         _refuse("last is no boolean, or dtype no name")
     place = None if shared is None else tuple(_unsigned(number) for number in _tuple(shared, 3))
     return Chunk(

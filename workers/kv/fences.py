@@ -46,13 +46,14 @@ class PushRefused(HeadwiseError):
 class Fences:
     """Those of one rank. Every method may be called by any thread."""
 
-    def __init__(self, kv_cache: KVCache, heads: Sequence[Range], rank: int) -> None:
+    def __init__(self, kv_cache: KVCache, heads: Sequence[Range], rank: int, shared_memory: bool) -> None:
         """
         Args:
             heads: the KV heads of each rank of this group.
             rank: this one.
+            shared_memory: whether chunks may be in shared memory.
         """
-        self._kv_cache, self._heads, self._rank = kv_cache, heads, rank
+        self._kv_cache, self._heads, self._rank, self.shared_memory = kv_cache, heads, rank, shared_memory
         self._lock = threading.Lock()
         self._open: dict[Key, _OpenFence] = {}
 
@@ -142,6 +143,12 @@ class FenceStream:
         self._index = self._num_bytes = 0
         self._ended = False
         self._shared: SharedReader | None = None
+        self._last = time.monotonic()
+
+    def is_stray(self, patience_s: float) -> bool:
+        """Whether it has brought nothing for so long and there is no fence that it could fill. On any thread."""
+        fence = self._fence
+        return (fence is None or not fence.writable) and time.monotonic() - self._last >= patience_s
 
     def receive(self, message: bytes) -> None:
         """Checks a message and writes what it brings.
@@ -167,6 +174,7 @@ class FenceStream:
         except PushRefused as error:
             raise self._refused(error) from None
         self._index, self._num_bytes, self._ended = self._index + 1, self._num_bytes + chunk.num_bytes, chunk.last
+        self._last = time.monotonic()
 
     def end(self) -> int:
         """The stream is through; returns how many bytes it brought.
@@ -200,6 +208,8 @@ class FenceStream:
             return received.payload
         pid, fd, offset = shared
         try:
+            if not self._fences.shared_memory:
+                raise OSError("this rank takes none")
             if self._shared is None or self._shared.place != (pid, fd):
                 if self._shared is not None:
                     self._shared.close()

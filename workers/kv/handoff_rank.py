@@ -44,12 +44,11 @@ class HandoffRank:
         """
         self._done, self._failed = done, failed
         self._queue: SimpleQueue[HandoffJob | TransferResult | None] = SimpleQueue()
-        self._fences = Fences(kv_cache, heads, rank)
+        self._host_id = host_id() if spec.receives and spec.shared_memory else b""
+        self._fences = Fences(kv_cache, heads, rank, shared_memory=bool(self._host_id))
         self._receiver: Receiver | None = None
-        self._host_id = b""
         if spec.receives:
             self._receiver = Receiver(self._fences, spec, kv_cache.range_bytes(1, kv_cache.num_kv_heads, 1))
-            self._host_id = host_id() if spec.shared_memory else b""
         self._heads = heads[rank]
         self._pusher = Pusher(kv_cache, heads, rank, connect(spec), self._queue.put)
         self._thread = threading.Thread(target=self._run, name="headwise-kv-handoff", daemon=True)

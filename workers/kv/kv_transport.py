@@ -12,11 +12,15 @@ from typing import Any
 import grpc
 
 from headwise.v1 import kv_transfer_pb2 as pb
-from headwise.workers.errors import HeadwiseError
+from headwise.workers.addresses import is_loopback
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.chunk import PAYLOAD_BYTES, SHARED_BYTES, Chunk, encode_chunk
 from headwise.workers.kv.handoff import HandoffSpec
 from headwise.workers.kv.receiver import UNREADABLE, read_pem
 from headwise.workers.kv.shared_file import FILE_BYTES, SharedFile
+
+_MAX_DETAILS = 256
+"""Characters of what the other end says."""
 
 Read = Callable[[Chunk, memoryview], None]
 """Puts the keys and values of a chunk into memory of ``num_bytes``."""
@@ -101,7 +105,7 @@ class GrpcTransport(KvTransport):
     def __init__(self, address: str, spec: HandoffSpec) -> None:
         """
         Raises:
-            InvalidValueError: ``spec.ca`` cannot be read.
+            InvalidValueError: ``spec.ca`` cannot be read, or is missing where the address is not loopback.
         """
         self._calls = _PushCalls(address, spec)
 
@@ -115,7 +119,7 @@ class GrpcTransport(KvTransport):
                 read(chunk, data)
                 yield encode_chunk(replace(chunk, index=index, last=index == len(chunks) - 1), data)
 
-        return self._calls.push(messages(), cancellation, deadline)
+        return self._calls.push(messages(), sum(chunk.num_bytes for chunk in chunks), cancellation, deadline)
 
     def close(self) -> None:
         self._calls.close()
@@ -130,7 +134,7 @@ class SharedMemoryTransport(KvTransport):
     def __init__(self, address: str, spec: HandoffSpec) -> None:
         """
         Raises:
-            InvalidValueError: ``spec.ca`` cannot be read.
+            InvalidValueError: ``spec.ca`` cannot be read, or is missing where the address is not loopback.
         """
         self._calls = _PushCalls(address, spec)
         self._file: SharedFile | None = None
@@ -139,8 +143,9 @@ class SharedMemoryTransport(KvTransport):
         written = 0
         for part in _parts(chunks, FILE_BYTES):
             try:
-                file = self._file_of(sum(chunk.num_bytes for chunk in part))
-                written += self._calls.push(_shared_messages(part, read, file), cancellation, deadline)
+                size = sum(chunk.num_bytes for chunk in part)
+                file = self._file_of(size)
+                written += self._calls.push(_shared_messages(part, read, file), size, cancellation, deadline)
             except PushFailed as error:
                 self._drop_file()
                 if written:  # too late for another transport
@@ -200,6 +205,9 @@ class _PushCalls:
             ("grpc.enable_retries", 0),
             ("grpc.enable_http_proxy", 0),
         ]
+        if spec.ca is None and not is_loopback(address.rpartition(":")[0].strip("[]")):
+            limit = f"keys, values and tickets would go in clear text to {address}"
+            raise InvalidValueError("ca", None, limit, "name whoever signed the certificates of that engine")
         if spec.ca is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
@@ -210,8 +218,8 @@ class _PushCalls:
             f"/{service}/Push", request_serializer=None, response_deserializer=pb.PushResponse.FromString
         )
 
-    def push(self, messages: Iterator[bytes], cancellation: Cancellation, deadline: float) -> int:
-        """One stream; returns bytes written at the other end. Raises as KvTransport.push."""
+    def push(self, messages: Iterator[bytes], num_bytes: int, cancellation: Cancellation, deadline: float) -> int:
+        """One stream, of which the other end has to write ``num_bytes``; returns that. Raises as KvTransport.push."""
         failures: list[Exception] = []
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -225,11 +233,18 @@ class _PushCalls:
             if failures:
                 raise PushFailed(f"{type(failures[0]).__name__}: {failures[0]}") from failures[0]
             kind = UnreadableError if call.code() == UNREADABLE else PushFailed
-            raise kind(f"{call.code().name}: {call.details()}") from error
+            raise kind(f"{call.code().name}: {_one_line(call.details() or '')}") from error
+        if written != num_bytes:  # the answer came too early, or is made up
+            raise PushFailed(f"num_bytes={written} in the answer: {num_bytes} bytes were to be written")
         return written
 
     def close(self) -> None:
         self._channel.close()
+
+
+def _one_line(text: str) -> str:
+    """A text of the other end as it may go to a log."""
+    return "".join(one if one.isprintable() else "?" for one in text[:_MAX_DETAILS])
 
 
 def _until_error(messages: Iterator[bytes], failures: list[Exception]) -> Iterator[bytes]:

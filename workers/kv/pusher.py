@@ -78,7 +78,8 @@ class Pusher:
         with self._changed:
             try:
                 parts = self._split(push)
-            except InvalidValueError as error:
+                queues = [self._destination(end).queue for end, _ in parts]
+            except (InvalidValueError, RuntimeError) as error:  # the latter if the system has no thread
                 self._done(TransferResult(job.id, error=str(error)))
                 return
             if not parts:
@@ -86,8 +87,8 @@ class Pusher:
                 return
             push.left = len(parts)
             self._pushes.append(push)
-            for end, part in parts:
-                self._destination(end).queue.append(part)
+            for queue, (_, part) in zip(queues, parts, strict=True):
+                queue.append(part)
             self._changed.notify_all()
 
     def stop(self, job: HandoffJob) -> None:
@@ -155,11 +156,12 @@ class Pusher:
 
     def _destination(self, end: KvEndpoint) -> _Destination:
         if end not in self._destinations:
-            destination = self._destinations[end] = _Destination()
+            destination = _Destination()
             destination.thread = threading.Thread(
                 target=self._run, args=(end, destination), name="headwise-kv-push", daemon=True
             )
             destination.thread.start()
+            self._destinations[end] = destination
         return self._destinations[end]
 
     def _run(self, end: KvEndpoint, destination: _Destination) -> None:

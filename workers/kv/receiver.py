@@ -22,8 +22,11 @@ from headwise.workers.kv.handoff import HandoffSpec
 MAX_STREAMS = 64
 """At once: more are refused before anything of them is read."""
 
-FIRST_MESSAGE_S = 10.0
-"""A stream that has not shown its ticket by then is cut, so that strangers cannot take all of them."""
+MAX_CONNECTIONS = 256
+"""At once: each takes a file descriptor of this process, and strangers are not to take them all."""
+
+PATIENCE_S = 10.0
+"""A stream that brings nothing for so long is cut if it has shown no ticket, or its fence is over."""
 
 UNREADABLE = grpc.StatusCode.FAILED_PRECONDITION
 """The receiver cannot read the sender's shared memory."""
@@ -69,6 +72,8 @@ class Receiver:
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.server_handshake_timeout_ms", 20_000),
+            ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+            ("grpc.max_connection_idle_ms", 60_000),  # a pusher ends its own before
         ]
         threads: Any = _DaemonThreads()
         self._server = grpc.server(threads, options=options, maximum_concurrent_rpcs=MAX_STREAMS)
@@ -82,14 +87,17 @@ class Receiver:
         self._server.stop(None).wait(_END_S)
 
     def _push(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.PushResponse:
-        stream = self._fences.stream(context.cancel)
-        impatience = threading.Timer(FIRST_MESSAGE_S, context.cancel)
-        impatience.daemon = True
-        impatience.start()
+        stream, over = self._fences.stream(context.cancel), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(PATIENCE_S):
+                if stream.is_stray(PATIENCE_S):
+                    context.cancel()
+
         try:
+            threading.Thread(target=watch, name="headwise-kv-watch", daemon=True).start()
             for message in messages:
                 stream.receive(message)
-                impatience.cancel()
             return pb.PushResponse(num_bytes=stream.end())
         except PushRefused as error:
             # What comes after its fence was closed is nothing to worry about.
@@ -104,7 +112,7 @@ class Receiver:
             _logger.error("a push of KV from %s failed: %s: %s", context.peer(), type(error).__name__, error)
             context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__} at the receiver")
         finally:
-            impatience.cancel()
+            over.set()
         raise AssertionError("abort() raises")
 
 
@@ -120,7 +128,11 @@ class _DaemonThreads(Executor):
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="headwise-kv-receive", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="headwise-kv-receive", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread; gRPC would serve nobody any more
+            _logger.error("a push of KV was dropped: %s", error)
+            future.set_exception(error)
         return future
 
 

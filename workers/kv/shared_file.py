@@ -72,10 +72,13 @@ class SharedReader:
             raise OSError("it is no memory of a handoff")
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._buffer = bytearray()
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode) or fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+        try:
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode) or fcntl.fcntl(self._fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise OSError("its size is not sealed")
+        except OSError:
             self.close()
-            raise OSError("its size is not sealed")
+            raise
 
     def read(self, offset: int, size: int) -> memoryview:
         """Bytes of it, fewer where it has no more; good until the next call."""

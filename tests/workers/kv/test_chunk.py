@@ -45,7 +45,7 @@ def test_what_was_put_in_comes_out(made: tuple[Chunk, bytes]) -> None:
     assert received.chunk == chunk and received.fits(data)
     assert received.payload == (data if chunk.shared is None else b"")
     assert len(message) <= len(received.payload) + OVERHEAD_BYTES
-    assert chunk.fence.ticket.hex() not in repr(received) and repr(chunk.fence.ticket) not in repr(received)
+    assert chunk.fence.ticket.hex() not in repr(received) and repr(chunk.fence.ticket)[2:-1] not in repr(received)
 
 
 @examples(50)

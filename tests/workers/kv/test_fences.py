@@ -33,7 +33,7 @@ class Decode:
         self.cache.keys.normal_()
         self.cache.values.normal_()
         self.before = self.content()
-        self.fences = Fences(self.cache, [(0, 1), (1, 3)], 1)
+        self.fences = Fences(self.cache, [(0, 1), (1, 3)], 1, shared_memory=True)
         self.fence = fence or fence_of()
         self.fences.open(self.fence, PLACES, [(0, 2), (2, 3)])
         self.outcomes: list[str] = []

@@ -30,7 +30,7 @@ def test_a_transfer_that_is_replayed_is_refused(wire: Wire) -> None:
 
 
 def test_a_stream_that_shows_no_ticket_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver, "FIRST_MESSAGE_S", 0.05)
+    monkeypatch.setattr(receiver, "PATIENCE_S", 0.05)
     with groups() as (_, decode), grpc.insecure_channel(decode.endpoints[0].address) as channel:
         push: Any = channel.stream_unary("/headwise.v1.KvTransferService/Push")
         go = threading.Event()
