@@ -82,4 +82,4 @@ class Prefilling:
 
 def _name(key: TransferKey) -> str:
     """No client's request has such a name: it is not printable."""
-    return f"\x1f{key.transfer.hex()}\x1f{key.attempt}"
+    return f"\x1f{key.transfer.hex()}\x1f{key.attempt}\x1f{key.decode_epoch}"

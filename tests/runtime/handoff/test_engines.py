@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from headwise.runtime.handoff import inbound as inbound_module
 from headwise.runtime.handoff import outbound as outbound_module
+from headwise.runtime.handoff.messages import Ask, State, TransferKey
 from headwise.runtime.output import FinishReason
+from headwise.workers.kv.handoff import KvEndpoint
 from tests.effort import examples
 from tests.plain_group import POISON, VOCAB, alone, make_request
-from tests.runtime.handoff.engines import Pair
+from tests.runtime.handoff.engines import DECODE_EPOCH, PREFILL_EPOCH, Pair
 
 
 @examples(400)
@@ -63,3 +65,17 @@ def test_prompts_are_computed_by_the_other_engine() -> None:
     assert {request.metrics.prefilled_by for request in requests} == {"prefill"}
     assert pair.decode.inbound is not None and pair.decode.inbound.stats()["committed"] == 4
     assert pair.outbound.stats()["committed"] == 4
+
+
+def test_two_engines_may_name_their_transfers_alike() -> None:
+    """One of the requests would otherwise keep its row and its blocks for good."""
+    pair, keys = Pair(1, 0.0, (30, 30)), []
+    for epoch in (DECODE_EPOCH, DECODE_EPOCH + 1):
+        pair.outbound.hello(epoch, [KvEndpoint((0, 1), "127.0.0.1:1")])
+        keys.append(TransferKey(bytes(16), 1, epoch, PREFILL_EPOCH))
+        pair.outbound.accept(Ask(keys[-1], 1, bytes(32), [epoch] * 8, 0, bytes(32), b"", "", 60.0, 30.0))
+    pair.outbound.abort(keys[0], "no more")
+    pair.settle()
+    states = [status.state for status in pair.outbound.statuses(keys)]
+    assert states == [State.FAILED, State.FAILED] and pair.outbound.stats()["in_flight"] == 0
+    pair.check_idle()
