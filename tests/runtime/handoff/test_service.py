@@ -123,6 +123,8 @@ def test_a_caller_without_a_host_is_refused(peer: str) -> None:
         ("ipv4:192.0.2.1:9", "192.0.2.1:5", True),
         ("ipv6:[2001:db8::1]:9", "[2001:db8:0::1]:5", True),
         ("unix:", "192.0.2.1:5", False),
+        ("unix:", "[::1%30]:5", False),
+        ("unix:", "[::1%5d:5,[2001:db8::1]:5", False),
         ("ipv4:127.0.0.1:9", "192.0.2.1:5", False),
         ("ipv4:192.0.2.1:9", "127.0.0.1:5", False),
         ("ipv4:192.0.2.1:9", "localhost:5", False),
