@@ -15,6 +15,8 @@ from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 
 MAX_SNAPSHOT_BYTES = 256 << 20
 """Of some four million blocks."""
+MAX_BLOCKS = 4 << 20
+"""A peer that tells of more is followed no further: what it tells would fill the memory here."""
 _FOLLOW_S = 3600.0
 """After which a new call takes the place of the last."""
 _REFUSALS = (
@@ -119,6 +121,9 @@ class Following:
             at = now
             for event in message.events:
                 self._apply(event, tiers)
+            if len(self.digests) > MAX_BLOCKS:
+                self._refused = True
+                raise ValueError(f"more than {MAX_BLOCKS} blocks")
 
     def _apply(self, event: KvEvent, tiers: dict[str, set[bytes]]) -> None:
         if isinstance(event, Stored):

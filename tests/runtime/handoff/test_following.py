@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.runtime.handoff import following as following_module
 from headwise.runtime.handoff import link as link_module
 from headwise.runtime.handoff.following import Following
 from headwise.runtime.handoff.link import PrefillLink
@@ -105,6 +106,24 @@ def test_blocks_are_known_while_they_are_there(telling: Telling, following: Pref
         events.stored([c], ROOT, "disk")
     wait_until(lambda: following.digests == {c})
     assert telling.num_calls == 1
+
+
+def test_a_peer_that_tells_of_ever_more_blocks_is_followed_no_further(
+    telling: Telling, following: PrefillLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following_module, "MAX_BLOCKS", 2)
+    wait_until(lambda: telling.num_calls)
+    with telling.happening() as events:
+        events.stored(digests("a", "b"), ROOT, "device")
+    wait_until(lambda: len(following.digests) == 2)
+    with telling.happening() as events:
+        events.stored(digests("c"), ROOT, "device")
+    wait_until(lambda: not following.digests)
+    renewed = following._wake
+    for _ in range(3):  # each has it look again
+        renewed.set()
+        wait_until(lambda: not renewed.is_set())
+    assert following.session is not None and telling.num_calls == 1
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED])
