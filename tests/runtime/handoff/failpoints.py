@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from headwise.runtime.engine import prefilling
 from headwise.runtime.handoff.messages import TransferKey
 from headwise.runtime.handoff.service import HandoffService
 from headwise.workers.kv.handoff import HandoffJob, HandoffOp
@@ -138,7 +139,7 @@ def _between(sides: Sides, point: Failpoint, replace: Replace) -> None:
 
 
 def _pause(sides: Sides, point: Failpoint, key: TransferKey) -> None:
-    name, loop = f"\x1f{key.transfer.hex()}\x1f{key.attempt}", sides.prefill.loop
+    name, loop = prefilling._name(key), sides.prefill.loop
     loop.engine.pause(name, True)
     point.hold(lambda: loop.post(lambda engine: engine.pause(name, False)))
 
