@@ -3,52 +3,181 @@
 from __future__ import annotations
 
 import re
-import threading
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import psutil
+import grpc
 import pytest
 import torch
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime import LLM, SamplingParams
+from headwise.runtime import LLM
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.request import seat_of
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.output import FinishReason
+from headwise.v1 import kv_transfer_pb2 as pb
+from headwise.workers.kv.chunk import decode_chunk, encode_chunk
 from headwise.workers.kv.fences import FenceStream
+from headwise.workers.kv.handoff import Fence
 from tests.effort import thorough
 from tests.runtime.handoff.conftest import DEADLINE_S, wait_until
 from tests.runtime.handoff.failpoints import STATES, Failpoint, stopped_at
-from tests.runtime.handoff.faults import (
-    HARMLESS,
-    KILLING,
-    Cell,
-    Outcome,
-    Wire,
-    calls_are_cancelled,
-    client_cancels,
-    decode_group_dies,
-    flipped,
-    lease_runs_out,
-    logits_are_not_finite,
-    prefill_group_dies,
-    prefill_is_full,
-    prefill_is_restarted,
-    prompt,
-    rubbish,
-)
 from tests.runtime.handoff.sides import Sides, caches, content, handoff_ranks
+from tests.runtime.handoff.stopped import Alone, Cell, Outcome, Wire, ask, prompt, two_sides
 
-LEASE_S = 1.0
 TABLE: dict[tuple[str, str], str] = {}
 """What came of each state and fault."""
+
+
+def nothing(cell: Cell) -> None: ...
+
+
+def prefill_group_dies(cell: Cell) -> None:
+    cell.sides.kill_prefill_ranks()
+
+
+def control_is_closed(cell: Cell) -> None:
+    cell.sides.prefill._server.close()
+
+
+def prefill_is_restarted(cell: Cell) -> None:
+    cell.sides.restart_prefill()
+
+
+def decode_group_dies(cell: Cell) -> None:
+    cell.sides.kill_decode_ranks()
+
+
+def dropped(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: rest
+
+
+def duplicated(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: chain([message, message], rest)
+
+
+def reordered(cell: Cell) -> None:
+    def swap(message: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
+        return chain(list(islice(rest, 1)), [message], rest)
+
+    cell.wire.damage = swap
+
+
+def truncated(cell: Cell) -> None:
+    cell.wire.damage = lambda message, rest: chain([message[:-7]], rest)
+
+
+def flipped(cell: Cell) -> None:
+    def flip(message: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
+        damaged = bytearray(message)
+        damaged[-100] ^= 4
+        return chain([bytes(damaged)], rest)
+
+    cell.wire.damage = flip
+
+
+def replayed(cell: Cell) -> None:
+    """An earlier stream, as it was and with what may be known of this handoff's fence, but for its ticket."""
+    now = [handoff.fence for handoff in cell.sides.inbound._running.values()]
+    received = decode_chunk(cell.wire.seen[0])
+    old, data = received.chunk, received.payload
+    fences = [old.fence, replace(old.fence, epoch=old.fence.epoch + 1)]
+    for fence in now:
+        fences += [
+            replace(fence, ticket=old.fence.ticket),
+            replace(old.fence, ticket=fence.ticket),
+            replace(fence, epoch=fence.epoch - 1),
+            replace(fence, number=fence.number + 1),
+            replace(fence, attempt=2),
+            Fence(fence.transfer, fence.attempt, fence.epoch, fence.number, bytes(32)),
+        ]
+    for rank in handoff_ranks(cell.sides.decode_group):
+        (*_, address, _) = rank.endpoint() or ("", b"")
+        with grpc.insecure_channel(address) as channel:
+            push = channel.stream_unary("/headwise.v1.KvTransferService/Push", None, pb.PushResponse.FromString)
+            for fence in fences:
+                with pytest.raises(grpc.RpcError) as error:
+                    push(iter([encode_chunk(replace(old, fence=fence), data)]), timeout=DEADLINE_S)
+                assert error.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def prefill_is_full(cell: Cell) -> None:
+    cell.sides.outbound._transfers.limit = 0
+
+
+def rubbish(cell: Cell) -> None:
+    """Whatever prefill is asked, it answers something that is no answer."""
+
+    def answer(service: HandoffService, method: str, request: Any, peer: str) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(_RUBBISH[method])
+        return future
+
+    HandoffService.answer = answer  # type: ignore[method-assign]
+
+
+def calls_are_cancelled(cell: Cell) -> None:
+    """As a server does with what it is asked while it ends."""
+
+    def cancelled(service: HandoffService, method: str, request: Any, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.CANCELLED, "the server ends")
+
+    HandoffService._wait = cancelled  # type: ignore[method-assign,assignment]
+
+
+_RUBBISH = {
+    "Hello": pb.HelloResponse(epoch=3),
+    "Prefill": pb.PrefillResponse(expected_s=float("nan"), load=pb.Load(token_s=-1)),
+    "Renew": pb.RenewResponse(statuses=[pb.TransferStatus(state=pb.TransferStatus.STATE_UNSPECIFIED)] * 7),
+    "Commit": pb.CommitResponse(),
+    "AbortTransfer": pb.AbortTransferResponse(),
+    "Query": pb.QueryResponse(epoch=4),
+}
+
+
+def logits_are_not_finite(cell: Cell) -> None:
+    group = cell.sides.prefill_group
+    collect = group.collect
+
+    def poisoned() -> Any:
+        output = collect()
+        output.failed += [(row, "the logits are not finite") for row, _ in output.tokens]
+        output.tokens.clear()
+        return output
+
+    group.collect = poisoned  # type: ignore[method-assign]
+
+
+def client_cancels(cell: Cell) -> None:
+    cell.sides.llm.abort("stopped")
+
+
+def pool_is_full(cell: Cell) -> None:
+    """Others want more blocks than decode has."""
+    for seed in range(3):
+        cell.others(prompt(1000 + seed, 240))
+
+
+def lease_runs_out(cell: Cell) -> None:
+    inbound = cell.sides.inbound
+    inbound.peers[0]._renewable = dict  # type: ignore[attr-defined]
+    if cell.state != "opening":  # the lease begins after that
+        wait_until(lambda: not inbound._running or all(h.machine.cause for h in inbound._running.values()))
+
+
+KILLING = (prefill_group_dies, control_is_closed, prefill_is_restarted, decode_group_dies)
+HARMLESS = (
+    *(nothing, dropped, duplicated, reordered, truncated, flipped, replayed, prefill_is_full, rubbish),
+    calls_are_cancelled,
+    *(logits_are_not_finite, client_cancels, pool_is_full, lease_runs_out),
+)
 
 
 def cells(faults: tuple[Callable[[Cell], None], ...]) -> list[Any]:
@@ -60,73 +189,16 @@ def cells(faults: tuple[Callable[[Cell], None], ...]) -> list[Any]:
     ]
 
 
-class Alone:
-    """What an engine without handoffs gives, computed once."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm, self._known = llm, dict[tuple[int, ...], list[int]]()
-
-    def __call__(self, ids: list[int]) -> list[int]:
-        if tuple(ids) not in self._known:
-            [output] = self._llm.generate([ids], PARAMS)
-            self._known[tuple(ids)] = output.outputs[0].token_ids
-        return self._known[tuple(ids)]
-
-
-PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
 @pytest.fixture(scope="module")
 def alone(checkpoint: Callable[..., Path]) -> Iterator[Alone]:
     with LLM(checkpoint("uneven"), executor="local", kv_memory="16MiB", max_model_len=256, quiet=True) as llm:
         yield Alone(llm)
 
 
-@contextmanager
-def two_sides(model: Path, **settings: Any) -> Iterator[tuple[Sides, Wire]]:
-    before = left_over()
-    with pytest.MonkeyPatch.context() as patch:
-        wire = Wire(patch)
-        prefill = {"tensor_parallel_size": 2, "max_num_batched_tokens": 32, "num_blocks": 48}
-        sides = Sides(
-            patch,
-            model,
-            **{"prefill": prefill, "tensor_parallel_size": 2, "num_blocks": 32, "lease_s": LEASE_S}
-            | {"shared_memory": False}
-            | settings,
-        )
-        try:
-            yield sides, wire
-        finally:
-            sides.close()
-    wait_until(lambda: not left_over() - before)
-
-
 @pytest.fixture(scope="module")
 def shared(checkpoint: Callable[..., Path]) -> Iterator[tuple[Sides, Wire]]:
     with two_sides(checkpoint("uneven")) as both:
         yield both
-
-
-def left_over() -> Counter[str]:
-    """Threads of ours by name, and sockets of this process."""
-    sockets = psutil.Process().net_connections("all")
-    names = (thread.name for thread in threading.enumerate())
-    return Counter(
-        [
-            *(name for name in names if name.startswith("headwise")),
-            *(f"socket {one.laddr} {one.raddr}" for one in sockets),
-        ]
-    )
-
-
-def ask(sides: Sides, ids: list[int], name: str) -> Outcome:
-    tokens: list[int] = []
-    last = None
-    for last in sides.llm.stream(ids, PARAMS, request_id=name):
-        tokens += last.token_ids
-    assert last is not None
-    return Outcome(tokens, last.finish_reason, last.error)
 
 
 @pytest.fixture(scope="module", autouse=True)
