@@ -172,6 +172,7 @@ def lease_runs_out(cell: Cell) -> None:
         wait_until(lambda: not inbound._running or all(h.machine.cause for h in inbound._running.values()))
 
 
+DAMAGING = (dropped, duplicated, reordered, truncated, flipped)
 KILLING = (prefill_group_dies, control_is_closed, prefill_is_restarted, decode_group_dies)
 HARMLESS = (
     *(nothing, dropped, duplicated, reordered, truncated, flipped, replayed, prefill_is_full, rubbish),
@@ -268,13 +269,15 @@ def test_every_fault_in_every_state(
     limit = sides.outbound._transfers.limit
     try:
         found = run_cell(sides, wire, state, fault, alone)
+        damaged = fault in DAMAGING and wire.damage is None
     finally:
         sides.outbound._transfers.limit, wire.damage = limit, None
         group.__dict__.pop("collect", None)
         sides.inbound.peers[0].__dict__.pop("_renewable", None)
     assert found is not None and found.error is None
     sides.settle()
-    record(state, fault, sides, before)
+    assert (record(state, fault, sides, before) == "committed") <= (not damaged)
+    assert not damaged or state not in ("filled", "committing"), "nothing was on its way"
 
 
 @pytest.mark.parametrize(("state", "fault"), cells(KILLING), ids=lambda value: getattr(value, "__name__", value))
