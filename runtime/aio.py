@@ -227,6 +227,8 @@ class AsyncLLM:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self._loop.hurry()
         self.engine.generation.group.hurry()
+        if self._started.prefill is not None:
+            self._started.prefill.hurry()
 
     def _check_samples(self, requests: Sequence[Request]) -> None:
         """

@@ -293,11 +293,11 @@ class LLM:
         return pinned[0]
 
     def reset_prefix_cache(self) -> None:
-        """Empties the prefix cache: on the device, in host memory and on disk, pinned blocks included. Running requests
-        go on."""
+        """Empties the prefix cache, and that of a prefill engine: on the device, in host memory, on disk. Pinned blocks
+        go, too; running requests go on."""
+        self._loop.run(Engine.reset_prefix_cache)
         if self._prefill is not None:
             self._prefill.reset_prefix_cache()
-        self._loop.run(Engine.reset_prefix_cache)
 
     def subscribe_kv_events(self, capacity: int = 1024) -> Subscription:
         """Subscribes to the changes of the prefix cache: msgpack messages for routers, described in

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from headwise.runtime.config import EngineConfig, HandoffConfig, engine_config, handoff_config
@@ -40,6 +41,7 @@ def handoff_settings(
                 raise InvalidValueError(name, value, "is for an engine with prefill and decode", "give prefill={}")
         return {}
     check_side("decode", decode or {})
+    check_side("prefill", prefill or {})
     handoff = handoff_config(role="decode", min_tokens=min_tokens, on_failure=on_failure, shared_memory=shared_memory)
     return {**(decode or {}), "prefill": dict(prefill or {}), "handoff": handoff}
 
@@ -47,10 +49,12 @@ def handoff_settings(
 def check_side(name: str, settings: Mapping[str, Any]) -> None:
     """
     Raises:
-        InvalidValueError: a setting cannot differ between the sides.
+        InvalidValueError: a setting is wrong, or cannot differ between the sides.
     """
     if wrong := [key for key in settings if key in _COMMON]:
         raise InvalidValueError(f"{name}[{wrong[0]!r}]", settings[wrong[0]], "is the same for prefill and decode")
+    with _named_as_given(name, settings):
+        engine_config(model="", **settings)
 
 
 def prefill_config(config: EngineConfig) -> EngineConfig:
@@ -77,6 +81,16 @@ def decode_config(config: EngineConfig, address: str) -> EngineConfig:
     handoff = (config.handoff or HandoffConfig(role="decode")).model_copy(update={"peers": (address,)})
     cpus = config.cpus_per_rank or _cpus_per_rank(config)
     return config.model_copy(update={"prefill": None, "handoff": handoff, "cpus_per_rank": cpus})
+
+
+@contextmanager
+def _named_as_given(side: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except InvalidValueError as error:
+        if error.field not in settings:
+            raise
+        raise InvalidValueError(f"{side}[{error.field!r}]", error.value, error.limit, error.fix) from None
 
 
 def _cpus_per_rank(config: EngineConfig) -> float | None:

@@ -81,14 +81,13 @@ class PrefillSide:
     """An engine that computes prompts for another engine of this program."""
 
     def __init__(self, config: EngineConfig, quiet: bool) -> None:
-        self._started = _start(config, quiet)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._started = _start(config, quiet)
+            undo.callback(self._started.close)
             self.loop = EngineLoop(self._started.engine, self._failed)
-            service = handoff_service(self._started, self.loop)
-            self._server = LocalServer(service)
-        except BaseException:
-            self._started.close()
-            raise
+            undo.callback(self.loop.close)
+            self._server = LocalServer(handoff_service(self._started, self.loop))
+            undo.pop_all()
 
     @property
     def address(self) -> str:
@@ -108,11 +107,20 @@ class PrefillSide:
 
     def close(self) -> None:
         """Idempotent."""
-        try:
-            self._server.close()
-            self.loop.close()
-        finally:
-            self._started.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._started.close)
+            stack.callback(self.loop.close)
+            stack.callback(self._server.close)
+
+    def reset_prefix_cache(self) -> None:
+        """As :meth:`Engine.reset_prefix_cache`; once it has ended there is nothing to forget."""
+        with contextlib.suppress(HeadwiseError):
+            self.loop.run(Engine.reset_prefix_cache)
+
+    def hurry(self) -> None:
+        """From now on, :meth:`close` waits only a moment for the step in progress."""
+        self.loop.hurry()
+        self._started.engine.generation.group.hurry()
 
     def _failed(self, error: BaseException) -> None:
         if not isinstance(error, EngineStoppedError) or error.__cause__ is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +161,12 @@ class GenerationFactory:
         if handoff.ca is not None:
             cert, key = (None if path is None else Path(path) for path in (handoff.tls_cert, handoff.tls_key))
             credentials = channel_credentials(Path(handoff.ca), cert, key)
-        peers = [
-            PrefillLink(peer, hello, credentials, handoff.token, group.wake, handoff.lease_s) for peer in handoff.peers
-        ]
+        peers: list[PrefillLink] = []
+        with contextlib.ExitStack() as undo:
+            for address in handoff.peers:
+                peers.append(PrefillLink(address, hello, credentials, handoff.token, group.wake, handoff.lease_s))
+                undo.callback(peers[-1].close)
+            undo.pop_all()
         inbound = Inbound(
             cache,
             ledger,
