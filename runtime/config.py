@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -154,15 +154,16 @@ def engine_config(**fields: Any) -> EngineConfig:
 
 def handoff_config(**fields: Any) -> HandoffConfig:
     """A HandoffConfig of these fields; raises as :func:`engine_config`, and names the flag of ``headwise serve``."""
-    with _named("handoff", "handoff_"):
+    with _named("handoff", "handoff_{}", {"role": "role", "on_failure": "on_handoff_failure"}):
         return HandoffConfig(**fields)
 
 
 @contextmanager
-def _named(kind: str, prefix: str = "") -> Iterator[None]:
+def _named(kind: str, form: str = "{}", names: Mapping[str, str] = {}) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"{prefix}{first['loc'][0]}" if first["loc"] else kind
+        field = str(first["loc"][0]) if first["loc"] else None
+        name = kind if field is None else names.get(field, form.format(field))
         raise InvalidValueError(name, first["input"], first["msg"]) from None

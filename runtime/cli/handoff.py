@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headwise.runtime.cli.options import FlagError, option
+from headwise.runtime.cli.options import FlagError, option, refuse_flags
 
 Role = Annotated[
     str | None,
@@ -50,6 +51,22 @@ HandoffSharedMemory = Annotated[
 ]
 
 _SHORT = {"tp": "tensor_parallel_size"}
+_FOR_DECODE = ("handoff_min_tokens", "on_handoff_failure", "handoff_host", "handoff_token_file")
+_FOR_SERVERS = ("handoff_host", "handoff_ca", "handoff_token_file")
+
+
+def refuse_idle_flags(ctx: typer.Context, role: str | None, prefill: str | None) -> None:
+    """
+    Raises:
+        FlagError: a flag of handoffs is given that would change nothing.
+    """
+    if role is None and prefill is None:
+        idle = {*_FOR_DECODE, *_FOR_SERVERS, "handoff_shared_memory"}
+        refuse_flags(ctx, idle, "is for a server that hands over prompts", "give --prefill or --role with it")
+    elif prefill is not None and "=" in prefill:
+        refuse_flags(ctx, _FOR_SERVERS, "is for servers, and this command starts both sides", "leave it out")
+    elif role == "prefill":
+        refuse_flags(ctx, _FOR_DECODE, "is for a decode server", "leave it out")
 
 
 def handoff_fields(
@@ -71,6 +88,8 @@ def handoff_fields(
     from headwise.runtime.sides import check_side
 
     given = {name: value for name, value in options.items() if value is not None}
+    if role not in (None, "prefill", "decode"):
+        raise FlagError("--role", "must be prefill or decode", "without it, a server does both itself")
     if prefill is not None and "=" in prefill:
         if role is not None:
             raise FlagError(
@@ -97,8 +116,12 @@ def _peers(text: str) -> tuple[str, ...]:
     peers = tuple(peer.strip() for peer in text.split(","))
     for peer in peers:
         host, _, port = peer.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
             raise FlagError("--prefill", "must be host:port[,host:port] or settings such as tp=1", "name the port, too")
+        if not re.fullmatch(r"\[[0-9A-Fa-f:.]+(%\w+)?\]|[\w.-]+", host):
+            raise FlagError("--prefill", "must name hosts", "leave out https://; put an IPv6 address in brackets")
+        if peers.count(peer) > 1:
+            raise FlagError("--prefill", "names a server twice", "leave it out once")
     return peers
 
 
@@ -109,7 +132,10 @@ def _settings(flag: str, text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not name or not equals:
             raise FlagError(flag, "must be settings such as tp=1,kv-memory=1GiB", "put = between name and value")
-        found[_SHORT.get(name, name.replace("-", "_"))] = _value(value)
+        setting = _SHORT.get(name, name.replace("-", "_"))
+        if setting in found:
+            raise FlagError(flag, f"has {setting} twice", "leave it out once")
+        found[setting] = _value(value)
     return found
 
 
@@ -126,6 +152,9 @@ def _token(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text().strip()
+        token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise FlagError("--handoff-token-file", "cannot be read", str(error)) from None
+    if not re.fullmatch("[!-~]+", token):
+        raise FlagError("--handoff-token-file", "must hold one token", "in ASCII, without spaces, and nothing else")
+    return token

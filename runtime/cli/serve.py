@@ -20,6 +20,7 @@ from headwise.runtime.cli.handoff import (
     Prefill,
     Role,
     handoff_fields,
+    refuse_idle_flags,
 )
 from headwise.runtime.cli.options import (
     Address,
@@ -43,6 +44,7 @@ from headwise.runtime.cli.options import (
 
 
 def serve(
+    ctx: typer.Context,
     model: Model,
     tp: Tp = 1,
     host: Annotated[str, option("address", "The address to listen on.")] = "127.0.0.1",
@@ -130,6 +132,7 @@ def serve(
     from headwise.runtime.server.serve import ServeOptions
     from headwise.runtime.server.serve import serve as run
 
+    refuse_idle_flags(ctx, role, prefill)
     settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
     tiers = {
         "cache_quota": cache_quota,
