@@ -112,11 +112,6 @@ class PrefillSide:
             stack.callback(self.loop.close)
             stack.callback(self._server.close)
 
-    def reset_prefix_cache(self) -> None:
-        """As :meth:`Engine.reset_prefix_cache`; once it has ended there is nothing to forget."""
-        with contextlib.suppress(HeadwiseError):
-            self.loop.run(Engine.reset_prefix_cache)
-
     def hurry(self) -> None:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self.loop.hurry()
@@ -184,7 +179,7 @@ def handoff_service(started: Started, loop: EngineLoop) -> HandoffService:
         MAX_TRANSFERS,
         MAX_LEASE_S,
     )
-    return HandoffService(about, run)
+    return HandoffService(about, run, spec.handoff is not None and spec.handoff.ca is not None)
 
 
 def _start(config: EngineConfig, quiet: bool) -> Started:

@@ -94,8 +94,9 @@ class HandoffService(KvHandoffServiceServicer):
         about: what Hello tells, but for ``version`` and ``load``. Another one takes its place with a new epoch.
     """
 
-    def __init__(self, about: HelloAnswer, run: Run) -> None:
-        self.about, self._run = about, run
+    def __init__(self, about: HelloAnswer, run: Run, encrypts: bool = False) -> None:
+        """Args: ``encrypts``: whether the ranks of this engine send keys and values by TLS."""
+        self.about, self._run, self._encrypts = about, run, encrypts
         # By epoch: where it calls from, and its ranks. Used only in what ``run`` runs.
         self._decodes: OrderedDict[int, tuple[str, list[KvEndpoint]]] = OrderedDict()
 
@@ -165,6 +166,10 @@ class HandoffService(KvHandoffServiceServicer):
             _check_address(end.address, host)
         if host != LOOPBACK and not hello.tls:
             raise InvalidValueError("tls", False, f"keys and values would go in clear text to {host}")
+        if hello.tls != self._encrypts:  # else every prompt would be computed, and then not arrive
+            ours, theirs = ("by TLS" if tls else "in clear text" for tls in (self._encrypts, hello.tls))
+            fix = "--handoff-ca of prefill and --handoff-host of decode have to fit"
+            raise MismatchError(f"tls: keys and values are sent {ours} and taken {theirs}; {fix}")
 
         def remember(outbound: Outbound) -> pb.HelloResponse:
             known = self._decodes.setdefault(hello.epoch, (host, hello.endpoints))

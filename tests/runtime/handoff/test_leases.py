@@ -42,6 +42,20 @@ Serve = Callable[..., TcpServer]
 ROOT = Path(__file__).parents[3]
 
 
+def test_a_short_lease_is_renewed_before_it_runs_out(local: LocalServer, engine: FakeEngine) -> None:
+    one = PrefillLink(local.address, HELLO, None, None, lambda: None, lease_s=0.5)
+    try:
+        connected(one)
+        assert ask(one, ask_of(key_of(1))).cause is None
+        renewals, begun = Renewals(), time.monotonic()
+        one.track(key_of(1), renewals)
+        renewals.until(key_of(1), Status(State.COMPUTING))
+        renewals.until(key_of(1), Status(State.COMPUTING))
+        assert time.monotonic() - begun < link_module.RENEW_S / 2
+    finally:
+        one.close()
+
+
 @pytest.mark.usefixtures("quick")
 def test_leases_are_renewed_in_one_batch(local: LocalServer, engine: FakeEngine, link: MakeLink) -> None:
     one = connected(link(local.address))

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from headwise.runtime.handoff import service as service_module
+from headwise.runtime.handoff.errors import MismatchError
 from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import Hello, HelloAnswer, Load, State, Status
 from headwise.runtime.handoff.service import HandoffService, host_of
@@ -145,9 +146,8 @@ def test_a_caller_without_a_host_is_refused(peer: str) -> None:
         ("unix:", "2130706433:5", False),
     ],
 )
-def test_ranks_connect_to_no_host_but_the_callers(
-    service: HandoffService, engine: FakeEngine, peer: str, address: str, right: bool
-) -> None:
+def test_ranks_connect_to_no_host_but_the_callers(engine: FakeEngine, peer: str, address: str, right: bool) -> None:
+    service = HandoffService(about(), engine.run, encrypts=True)
     hello = replace(HELLO, endpoints=[KvEndpoint((0, 3), address)], tls=True)
     answer = service.answer("Hello", hello.message(), peer)
     if right:
@@ -164,9 +164,20 @@ def test_kv_goes_to_another_machine_only_encrypted(service: HandoffService) -> N
         service.answer("Hello", hello.message(), "ipv4:192.0.2.1:9").result(DEADLINE_S)
 
 
-def test_an_epoch_stays_with_the_engine_that_told_it(service: HandoffService, engine: FakeEngine) -> None:
-    service.answer("Hello", HELLO.message(), "unix:").result(DEADLINE_S)
-    other = replace(HELLO, endpoints=[KvEndpoint((0, 3), "127.0.0.1:666")])
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_engines_that_do_not_both_encrypt_are_no_match(engine: FakeEngine, encrypts: bool) -> None:
+    """Else every prompt would be computed, and its keys and values would not arrive."""
+    service = HandoffService(about(), engine.run, encrypts)
+    service.answer("Hello", replace(HELLO, tls=encrypts).message(), "unix:").result(DEADLINE_S)
+    with pytest.raises(MismatchError, match=r"tls: .*--handoff-ca"):
+        service.answer("Hello", replace(HELLO, epoch=5, tls=not encrypts).message(), "unix:").result(DEADLINE_S)
+    assert [*engine.decodes] == [HELLO.epoch]
+
+
+def test_an_epoch_stays_with_the_engine_that_told_it(engine: FakeEngine) -> None:
+    service = HandoffService(about(), engine.run, encrypts=True)
+    service.answer("Hello", replace(HELLO, tls=True).message(), "unix:").result(DEADLINE_S)
+    other = replace(HELLO, endpoints=[KvEndpoint((0, 3), "127.0.0.1:666")], tls=True)
     with pytest.raises(InvalidValueError, match="epoch"):
         service.answer("Hello", other.message(), "unix:").result(DEADLINE_S)
     remote = replace(HELLO, endpoints=[KvEndpoint((0, 3), "192.0.2.1:666")], tls=True)
