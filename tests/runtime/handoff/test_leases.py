@@ -6,7 +6,6 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import pytest
 from headwise.runtime.handoff import link as link_module
 from headwise.runtime.handoff.link import Answer, PrefillLink
 from headwise.runtime.handoff.local import LocalServer
-from headwise.runtime.handoff.messages import Ask, Load, State, Status
+from headwise.runtime.handoff.messages import Load, State, Status
 from headwise.runtime.handoff.receiving import Cause
 from headwise.runtime.handoff.service import HandoffService
 from tests.runtime.handoff.conftest import (
@@ -75,44 +74,6 @@ def test_leases_are_renewed_in_one_batch(local: LocalServer, engine: FakeEngine,
     renewals.until(keys[1], Status(State.UNKNOWN))
     one.untrack(keys[1])
     wait_until(lambda: engine.batches[-1] == keys[2:])
-
-
-def test_a_short_lease_is_renewed_before_it_runs_out(local: LocalServer, engine: FakeEngine) -> None:
-    one = PrefillLink(local.address, HELLO, None, None, lambda: None, lease_s=0.2)
-    try:
-        renewals, key = Renewals(), key_of(1)
-        assert ask(connected(one), ask_of(key)).cause is None
-        one.track(key, renewals)
-        first = time.monotonic()
-        for _ in range(4):
-            assert renewals.next() == (key, Status(State.COMPUTING))
-        assert time.monotonic() - first < 4 * 0.2
-    finally:
-        one.close()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_transfer_is_not_renewed_before_it_is_accepted(
-    local: LocalServer, engine: FakeEngine, link: MakeLink
-) -> None:
-    """The peer would not know it, and say so."""
-    one, renewals, key = connected(link(local.address)), Renewals(), key_of(1)
-    asked, go_on, accept = threading.Event(), threading.Event(), engine.accept
-
-    def slow(what: Ask) -> tuple[float, Load]:
-        asked.set()
-        assert go_on.wait(DEADLINE_S)
-        return accept(what)
-
-    engine.accept = slow  # type: ignore[method-assign]
-    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-    one.ask(ask_of(key), answers.put)
-    one.track(key, renewals)
-    assert asked.wait(DEADLINE_S)
-    go_on.set()
-    assert answers.get(timeout=DEADLINE_S).cause is None
-    assert renewals.next() == (key, Status(State.COMPUTING))
-    assert all(status == Status(State.COMPUTING) for _, status in iter_now(renewals.told))
 
 
 def iter_now(told: queue.SimpleQueue[Any]) -> Iterator[Any]:
