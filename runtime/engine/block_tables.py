@@ -237,6 +237,8 @@ class BlockTables:
     def _is_handed_over(self, inbound: Inbound, request: Request, search: _Search, limit: int) -> bool:
         """Whether another engine computes what a request whose chain is held still needs, or soon will."""
         blocks, first = request.token_blocks, len(search.chain)
+        if self.cache.max_blocks_per_owner is not None:  # more would come, and could not be cached
+            limit = min(limit, self.cache.max_blocks_per_owner)
         if blocks is None or first >= limit or search.was_handed_over:
             return False
         chosen = inbound.choose(blocks, request.num_tokens, first, limit, self.load())

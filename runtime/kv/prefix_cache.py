@@ -19,6 +19,7 @@ class PrefixCache:
     ancestors. A block is idle while nobody holds it.
 
     Attributes:
+        max_blocks_per_owner: most cached blocks of one owner; None is no limit of its own.
         counts: since the start, by name; see :meth:`stats`.
         on_idle, on_busy: told when a cached block becomes idle, and when it is idle no longer (evicted included).
     """
@@ -31,7 +32,6 @@ class PrefixCache:
         events: KvEvents | None = None,
         max_blocks_per_owner: int | None = None,
     ) -> None:
-        """Args: ``max_blocks_per_owner``: most cached blocks of one owner; None is no limit of its own."""
         self.pool, self.block_size = pool, block_size
         self.counts: Counter[str] = Counter()
         self.on_idle: Callable[[CachedBlock], None] = _ignore
@@ -39,7 +39,7 @@ class PrefixCache:
         self._events = events
         self._index: dict[bytes, CachedBlock] = {}
         self._policy: EvictionPolicy = POLICIES[eviction]()
-        self._quota = max_blocks_per_owner
+        self.max_blocks_per_owner = max_blocks_per_owner
         self._of_owner: dict[bytes, Lru] = {}  # the idle blocks of each, kept only where there is a quota
         self._kept: Counter[bytes] = Counter()  # cached blocks of each owner
 
@@ -85,7 +85,7 @@ class PrefixCache:
             OutOfBlocksError: fewer than that are available; none is evicted then.
         """
         if count <= self.num_available:
-            full = self._quota is not None and self._kept[owner] + count > self._quota
+            full = self.max_blocks_per_owner is not None and self._kept[owner] + count > self.max_blocks_per_owner
             while self.pool.num_free < count:
                 own = self._own_victim(owner) if full else None
                 node = own or self._policy.victim()
@@ -141,7 +141,7 @@ class PrefixCache:
         """Takes a use of a block away; ``node``: the cached block whose memory it is, or was, if any."""
         if self.pool.release(block, use) and node is not None:
             self._policy.add(node)
-            if self._quota is not None:
+            if self.max_blocks_per_owner is not None:
                 self._of_owner.setdefault(node.owner, Lru()).add(node)
             self.on_idle(node)
 
@@ -233,7 +233,7 @@ class PrefixCache:
         return None
 
     def _has_full_quota(self, owner: bytes) -> bool:
-        return self._quota is not None and self._kept[owner] >= self._quota
+        return self.max_blocks_per_owner is not None and self._kept[owner] >= self.max_blocks_per_owner
 
     def _own_victim(self, owner: bytes) -> CachedBlock | None:
         """What an owner that has its full quota loses next; None if all of it is used."""
@@ -262,7 +262,7 @@ class PrefixCache:
 
     def _busy(self, node: CachedBlock) -> None:
         self._policy.remove(node)
-        if self._quota is not None and (own := self._of_owner.get(node.owner)) is not None:
+        if self.max_blocks_per_owner is not None and (own := self._of_owner.get(node.owner)) is not None:
             own.remove(node)
         self.on_busy(node)
 

@@ -201,3 +201,16 @@ def test_a_prompt_that_must_not_be_computed_here_is_not_where_no_peer_is_connect
     assert pair.decode.ended[request.key] is FinishReason.ERROR and request.generated == []
     assert request.error is not None and "UNAVAILABLE: refused" in request.error
     assert pair.decode.ended[short.key] is FinishReason.LENGTH
+
+
+def test_no_more_blocks_come_than_a_quota_lets_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(1, 0.0, (30, 30), quota=0.2)
+    monkeypatch.setattr(inbound_module, "time", pair.clock)
+    monkeypatch.setattr(outbound_module, "time", pair.clock)
+    request = make_request("long", [*range(14)] * 3, 2)
+    pair.decode.add(request)
+    pair.settle()
+    pair.check_idle()
+    assert request.generated == alone(request)[0] and request.metrics.num_handoff_tokens == 6 * BLOCK
+    stats = inbound_of(pair).stats()
+    assert (stats["blocks"], stats["bytes"]) == (6, 6)  # a byte stands for a block
