@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 PATIENCE = 4.0
 """How much longer than here a prompt may take elsewhere where it would hold up streams here."""
 
+FAILURE_S = 1.0
+"""What a failed handoff costs beside the time it took, so that a peer that refuses at once is not asked for ever."""
+
+MAX_FAILURES_S = 60.0
+"""The most that failures add up to, so that a peer that is sound again is tried again."""
+
+MEASURED_TOKENS = 64
+"""A step here with fewer tokens of prompts, such as what is left of those that were handed over, says little of what a
+token of a long one takes."""
+
 _WEIGHT = 0.3
 """Of a new reading in the running means: the last few count."""
 
@@ -82,6 +92,8 @@ class HandoffCost:
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step here computed so many tokens of prompts."""
+        if self._token_s is not None and tokens < MEASURED_TOKENS:
+            return
         self._token_s = _mean(self._token_s, seconds / tokens)
 
     def saw_handoff(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
@@ -90,9 +102,11 @@ class HandoffCost:
         self._overhead_s[peer.address] = _mean(self._overhead_s.get(peer.address), overhead_s)
 
     def saw_failure(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
-        """A prompt that was handed to ``peer`` is computed here after all, after so many seconds. Counts as longer than
-        here, whatever it would have held up here."""
-        self.saw_handoff(prompt, peer, seconds + PATIENCE * self.local_s(prompt, 0))
+        """A prompt that was handed to ``peer`` is computed here after all, after so many seconds. Adds up until one
+        comes through, and counts as longer than here whatever it would have held up here."""
+        lost_s = seconds + PATIENCE * self.local_s(prompt, 0) + FAILURE_S
+        overhead_s = self._overhead_s.get(peer.address, 0.0)
+        self._overhead_s[peer.address] = max(overhead_s, min(overhead_s + lost_s, MAX_FAILURES_S))
 
     def is_handed_over(self, prompt: Prompt) -> bool:
         """Whether a prompt is long enough, and blocks of it are missing here."""
@@ -117,7 +131,10 @@ class HandoffCost:
         return chosen
 
     def pass_over(self, peers: Sequence[Peer], chosen: Peer | None) -> None:
-        """A choice of :meth:`choose` is acted upon, once for each prompt."""
+        """A choice of :meth:`choose` is acted upon, once for each prompt. Whoever was not chosen, this engine too, is
+        believed to be a little faster than what was measured."""
+        if chosen is not None and self._min_tokens is None and self._token_s is not None:
+            self._token_s *= _DOUBT
         for peer in peers:
             if peer is not chosen and peer.address in self._overhead_s:
                 self._overhead_s[peer.address] *= _DOUBT

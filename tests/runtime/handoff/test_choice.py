@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headwise.runtime.handoff.choice import PATIENCE, HandoffCost, Peer, Prompt
+from headwise.runtime.handoff.choice import MAX_FAILURES_S, PATIENCE, HandoffCost, Peer, Prompt
 
 SIZE, MIXED = 16, 64
 TOKEN_S = 0.01
@@ -137,3 +137,38 @@ def test_a_peer_whose_handoffs_fail_is_not_chosen_for_a_while(streams: bool) -> 
     assert cost.choose(prompt(), [fast], 0, streams) is None
     other = peer("b", token_s=TOKEN_S)
     assert cost.choose(prompt(), [fast, other], 1, streams) is other
+
+
+def test_failures_add_up_and_success_makes_up_for_them() -> None:
+    cost, fast, slow = measured(0), peer("fast", token_s=0.0), peer("slow", token_s=0.1)
+    tries = 0
+    while cost.choose(prompt(32), [fast, slow], 0, False) is fast:
+        cost.saw_failure(prompt(32), fast, 0.0)
+        tries += 1
+        assert tries < 10
+    for _ in range(1000):
+        cost.saw_failure(prompt(32), fast, 0.0)
+    assert cost.remote_s(prompt(32), fast) == MAX_FAILURES_S
+    for _ in range(10):
+        cost.saw_handoff(prompt(32), fast, 0.0)
+    assert cost.remote_s(prompt(32), fast) < 0.03 * MAX_FAILURES_S
+
+
+def test_what_is_left_of_prompts_that_were_handed_over_does_not_tell_what_a_long_one_takes() -> None:
+    """A step of few tokens takes long for each of them; nothing else is computed here once all is handed over."""
+    cost, slower = measured(), peer(token_s=TOKEN_S * 2)
+    for _ in range(100):
+        cost.saw_prefill(SIZE, SIZE * 10 * TOKEN_S)
+    assert cost.choose(prompt(), [slower], 0, False) is None
+
+
+def test_this_engine_too_gets_another_chance() -> None:
+    """Measured when it was cold, it would be slow for ever."""
+    cost, other = HandoffCost(None, MIXED), peer(token_s=TOKEN_S)
+    cost.saw_prefill(100, 100 * 5 * TOKEN_S)
+    tries = 0
+    while (chosen := cost.choose(prompt(), [other], 0, False)) is not None:
+        cost.pass_over([other], chosen)
+        tries += 1
+        assert tries < 200
+    assert tries > 10
