@@ -77,7 +77,7 @@ class Following:
     def close(self, timeout_s: float) -> None:
         """Ends the thread. Idempotent."""
         self.end()
-        if self._thread is not None:
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
     def _run(self, call: Any) -> None:

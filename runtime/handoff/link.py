@@ -218,7 +218,9 @@ class PrefillLink:
             self._closed = True
         self._wake.set()
         self._channel.close()
-        self._thread.join(_CLOSE_S)
+        # A forgotten LLM may be collected on any thread, and none can wait for itself.
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_CLOSE_S)
         self._following.close(_CLOSE_S)
         with self._lock:
             self._idle.wait_for(lambda: not self._open, _CLOSE_S)

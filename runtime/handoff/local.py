@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,6 +18,7 @@ MAX_MESSAGE_BYTES = 5 << 20
 """A million tokens."""
 _MAX_PATH = 100
 """A Unix socket's path has at most 107 bytes; the file's name takes a few."""
+_THREADS = "headwise-handoff"
 _SPARE_CALLS = 8
 """Calls at once beyond a Commit for each transfer."""
 
@@ -34,7 +36,7 @@ class LocalServer:
             InvalidValueError: the folder for temporary files has too long a path.
         """
         most = service.about.max_transfers + _SPARE_CALLS
-        self._threads = ThreadPoolExecutor(most, "headwise-handoff")
+        self._threads = ThreadPoolExecutor(most, _THREADS)
         self._folder = _private_folder()
         self.address = f"unix:{self._folder}/handoff"
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
@@ -49,8 +51,12 @@ class LocalServer:
 
     def close(self) -> None:
         """Ends the calls that are open, and removes the socket. Idempotent. Waits for no engine."""
-        self._server.stop(None).wait()
-        self._threads.shutdown()
+        # A forgotten LLM may be collected on a thread that answers a call, which cannot wait for its own end.
+        wait = not threading.current_thread().name.startswith(_THREADS)
+        stopped = self._server.stop(None)
+        if wait:
+            stopped.wait()
+        self._threads.shutdown(wait)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

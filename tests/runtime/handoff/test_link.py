@@ -105,6 +105,23 @@ def test_a_token_goes_in_clear_to_no_other_machine() -> None:
     assert TOKEN not in str(error.value)
 
 
+def test_a_link_may_be_closed_on_its_own_thread(local: LocalServer, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a forgotten LLM is collected there."""
+    closed, made = threading.Event(), list[PrefillLink]()
+    ready = threading.Event()
+
+    def close() -> None:
+        assert ready.wait(DEADLINE_S)
+        made[0].close()
+        closed.set()
+
+    made.append(PrefillLink(local.address, HELLO, None, None, close))
+    ready.set()
+    assert closed.wait(DEADLINE_S)
+    made[0].close()
+    assert "failed" not in caplog.text
+
+
 @pytest.mark.usefixtures("quick")
 def test_an_engine_that_comes_later_is_met(serve: Serve, service: HandoffService, link: MakeLink) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -456,3 +456,20 @@ def test_a_long_tmpdir_is_not_in_the_way(
     server = LocalServer(service)
     assert server.address.startswith("unix:/tmp/hw-" if long else f"unix:{folder}")
     server.close()
+
+
+def test_the_server_of_a_program_may_be_closed_by_a_call_that_it_answers(engine: FakeEngine) -> None:
+    """As where a forgotten LLM is collected there."""
+    closed = threading.Event()
+    servers: list[LocalServer] = []
+
+    def close(function: Any) -> Future[Any]:
+        servers[0].close()
+        closed.set()
+        return engine.run(function)
+
+    servers.append(LocalServer(HandoffService(about(), close)))
+    with grpc.insecure_channel(servers[0].address) as channel:
+        failure(KvHandoffServiceStub(channel).Hello, HELLO.message())
+    assert closed.wait(DEADLINE_S)
+    servers[0].close()
