@@ -131,6 +131,9 @@ def start_engine(config: EngineConfig, quiet: bool) -> Started:
     """
     if config.prefill is None:
         return _start(config, quiet)
+    if config.handoff is not None and (config.handoff.role == "prefill" or config.handoff.peers):
+        limit = "the prompts of an engine with prefill are computed by that one, and by no other"
+        raise InvalidValueError("handoff", config.handoff, limit, "leave out prefill, or role and peers")
     with contextlib.ExitStack() as undo:
         side = PrefillSide(prefill_config(config), quiet)
         undo.callback(side.close)

@@ -199,7 +199,9 @@ class Inbound:
         prompt = self._prompt(blocks, num_tokens, first, stop)
         if not self.must_succeed or not self.cost.is_handed_over(prompt) or self._known(stop):
             return ""
-        problems = [f"{peer.name}: {peer.problem or 'it takes no prompt so long'}" for peer in self.peers]
+        problems = [
+            f"{peer.name}: {peer.problem or 'it takes no more prompts, or none so long'}" for peer in self.peers
+        ]
         return f"its prompt was to be computed by another engine, and none can: {', '.join(problems)}"
 
     def has_room(self, num_blocks: int) -> bool:
@@ -292,15 +294,19 @@ class Inbound:
         return Prompt(num_tokens, first * size, blocks.digests[:stop], size)
 
     def _known(self, num_blocks: int) -> list[KnownPeer]:
-        """The peers that can be reached and take a prompt of so many blocks."""
+        """The peers that can be reached and take another prompt, of so many blocks."""
         size = self._cache.block_size
         known: dict[str, KnownPeer] = {}
         asked: Counter[str] = Counter()  # more than a peer has told of, as a rule, when many prompts come at once
+        count: Counter[str] = Counter()
         for handoff in self._running.values():
             asked[handoff.peer.name] += len(handoff.memory) * size
+            count[handoff.peer.name] += 1
         for peer in self.peers:
             session, load = peer.session, peer.load
-            if session is not None and session.max_tokens >= num_blocks * size:
+            if session is None or count[peer.name] >= session.max_transfers:
+                continue
+            if session.max_tokens >= num_blocks * size:
                 queued = max(load.queued_tokens, asked[peer.name])
                 known[peer.name] = KnownPeer(peer.name, queued, load.token_s, peer.digests)
         return list(known.values())

@@ -214,3 +214,14 @@ def test_no_more_blocks_come_than_a_quota_lets_be_cached(monkeypatch: pytest.Mon
     assert request.generated == alone(request)[0] and request.metrics.num_handoff_tokens == 6 * BLOCK
     stats = inbound_of(pair).stats()
     assert (stats["blocks"], stats["bytes"]) == (6, 6)  # a byte stands for a block
+
+
+def test_a_peer_is_not_asked_for_more_than_it_takes(pair: Pair) -> None:
+    assert pair.link.session is not None
+    pair.link.session = replace(pair.link.session, max_transfers=2)
+    requests = [make_request(str(number), [number] * 9, 1) for number in range(5)]
+    for request in requests:
+        pair.decode.add(request)
+    pair.settle()
+    assert [request.metrics.prefilled_by for request in requests] == ["prefill", "prefill", None, None, None]
+    assert inbound_of(pair).stats()["fallbacks"] == 0

@@ -82,3 +82,9 @@ def test_a_wrong_setting_of_a_side_is_named_as_it_was_given(settings: dict[str, 
     with pytest.raises(InvalidValueError) as error:
         LLM("no such model", **SETTINGS | settings)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("handoff", [HandoffConfig(role="prefill"), HandoffConfig(role="decode", peers=("a:1",))])
+def test_an_engine_with_prefill_has_no_other_role_and_no_other_peers(handoff: HandoffConfig) -> None:
+    with pytest.raises(InvalidValueError, match="handoff"):
+        start.start_engine(EngineConfig(model="", prefill={}, handoff=handoff), quiet=True)
