@@ -102,7 +102,7 @@ class Runner:
         computed = None
         if result is None and self._device.type == "cuda":
             computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            computed.record()
+            computed.record(torch.cuda.current_stream(self._device))
         return Launched(plan.step, started, rows, result, [self._sampler.constraint(row) for row in rows], computed)
 
     def finish(self, launched: Launched) -> StepOutput:

@@ -57,7 +57,7 @@ class Work:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
         self.calls.append("record")
 
     def synchronize(self) -> None:
@@ -71,6 +71,7 @@ def test_a_step_without_a_token_is_finished_once_the_device_has_computed_it(
     work, runner = Work(), shard._runner
     assert runner is not None
     monkeypatch.setattr(torch.cuda, "Event", lambda: work)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(runner, "_device", torch.device("cuda"))
     launched = runner.launch(StepPlan(0, admits=[admit(0, list(range(3, 23)), [0, 1])], computes=[(0, 13)]))
     assert work.calls == ["record"]
