@@ -271,7 +271,7 @@ class BlockTables:
             request.metrics.prefilled_by = arrival.peer
             request.metrics.num_handoff_tokens = arrival.num_blocks * self._block_size
         if arrival.failure and self.inbound is not None and self.inbound.must_succeed:
-            self.failed.append((request, f"its prompt was to be computed by {arrival.peer}: {arrival.failure}"))
+            self.failed.append((request, f"another engine was to compute its prompt, and did not: {arrival.failure}"))
 
     def _has_come(self, request: Request, digests: Iterable[bytes]) -> None:
         """Nothing is brought for a request any more, so that nobody is to wait for it."""

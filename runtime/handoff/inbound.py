@@ -7,6 +7,7 @@ until the next :meth:`Inbound.pump`.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import Counter
@@ -41,6 +42,8 @@ from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger, Outcome
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, HandoffJob, HandoffOp
+
+_logger = logging.getLogger(__name__)
 
 MAX_PROMPT_S = 3600.0
 """Seconds after which a prefill engine need not go on with a prompt, however often its lease was renewed."""
@@ -107,7 +110,7 @@ class Arrival:
     Attributes:
         num_blocks: that are cached now.
         peer: who computed them.
-        failure: why there are none; empty if there are.
+        failure: the cause if there are none, which a client may hear; empty if there are.
     """
 
     num_blocks: int
@@ -199,10 +202,7 @@ class Inbound:
         prompt = self._prompt(blocks, num_tokens, first, stop)
         if not self.must_succeed or not self.cost.is_handed_over(prompt) or self._known(stop):
             return ""
-        problems = [
-            f"{peer.name}: {peer.problem or 'it takes no more prompts, or none so long'}" for peer in self.peers
-        ]
-        return f"its prompt was to be computed by another engine, and none can: {', '.join(problems)}"
+        return "no engine that computes prompts can be reached, or takes another one of this length"
 
     def has_room(self, num_blocks: int) -> bool:
         """Whether so many blocks may be reserved now. If not, handoffs are on their way, and will be over."""
@@ -335,7 +335,8 @@ class Inbound:
                     if _is_there(handoff):  # else it is not chosen before it is back, and may be another then
                         seconds = time.monotonic() - handoff.started
                         self.cost.saw_failure(handoff.chosen.prompt, handoff.chosen.known, seconds)
-                    handoff.done(Arrival(0, handoff.peer.name, f"{cause}: {reason}"))
+                    _logger.info("a handoff from %s failed: %s: %s", handoff.peer.name, cause, reason)
+                    handoff.done(Arrival(0, handoff.peer.name, cause))
                 case Free():
                     cache_arrivals(self._cache, handoff.blocks, handoff.chain, handoff.memory, 0)
                     self._forget(handoff)
