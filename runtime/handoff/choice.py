@@ -25,6 +25,9 @@ _DOUBT = 0.98
 """With each prompt that a peer does not get, its overhead is believed a little less, so that it is tried again now and
 then."""
 
+_OWN_DOUBT = 0.995
+"""The same of what computing takes here; less, since a prompt that is computed here may hold up streams."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -88,13 +91,14 @@ class HandoffCost:
         """
         self._min_tokens, self._mixed_tokens = min_tokens, mixed_tokens
         self._token_s: float | None = None
+        self._own_doubt = 1.0
         self._overhead_s: dict[str, float] = {}
 
     def saw_prefill(self, tokens: int, seconds: float) -> None:
         """A step here computed so many tokens of prompts."""
         if self._token_s is not None and tokens < MEASURED_TOKENS:
             return
-        self._token_s = _mean(self._token_s, seconds / tokens)
+        self._token_s, self._own_doubt = _mean(self._token_s, seconds / tokens), 1.0
 
     def saw_handoff(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
         """A prompt that was handed to ``peer``, as it was then, was readable here after so many seconds."""
@@ -133,15 +137,15 @@ class HandoffCost:
     def pass_over(self, peers: Sequence[Peer], chosen: Peer | None) -> None:
         """A choice of :meth:`choose` is acted upon, once for each prompt. Whoever was not chosen, this engine too, is
         believed to be a little faster than what was measured."""
-        if chosen is not None and self._min_tokens is None and self._token_s is not None:
-            self._token_s *= _DOUBT
+        if chosen is not None and self._min_tokens is None:
+            self._own_doubt *= _OWN_DOUBT
         for peer in peers:
             if peer is not chosen and peer.address in self._overhead_s:
                 self._overhead_s[peer.address] *= _DOUBT
 
     def local_s(self, prompt: Prompt, queued_tokens: int) -> float:
         """Seconds until a prompt would be computed here."""
-        return (queued_tokens + prompt.uncached_tokens) * (self._token_s or 0.0)
+        return (queued_tokens + prompt.uncached_tokens) * (self._token_s or 0.0) * self._own_doubt
 
     def remote_s(self, prompt: Prompt, peer: Peer) -> float:
         """Seconds until a prompt would be readable here that ``peer`` computes."""
