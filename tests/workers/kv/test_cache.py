@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -203,6 +205,23 @@ def test_bytes_are_those_allocated(transposed_keys: bool, dtype: torch.dtype) ->
     assert (
         cache.nbytes == 5 * per_block == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
     )
+
+
+def test_copies_of_a_gpu_are_over_when_the_call_is_even_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a block could be written after it has got another owner."""
+    steps, beside, calls = Mock(), Mock(), list[str]()
+    beside.wait_stream.side_effect = lambda stream: calls.append("wait" if stream is steps else "?")
+    beside.synchronize.side_effect = lambda: calls.append("synchronize")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    cache = small_cache(False)
+    cache._streams = steps, beside
+    for failure in (nullcontext(), pytest.raises(RuntimeError)):
+        calls.clear()
+        with failure, cache._beside_steps():
+            calls.append("copy")
+            if not isinstance(failure, nullcontext):
+                raise RuntimeError("no memory")
+        assert calls == ["wait", "copy", "synchronize"]
 
 
 @pytest.mark.parametrize(
