@@ -336,6 +336,83 @@ def test_shared_memory_is_read_when_it_is_checked() -> None:
         file.close()
 
 
+def test_a_stream_may_go_on_in_another_file_and_leaves_none_open() -> None:
+    decode, files, before = Decode(), [SharedFile(SIZE) for _ in range(3)], len(os.listdir("/proc/self/fd"))
+    try:
+        stream = decode.stream()
+        for place, file in enumerate(files):
+            file.view[:] = data_of(place)
+            stream.receive(encode_chunk(chunk_of(decode, place, shared=(*file.place, 0)), data_of(place)))
+            assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert stream.end() == 3 * SIZE and len(os.listdir("/proc/self/fd")) == before
+    finally:
+        for file in files:
+            file.close()
+
+
+def test_a_place_that_no_file_has_is_unreadable_and_later_in_a_stream_wrong() -> None:
+    """Once something has come it is too late for another way."""
+    decode, file = Decode(), SharedFile(SIZE)
+    try:
+        stream, place = decode.stream(), (*file.place, 2**63)
+        with pytest.raises(PushRefused, match="cannot be read") as raised:
+            send(decode, stream, shared=place)
+        assert raised.value.refusal == Refusal.UNREADABLE and decode.outcomes == []
+        stream = decode.stream()
+        send(decode, stream)
+        with pytest.raises(PushRefused, match="cannot be read") as raised:
+            send(decode, stream, 1, shared=place)
+        assert raised.value.refusal == Refusal.WRONG
+        check_over(decode)
+    finally:
+        file.close()
+
+
+def test_less_than_was_promised_is_damaged_even_if_its_checksum_fits() -> None:
+    decode, file = Decode(), SharedFile(SIZE)
+    try:
+        file.view[:] = data_of()
+        with pytest.raises(PushRefused) as raised:
+            message = encode_chunk(chunk_of(decode, shared=(*file.place, SIZE // 2)), data_of()[SIZE // 2 :])
+            decode.stream().receive(message)
+        assert raised.value.refusal == Refusal.DAMAGED and decode.is_untouched
+    finally:
+        file.close()
+
+
+def test_what_is_filled_stays_so_whatever_comes_of_its_streams() -> None:
+    decode, other, outcomes = Decode(), fence_of(2), list[str]()
+    decode.fences.open(other, [0, 2, 3], [(0, 2), (2, 3)])
+    streams = []
+    for source in range(2):
+        streams.append(decode.stream())
+        send(decode, streams[-1], fence=other, source=source, num_blocks=3, num_bytes=3 * SIZE, last=True)
+    for stream in streams:
+        stream.broke()
+    decode.fences.fill(other, lambda error, *rest: outcomes.append(error))
+    assert outcomes == [""] and decode.outcomes == []
+
+
+def test_blocks_of_a_fence_that_is_over_can_be_opened_anew_and_no_blocks_are_filled() -> None:
+    decode, outcomes = Decode(), list[str]()
+    for number, blocks in ((2, [0]), (3, [0]), (4, list[int]())):
+        decode.fences.open(fence_of(number), blocks, [(0, 2), (2, 3)])
+        with pytest.raises(PushRefused):
+            send(decode, decode.stream(), fence=fence_of(number), dtype="float16")
+    decode.fences.fill(fence_of(4), lambda error, *rest: outcomes.append(error))
+    assert outcomes == [""]
+
+
+def test_a_stream_is_stray_while_it_brings_nothing_and_has_no_open_fence() -> None:
+    decode = Decode()
+    stream = decode.stream()
+    assert stream.is_stray(0.0) and not stream.is_stray(DEADLINE_S)
+    send(decode, stream)
+    assert not stream.is_stray(0.0)
+    decode.fences.close(decode.fence)
+    assert stream.is_stray(0.0) and not stream.is_stray(DEADLINE_S)
+
+
 def test_files_of_others_are_not_read(tmp_path: Any) -> None:
     foreign = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
     unsealed = os.memfd_create("headwise-kv", os.MFD_ALLOW_SEALING)
