@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv import chunk as chunks
+from headwise.workers.kv import fences
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.chunk import Chunk, encode_chunk
 from headwise.workers.kv.fences import Fences, FenceStream, PushRefused, Refusal
@@ -378,6 +380,33 @@ def test_less_than_was_promised_is_damaged_even_if_its_checksum_fits() -> None:
         assert raised.value.refusal == Refusal.DAMAGED and decode.is_untouched
     finally:
         file.close()
+
+
+@pytest.mark.parametrize(
+    ("payload", "shared", "right"),
+    [(2 * SIZE, 0, {"payload"}), (0, 2 * SIZE, {"shared"}), (SIZE, SIZE, set()), (0, 0, {"layer"})],
+)
+def test_a_chunk_has_a_largest_size_unless_it_is_one_layer(
+    monkeypatch: pytest.MonkeyPatch, payload: int, shared: int, right: set[str]
+) -> None:
+    monkeypatch.setattr(fences, "PAYLOAD_BYTES", payload)
+    monkeypatch.setattr(fences, "SHARED_BYTES", shared)
+    file, taken, two = SharedFile(2 * SIZE), set(), {"num_blocks": 2, "num_bytes": 2 * SIZE}
+    try:
+        file.view[:] = data_of().ljust(2 * SIZE)
+        for name, changes in (
+            ("payload", two),
+            ("shared", two | {"shared": (*file.place, 0)}),
+            ("layer", {"layers": (0, 1), "num_bytes": SIZE // 2}),
+        ):
+            decode = Decode()
+            with contextlib.suppress(PushRefused):
+                send(decode, decode.stream(), **changes)
+                taken.add(name)
+            assert (name in taken) != (decode.is_untouched and "must be at most" in decode.outcomes[0])
+    finally:
+        file.close()
+    assert taken == right | {"layer"}
 
 
 def test_what_is_filled_stays_so_whatever_comes_of_its_streams() -> None:
