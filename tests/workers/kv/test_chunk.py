@@ -151,3 +151,35 @@ def test_what_is_no_message_is_refused_with_the_reason(message: bytes, why: str)
 def test_another_length_than_the_header_says_is_refused(size: int) -> None:
     with pytest.raises(ChunkError, match=f"{size} bytes of payload where its header says 6"):
         decode_chunk(pb.PushRequest(header=header_of(CHUNK), payload=bytes(size)).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "why"),
+    [
+        ((0, 0), bytes(15), "transfer is not of 16 bytes"),
+        ((0, 0), "a" * 16, "transfer is not of 16 bytes"),
+        ((0, 1), -1, "where a number belongs"),
+        ((0, 4), bytes(33), "ticket is not of 32 bytes"),
+        ((0, 4), [0] * 32, "ticket is not of 32 bytes"),
+        ((1,), -1, "where a number belongs"),
+        ((2,), 2.0, "where a number belongs"),
+        ((3,), 1, "last is no boolean"),
+        ((4,), True, "where a number belongs"),
+        ((6,), [5, 5], "a range from 5 to 5"),
+        ((7,), [1, 2, 3], "where 2 values belong"),
+        ((8,), b"float32", "dtype no name"),
+        ((8,), "f" * 17, "dtype no name"),
+        ((8,), "float32\n", "dtype no name"),
+        ((10,), [1, 2, -3], "where a number belongs"),
+        ((10,), [1, 2], "where 3 values belong"),
+    ],
+)
+def test_a_header_with_a_value_of_another_kind_is_refused(place: tuple[int, ...], value: Any, why: str) -> None:
+    fields, checksum = msgpack.unpackb(header_of(CHUNK))
+    changed = msgpack.unpackb(fields)
+    *outer, last = place
+    part = changed[outer[0]] if outer else changed
+    part[last] = value
+    header = msgpack.packb((msgpack.packb(changed), checksum))
+    with pytest.raises(ChunkError, match=why):
+        decode_chunk(pb.PushRequest(header=header, payload=bytes(6)).SerializeToString())
