@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import LLM, OutputDelta, RequestOutput, SamplingParams, start
-from headwise.runtime.config import EngineConfig
+from headwise.runtime.config import EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineStoppedError
@@ -534,6 +534,10 @@ def test_the_signature_is_the_config() -> None:
     for name in ("self", "model", "quiet"):
         del parameters[name]
     defaults = {name: field.default for name, field in EngineConfig.model_fields.items() if name != "model"}
+    del defaults["handoff"]
+    handoff = {name: HandoffConfig.model_fields[name].default for name in ("min_tokens", "on_failure", "shared_memory")}
+    names = ("handoff_min_tokens", "on_handoff_failure", "handoff_shared_memory")
+    defaults |= {"decode": None} | dict(zip(names, handoff.values(), strict=True))
     assert {name: parameter.default for name, parameter in parameters.items()} == defaults
 
 
