@@ -91,11 +91,11 @@ class Mischief:
 
     def _messages(self, messages: Iterable[bytes]) -> Iterable[bytes]:
         for message in messages:
-            if self("dropped", 0.01):
+            if self("dropped", 0.03):
                 continue
-            if self("damaged", 0.01):
+            if self("damaged", 0.03):
                 message = message[:-3] + bytes(3)
-            if self("twice", 0.01):
+            if self("twice", 0.03):
                 yield message
             yield message
 
@@ -181,7 +181,8 @@ def test_nothing_is_wrong_and_nothing_is_left(
         stats = sides.llm.stats()["handoff"]
         assert stats["started"] == stats["committed"] + stats["fallbacks"] + stats["cancelled"]
         assert stats["committed"] > count / 4 and all(
-            mischief.done[what] for what in ("cancelled", "damaged", "rubbish")
+            sum(mischief.done[what] for what in kind)
+            for kind in (("cancelled",), ("dropped", "damaged", "twice"), ("rubbish", "call fails"))
         )
     finally:
         sides.close()
