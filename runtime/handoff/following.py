@@ -86,7 +86,8 @@ class Following:
             _logger.info("prefill at %s: its KV events skip a number, or have ended", self._name)
         except grpc.RpcError as error:
             self._refused = error.code() in _REFUSALS
-            _logger.info("prefill at %s tells no KV events: %s", self._name, error.code().name)
+            level = logging.DEBUG if error.code() is grpc.StatusCode.UNIMPLEMENTED else logging.INFO
+            _logger.log(level, "prefill at %s tells no KV events: %s", self._name, error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE and self._heard:
                 self._lost()
         except ValueError as error:

@@ -345,7 +345,8 @@ class PrefillLink:
             self._following.end()
         else:
             self._connected.set()
-        _logger.log(level, "prefill at %s: %s", self.name, problem or "connected")
+        who = "the prefill engine" if self.name == OWN_PREFILL else f"prefill at {self.name}"
+        _logger.log(level, "%s: %s", who, problem or "connected")
         try:
             self._on_change()
         except Exception:
