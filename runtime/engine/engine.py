@@ -200,6 +200,11 @@ class Engine:
         """Takes their seats from requests that have ended, and whose blocks are not sent to another engine any more."""
         self._scheduler.give_up_seats()
 
+    def leave_peers(self) -> None:
+        """No step follows: ends the connections to prefill engines, which would be renewed for ever."""
+        if self.generation.inbound is not None:
+            self.generation.inbound.close()
+
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
         self.generation.pins.clear()

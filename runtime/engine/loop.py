@@ -124,6 +124,7 @@ class EngineLoop:
             self._end(ended)
         finally:
             self._over.set()
+            self._engine.leave_peers()
 
     def _run_functions(self) -> bool:
         """Runs the functions that wait, or waits for one if the engine has nothing to do; False once closed."""

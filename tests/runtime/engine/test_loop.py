@@ -31,6 +31,9 @@ class Counter:
     def has_work(self) -> bool:
         return self.todo > 0
 
+    def leave_peers(self) -> None:
+        pass
+
     def step(self) -> None:
         self.thread = threading.current_thread()
         self.todo -= 1

@@ -4,6 +4,7 @@ them: calls and answers are lost, repeated and late, blocks are lost on their wa
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,6 +190,7 @@ class FakeLink:
         default_factory=lambda: HelloAnswer(IDENTITY, PREFILL_EPOCH, [(0, 1)], 1 << 16, 64)
     )
     calls: list[Callable[[], None]] = field(default_factory=list)
+    closed: threading.Event = field(default_factory=threading.Event)
     tracked: dict[TransferKey, Callable[[TransferKey, Status | None], None]] = field(default_factory=dict)
 
     @property
@@ -229,7 +231,8 @@ class FakeLink:
     def untrack(self, key: TransferKey) -> None:
         self.tracked.pop(key, None)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed.set()
 
     def move(self) -> None:
         """Makes some of the calls, in any order."""

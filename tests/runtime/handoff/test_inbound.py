@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.handoff import inbound as inbound_module
 from headwise.runtime.handoff import outbound as outbound_module
 from headwise.runtime.handoff.inbound import Inbound, LocalLoad
@@ -18,6 +19,7 @@ from tests.runtime.handoff.engines import IDENTITY as WIRE
 from tests.runtime.handoff.engines import PREFILL_EPOCH, FakeLink, Pair
 
 PROMPT = [*range(12), 0]
+DEADLINE_S = 10.0
 BLOCKS = IDENTITY.token_blocks(PROMPT)
 
 
@@ -230,3 +232,12 @@ def test_a_peer_is_not_asked_for_more_than_it_takes(pair: Pair) -> None:
     pair.settle()
     assert [request.metrics.prefilled_by for request in requests] == ["prefill", "prefill", None, None, None]
     assert inbound_of(pair).stats()["fallbacks"] == 0
+
+
+def test_an_engine_that_has_ended_leaves_its_peers(pair: Pair) -> None:
+    """Else their leases would be renewed for prompts that nobody goes on from."""
+    ended: list[BaseException] = []
+    loop = EngineLoop(pair.decode.engine, ended.append)
+    loop.post(lambda engine: 1 / 0)
+    assert pair.link.closed.wait(DEADLINE_S) and ended
+    loop.close()
