@@ -36,6 +36,7 @@ from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.models import resolve
 from headwise.runtime.precision import precision_notes, resolve_dtype
 from headwise.runtime.sides import decode_config, prefill_config
+from headwise.runtime.tls import channel_credentials
 from headwise.runtime.warmup import prepare_kernels
 from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import HeadwiseError, InvalidValueError
@@ -49,6 +50,9 @@ T = TypeVar("T")
 
 MEET_TIMEOUT_S = 20.0
 """For the two engines of a program to meet: both run by then."""
+
+STATS_TIMEOUT_S = 5.0
+"""For a prefill engine to say what it has done; one that hangs says nothing."""
 
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +99,10 @@ class PrefillSide:
         return self._server.address
 
     def stats(self) -> dict[str, Any]:
-        """What it has done, as :meth:`Engine.stats`; empty once it has ended."""
+        """What it has done, as :meth:`Engine.stats`; empty once it has ended, or hangs."""
         try:
-            return self.loop.run(Engine.stats)
-        except HeadwiseError:
+            return self.loop.run(Engine.stats, STATS_TIMEOUT_S)
+        except (HeadwiseError, TimeoutError):
             return {}
 
     def reset_prefix_cache(self) -> None:
@@ -247,6 +251,17 @@ def _identity(model: ModelConfig, fingerprint: str, spec: ShardSpec) -> Identity
 
 
 def _handoff_spec(handoff: HandoffConfig) -> HandoffSpec:
+    """
+    Raises:
+        InvalidValueError: a file cannot be used, or keys and values would go elsewhere in clear text; said here, before
+            a model is loaded for nothing.
+    """
+    files = [None if path is None else Path(path) for path in (handoff.ca, handoff.tls_cert, handoff.tls_key)]
+    if handoff.ca is not None:
+        channel_credentials(*files)
+    if handoff.role == "decode" and not is_loopback(handoff.host) and None in files[1:]:
+        limit = "is not loopback, and keys and values would go there in clear text"
+        raise InvalidValueError("handoff_host", handoff.host, limit, "give --tls-cert and --tls-key")
     decode, tls = handoff.role == "decode", not is_loopback(handoff.host)
     return HandoffSpec(
         decode,

@@ -88,3 +88,21 @@ def test_a_wrong_setting_of_a_side_is_named_as_it_was_given(settings: dict[str, 
 def test_an_engine_with_prefill_has_no_other_role_and_no_other_peers(handoff: HandoffConfig) -> None:
     with pytest.raises(InvalidValueError, match="handoff"):
         start.start_engine(EngineConfig(model="", prefill={}, handoff=handoff), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"ca": "/nowhere/ca.pem"}, "ca"),
+        ({"host": "192.0.2.1"}, "handoff_host"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_a_model_is_loaded(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str
+) -> None:
+    monkeypatch.setattr(start, "make_factory", lambda config, spec: pytest.fail("too late"))
+    handoff = HandoffConfig(role="decode", peers=("127.0.0.1:1",), **settings)
+    config = EngineConfig(model=str(checkpoint("gqa")), executor="local", handoff=handoff)
+    with pytest.raises(InvalidValueError) as error:
+        start.start_engine(config, quiet=True)
+    assert error.value.field == field
