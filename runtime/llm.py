@@ -20,6 +20,7 @@ from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
+from headwise.runtime.inputs.batches import as_params, as_prompts
 from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt, check_request_id
 from headwise.runtime.kv.events import KvEvents, Subscription
 from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
@@ -189,7 +190,7 @@ class LLM:
             InvalidValueError: a prompt or a parameter is wrong; names the first such one. Nothing is computed then.
             ShardGroupDied: a shard died; no output of this call is returned.
         """
-        listed = _as_prompts(prompts)
+        listed = as_prompts(prompts)
         return self._run([self._inputs.token_ids(p) for p in listed], listed, sampling_params, cache_salt, use_tqdm)
 
     def chat(
@@ -352,7 +353,7 @@ class LLM:
         cache_salt: str,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _as_params(sampling_params, len(token_ids))
+        params = as_params(sampling_params, len(token_ids))
         groups: list[list[Request]] = []
         for ids, param in zip(token_ids, params, strict=True):
             number = next(self._numbers)
@@ -485,23 +486,3 @@ def _close(loop: EngineLoop, started: Started) -> None:
         loop.close()
     finally:
         started.close()
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, bytes)):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise InvalidValueError("prompts", prompts, "must be a string, a list of token ids, or a list of such")
-    if prompts and not any(isinstance(item, Sequence) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if not isinstance(params, Sequence):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidValueError("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
-    return list(params)
