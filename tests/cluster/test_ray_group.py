@@ -57,7 +57,7 @@ def nothing_left(pids: list[int]) -> None:
     assert states <= {"REMOVED"}
 
 
-@pytest.mark.parametrize("tp", [thorough(1), 2, thorough(4)])
+@pytest.mark.parametrize("tp", [thorough(1), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_are_processes_with_their_own_heads(checkpoint: Callable[..., Path], tp: int) -> None:
     with llm(checkpoint("uneven"), tensor_parallel_size=tp) as model:
         outputs = model.generate(prompts(), PARAMS)
@@ -124,7 +124,7 @@ def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Cal
     nothing_left(pids)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_an_engine_with_nothing_to_do_and_its_shards_sleep(checkpoint: Callable[..., Path]) -> None:
     with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
         model.generate(prompts(), PARAMS)
@@ -143,7 +143,7 @@ def _shares_of_a_core(processes: list[psutil.Process], seconds: float) -> list[f
     return [(b.user + b.system - a.user - a.system) / elapsed for a, b in zip(before, after, strict=True)]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_two_models_at_once_do_not_collide(checkpoint: Callable[..., Path]) -> None:
     first_dir, second_dir = checkpoint("uneven"), checkpoint("gqa")
     with llm(first_dir, tensor_parallel_size=2) as first, llm(second_dir, tensor_parallel_size=2) as second:
@@ -270,7 +270,7 @@ def test_close_while_a_step_hangs(checkpoint: Callable[..., Path]) -> None:
     nothing_left(pids)
 
 
-@pytest.mark.parametrize("node", [thorough("here"), "elsewhere"])
+@pytest.mark.parametrize("node", [pytest.param("here", marks=pytest.mark.slow), "elsewhere"])
 def test_a_rank_that_does_not_end_by_itself_is_ended(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, node: str
 ) -> None:

@@ -415,7 +415,7 @@ while True:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("wanted", [1, 60])
+@pytest.mark.parametrize("wanted", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_an_engine_that_is_killed_while_it_writes(
     checkpoint: Callable[..., Path],
     engine: Callable[..., LLM],
