@@ -385,6 +385,7 @@ def test_keys_and_values_that_are_not_finite_are_never_read_at_decode(
 
             sides.prefill.loop.run(poison)
         assert outcome.result(DEADLINE_S).tokens == alone(ids)
-        assert fallbacks(sides)["peer"] == 1
+        causes = fallbacks(sides)  # prefill says so, and ends its pushes: either may come first
+        assert causes["peer"] + causes["transport"] == 1
         sides.settle()
         assert not sides.prefill_kv(ids)
