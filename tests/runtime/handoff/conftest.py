@@ -29,7 +29,7 @@ from headwise.v1.kv_transfer_pb2_grpc import (
 from headwise.workers.kv.handoff import KvEndpoint
 
 T = TypeVar("T")
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 IDENTITY = Identity(1, 1, "a model", "float32", 4, "dense", 2, 3, 8)
 EPOCH, DECODE_EPOCH = 7, 5
 ENDPOINTS = [KvEndpoint((0, 2), "127.0.0.1:4001", b"host"), KvEndpoint((2, 3), "127.0.0.1:4002", b"host")]
