@@ -32,9 +32,10 @@ class HandoffConfig(BaseModel):
             Default: 30.
         shared_memory: whether ranks on one host hand over blocks in shared memory. Default: True.
         host: of decode: the address on which each rank takes blocks. Default: ``"127.0.0.1"``.
-        tls_cert, tls_key: of decode: PEM files of its certificate, which encrypts those connections where host is not
-            loopback, and which the prefill engines are shown.
-        ca: a PEM file: whom the certificates of the other side are signed by. None connects in clear text.
+        tls_cert, tls_key: PEM files of this side's certificate. It encrypts those connections where host is not
+            loopback, and is shown to the other side.
+        ca: a PEM file: whom the certificates of the other side are signed by; a prefill engine without such a one can
+            write nothing. None connects in clear text.
         token: of decode: sent to the prefill engines.
     """
 

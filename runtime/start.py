@@ -262,14 +262,15 @@ def _handoff_spec(handoff: HandoffConfig) -> HandoffSpec:
     if handoff.role == "decode" and not is_loopback(handoff.host) and None in files[1:]:
         limit = "is not loopback, and keys and values would go there in clear text"
         raise InvalidValueError("handoff_host", handoff.host, limit, "give --tls-cert and --tls-key")
-    decode, tls = handoff.role == "decode", not is_loopback(handoff.host)
+    decode, encrypted = handoff.role == "decode", not is_loopback(handoff.host)
+    shown = encrypted if decode else handoff.ca is not None
     return HandoffSpec(
         decode,
         handoff.host,
         handoff.shared_memory,
-        handoff.tls_cert if tls else None,
-        handoff.tls_key if tls else None,
-        None if decode else handoff.ca,
+        handoff.tls_cert if shown else None,
+        handoff.tls_key if shown else None,
+        handoff.ca if encrypted or not decode else None,
     )
 
 

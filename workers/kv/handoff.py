@@ -99,8 +99,10 @@ class HandoffSpec:
         receives: whether they take KV, each on a port of its own.
         host: the address to bind that port on.
         shared_memory: whether blocks go through shared memory where both ends are on one host.
-        tls_cert, tls_key: PEM files: with them the port is encrypted. Needed where ``host`` is not loopback.
-        ca: PEM file of whoever signed the certificates of ranks that this one sends to; None sends in clear text.
+        tls_cert, tls_key: PEM files of this side's certificate: with them the port is encrypted, which is needed where
+            ``host`` is not loopback; who sends shows it.
+        ca: PEM file of whoever signed the certificates of the other side. None sends in clear text; who receives then
+            asks no sender for a certificate.
     """
 
     receives: bool = False

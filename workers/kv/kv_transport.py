@@ -211,7 +211,10 @@ class _PushCalls:
         if spec.ca is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
-            credentials = grpc.ssl_channel_credentials(read_pem("ca", spec.ca))
+            own: tuple[bytes, ...] = ()
+            if spec.tls_cert is not None and spec.tls_key is not None:
+                own = read_pem("tls_key", spec.tls_key), read_pem("tls_cert", spec.tls_cert)
+            credentials = grpc.ssl_channel_credentials(read_pem("ca", spec.ca), *own)
             self._channel = grpc.secure_channel(address, credentials, options)
         service = pb.DESCRIPTOR.services_by_name["KvTransferService"].full_name
         self._push: Any = self._channel.stream_unary(

@@ -149,7 +149,9 @@ def _bind(server: grpc.Server, spec: HandoffSpec) -> int:
         if spec.tls_cert is None or spec.tls_key is None:
             return server.add_insecure_port(join(spec.host, 0))
         chain = read_pem("tls_key", spec.tls_key), read_pem("tls_cert", spec.tls_cert)
-        return server.add_secure_port(join(spec.host, 0), grpc.ssl_server_credentials([chain]))
+        senders = read_pem("ca", spec.ca) if spec.ca is not None else None
+        credentials = grpc.ssl_server_credentials([chain], senders, senders is not None)
+        return server.add_secure_port(join(spec.host, 0), credentials)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, InvalidValueError):
             raise

@@ -65,6 +65,26 @@ def test_what_must_not_be_bound_is_refused(spec: HandoffSpec, why: str) -> None:
 
 
 @SHARED
+def test_a_port_that_knows_an_authority_takes_from_those_it_signed(certificates: Any, shared_memory: bool) -> None:
+    def files(name: str) -> dict[str, str]:
+        return {"tls_cert": str(certificates / f"{name}.pem"), "tls_key": str(certificates / f"{name}.key")}
+
+    ca = str(certificates / "good-ca.pem")
+    decode = Group((9, 3), 2, HandoffSpec(True, shared_memory=shared_memory, ca=ca, **files("good")))
+    for own, welcome in ((files("good"), True), (files("other"), False), ({}, False)):
+        prefill = Group((9, 3), 1, HandoffSpec(shared_memory=shared_memory, ca=ca, **own), seed=1)
+        handover = Handover(prefill, decode)
+        (sent,) = handover.push()()
+        assert bool(sent.error) != welcome
+        if welcome:
+            assert ok(handover.filled())
+            handover.check_arrived()
+        assert ok(decode.run(HandoffOp.CLOSE, handover.fence))
+        prefill.close()
+    decode.close()
+
+
+@SHARED
 def test_encrypted_ports_take_from_who_trusts_them(certificates: Any, shared_memory: bool) -> None:
     good = {"tls_cert": str(certificates / "good.pem"), "tls_key": str(certificates / "good.key")}
     decode = Group((9, 3), 2, HandoffSpec(True, shared_memory=shared_memory, **good))
