@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import threading
@@ -130,6 +131,10 @@ def test_nothing_is_wrong_and_nothing_is_left(
         outputs = llm.generate([prompt(seed) for seed in range(PROMPTS)], PARAMS)
         right = [output.outputs[0].token_ids for output in outputs]
     mischief = Mischief(monkeypatch, count)
+    # pytest keeps the records of a log, and with them errors and all that they refer to.
+    monkeypatch.setattr(logging.getLogger("headwise"), "disabled", True)
+    for name in ("workers.kv.receiver", "workers.kv.pusher", "runtime.handoff.link", "runtime.handoff.inbound"):
+        monkeypatch.setattr(logging.getLogger(f"headwise.{name}"), "disabled", True)
     chance = random.Random(count + 1)
     settings = {"tensor_parallel_size": 2, "num_blocks": 40, "max_num_batched_tokens": 48}
     sides = Sides(monkeypatch, model, prefill=settings, tensor_parallel_size=2, num_blocks=40, lease_s=0.5)
