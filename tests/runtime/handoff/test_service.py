@@ -298,9 +298,9 @@ def test_a_commit_waits_no_longer_than_its_caller(stub: KvHandoffServiceStub, en
     request = pb.CommitRequest(key=key_of(1).message())
     assert failure(stub.Commit, request, timeout=0.2)[0] is CODE.DEADLINE_EXCEEDED
     # More than there are threads: those whose callers have left take none.
-    for _ in range(3):
+    for most in (14, 28, 42):  # the call that was in a hurry may not have come
         calls = [stub.Commit.future(request, timeout=DEADLINE_S) for _ in range(14)]
-        wait_until(lambda: engine.calls["commit"] % 14 == 1)
+        wait_until(lambda most=most: engine.calls["commit"] >= most)
         for call in calls:
             call.cancel()
         wait_until(lambda: answers(stub))
