@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from headwise.runtime.kv.cost import running_mean
+
 PATIENCE = 4.0
 """How much longer than here a prompt may take elsewhere where it would hold up streams here."""
 
@@ -17,9 +19,6 @@ MAX_FAILURES_S = 60.0
 MEASURED_TOKENS = 64
 """A step here with fewer tokens of prompts, such as what is left of those that were handed over, says little of what a
 token of a long one takes."""
-
-_WEIGHT = 0.3
-"""Of a new reading in the running means: the last few count."""
 
 _DOUBT = 0.98
 """With each prompt that a peer does not get, its overhead is believed a little less, so that it is tried again now and
@@ -98,12 +97,12 @@ class HandoffCost:
         """A step here computed so many tokens of prompts."""
         if self._token_s is not None and tokens < MEASURED_TOKENS:
             return
-        self._token_s, self._own_doubt = _mean(self._token_s, seconds / tokens), 1.0
+        self._token_s, self._own_doubt = running_mean(self._token_s, seconds / tokens), 1.0
 
     def saw_handoff(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
         """A prompt that was handed to ``peer``, as it was then, was readable here after so many seconds."""
         overhead_s = max(0.0, seconds - self._computing_s(prompt, peer))
-        self._overhead_s[peer.address] = _mean(self._overhead_s.get(peer.address), overhead_s)
+        self._overhead_s[peer.address] = running_mean(self._overhead_s.get(peer.address), overhead_s)
 
     def saw_failure(self, prompt: Prompt, peer: Peer, seconds: float) -> None:
         """A prompt that was handed to ``peer`` is computed here after all, after so many seconds. Adds up until one
@@ -166,7 +165,3 @@ class HandoffCost:
         """Of the full blocks that the peer has not got, and at least of one token: its logits tell what is sound."""
         own = max(1, (len(prompt.digests) - peer.held(prompt.digests)) * prompt.block_size)
         return (peer.queued_tokens + own) * peer.token_s
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _WEIGHT * (new - old)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -76,8 +76,8 @@ class Outbound:
     Attributes:
         prompts: computes them; set by whoever makes the engine.
         post: runs a function on the engine's thread, soon; set by whoever gives the engine a thread.
-        lock: is held by whoever calls a method; all but :meth:`tick`, :meth:`computed`, :meth:`ended` and :meth:`stats`
-            may be called on any thread.
+        lock: is held while other engines' calls are answered, on any thread. :meth:`tick`, :meth:`computed` and
+            :meth:`ended`, which are for the engine's thread, take it themselves.
     """
 
     prompts: Prompts
@@ -291,5 +291,6 @@ def _status(standing: Standing) -> Status:
 
 
 def _digest(ask: Ask) -> bytes:
-    """Of all that a repeated call has to have in common with the first."""
-    return hashlib.sha256(ask.message().SerializeToString(deterministic=True)).digest()
+    """Of all that a repeated call has to have in common with the first, which durations are not."""
+    message = replace(ask, deadline_s=0.0, lease_s=0.0).message()
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
