@@ -8,9 +8,7 @@ authenticated with CURVE (curvezmq.org): the engine admits the keys it made for 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
 import threading
 from dataclasses import dataclass, field
 
@@ -20,12 +18,10 @@ from zmq.auth.thread import ThreadAuthenticator
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind, MessageTooLargeError, ShardChannel
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import MAX_MESSAGE_BYTES
+from headwise.workers.private_files import make_socket_folder
 
 SEND_TIMEOUT_S = 3.0
 """How long a message may wait for a receiver that does not read; steps are answered one by one, so queues are short."""
-
-_MAX_PATH = 100
-"""A unix socket's path has at most 107 bytes; the file's name takes a few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class ZmqEngineChannel(EngineChannel):
 
         Raises:
             InvalidValueError: another transport.
-            ChannelError: the folder for temporary files has too long a path.
+            InvalidValueError: the folder for temporary files has too long a path.
         """
         if transport not in ("ipc", "tcp"):
             raise InvalidValueError("transport", transport, "must be ipc or tcp")
@@ -67,7 +63,7 @@ class ZmqEngineChannel(EngineChannel):
             if self._keys is not None:
                 self._admit(self._keys)
             else:
-                self._folder = _private_folder()
+                self._folder = make_socket_folder()
             self._replies, self._replies_at = self._bind(zmq.PULL, host, "replies")
             plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
             self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
@@ -276,11 +272,3 @@ def _send(socket: zmq.Socket[bytes], parts: list[bytes], receiver: str) -> None:
         socket.send_multipart(parts)
     except zmq.Again:
         raise ChannelError(f"{receiver} has not read for {SEND_TIMEOUT_S:g} s") from None
-
-
-def _private_folder() -> str:
-    """A new folder with mode 0700, where a socket's path fits."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.path.join(parent, "hw-12345678")) < _MAX_PATH and os.path.isdir(parent):
-            return tempfile.mkdtemp(prefix="hw-", dir=parent)
-    raise ChannelError(f"TMPDIR={tempfile.gettempdir()} is too long a path for a socket; at most {_MAX_PATH} bytes")

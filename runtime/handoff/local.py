@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,12 +10,10 @@ import grpc
 
 from headwise.runtime.handoff.service import HandoffService
 from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.private_files import make_socket_folder
 
 MAX_MESSAGE_BYTES = 5 << 20
 """A million tokens."""
-_MAX_PATH = 100
-"""A Unix socket's path has at most 107 bytes; the file's name takes a few."""
 _THREADS = "headwise-handoff"
 _SPARE_CALLS = 8
 """Calls at once beyond a Commit for each transfer."""
@@ -37,7 +33,7 @@ class LocalServer:
         """
         most = service.about.max_transfers + _SPARE_CALLS
         self._threads = ThreadPoolExecutor(most, _THREADS)
-        self._folder = _private_folder()
+        self._folder = make_socket_folder()
         self.address = f"unix:{self._folder}/handoff"
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=most)
@@ -58,12 +54,3 @@ class LocalServer:
             stopped.wait()
         self._threads.shutdown(wait)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _private_folder() -> str:
-    """A new folder with mode 0700, where a socket's path fits."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.path.join(parent, "hw-12345678")) < _MAX_PATH and os.path.isdir(parent):
-            return tempfile.mkdtemp(prefix="hw-", dir=parent)
-    limit = f"is too long a path for a socket; at most {_MAX_PATH} bytes"
-    raise InvalidValueError("TMPDIR", tempfile.gettempdir(), limit)

@@ -11,12 +11,13 @@ import pytest
 from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.handoff import inbound as inbound_module
 from headwise.runtime.handoff import outbound as outbound_module
+from headwise.runtime.handoff.errors import RefusedError
 from headwise.runtime.handoff.inbound import Inbound, LocalLoad
-from headwise.runtime.handoff.messages import HelloAnswer, Load
+from headwise.runtime.handoff.messages import Ask, HelloAnswer, Load, TransferKey
 from headwise.runtime.output import FinishReason
 from tests.plain_group import BLOCK, IDENTITY, alone, make_request
+from tests.runtime.handoff.engines import DECODE_EPOCH, PREFILL_EPOCH, FakeLink, Pair
 from tests.runtime.handoff.engines import IDENTITY as WIRE
-from tests.runtime.handoff.engines import PREFILL_EPOCH, FakeLink, Pair
 
 PROMPT = [*range(12), 0]
 DEADLINE_S = 10.0
@@ -241,3 +242,14 @@ def test_an_engine_that_has_ended_leaves_its_peers(pair: Pair) -> None:
     loop.post(lambda engine: 1 / 0)
     assert pair.link.closed.wait(DEADLINE_S) and ended
     loop.close()
+
+
+def test_a_prefill_that_comes_again_may_tell_its_durations_anew(pair: Pair) -> None:
+    key = TransferKey(bytes(16), 1, DECODE_EPOCH, PREFILL_EPOCH)
+    ask = Ask(key, 1, bytes(32), [1] * 8, 0, bytes(32), b"", "", 60.0, 30.0)
+    pair.outbound.accept(ask)
+    pair.outbound.accept(replace(ask, deadline_s=59.0, lease_s=20.0))
+    assert pair.outbound.stats()["accepted"] == 1
+    with pytest.raises(RefusedError, match="another prompt"):
+        pair.outbound.accept(replace(ask, token_ids=[2] * 8))
+    pair.outbound.abort(key, "no more")
