@@ -45,8 +45,7 @@ class ZmqEngineChannel(EngineChannel):
             host: the address to bind with tcp; the ports come from the system.
 
         Raises:
-            InvalidValueError: another transport.
-            InvalidValueError: the folder for temporary files has too long a path.
+            InvalidValueError: another transport, or the folder for temporary files has too long a path.
         """
         if transport not in ("ipc", "tcp"):
             raise InvalidValueError("transport", transport, "must be ipc or tcp")
