@@ -121,6 +121,11 @@ class Held:
         self.rss = process.memory_info().rss
         self.shared = {name for name in os.listdir("/dev/shm") if name.startswith("headwise")}
 
+    def beyond(self, before: Held) -> bool:
+        """Whether there is more now than before, memory aside."""
+        more = self.sockets > before.sockets or self.files > before.files
+        return more or bool(self.threads - before.threads) or not self.shared <= before.shared
+
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_nothing_is_wrong_and_nothing_is_left(
@@ -179,10 +184,9 @@ def test_nothing_is_wrong_and_nothing_is_left(
             wait_until(lambda: sides.inbound.peers[0].session)
             wave(range(count, count + WAVE))
         sides.settle()
-        wait_until(lambda: Held().sockets <= before.sockets and not Held().threads - before.threads)
-        after = Held()
-        assert after.files <= before.files and after.shared <= before.shared
-        assert after.rss - before.rss < 16 * MIB
+        # gRPC closes what it does not use any more a little later, on threads of its own.
+        wait_until(lambda: not Held().beyond(before))
+        assert Held().rss - before.rss < 16 * MIB
         stats = sides.llm.stats()["handoff"]
         assert stats["started"] == stats["committed"] + stats["fallbacks"] + stats["cancelled"]
         assert stats["committed"] > count / 4 and all(
