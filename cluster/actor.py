@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ShardActor:
-    """One rank. The group calls :meth:`load`, :meth:`allocate` and :meth:`run`, which returns when the group closes."""
+    """One rank. The group calls :meth:`load` and :meth:`run`, which returns when the group closes."""
 
     def __init__(self, rank: int, spec: ShardSpec, num_threads: int) -> None:
         num_threads = min(num_threads, usable_cores())  # Ray may have been told of more CPUs than there are
@@ -50,7 +50,7 @@ class ShardActor:
 
     def load(
         self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float, ranks_on_host: Sequence[int]
-    ) -> int:
+    ) -> None:
         """As :meth:`Rank.load <headwise.cluster.rank.Rank.load>`; progress goes over the channel."""
         from headwise.workers.warmup import WarmUpError, ensure_warm
 
@@ -59,17 +59,13 @@ class ShardActor:
                 ensure_warm()  # has been done where the engine is, which may be another machine
         channel = self._channel = ZmqShardChannel(endpoint)
         rendezvous, self._rendezvous = self._rendezvous, None
-        return self._rank.load(
+        self._rank.load(
             channel,
             rendezvous or published,
             timeout_s,
             lambda done, total: channel.send(Kind.PROGRESS, msgpack.packb((done, total))),
             ranks_on_host,
         )
-
-    def allocate(self, num_blocks: int) -> None:
-        """Takes the KV memory; the same number of blocks on every rank."""
-        self._rank.allocate(num_blocks)
 
     def run(self) -> None:
         """Serves the step channel until the group closes it."""

@@ -13,12 +13,13 @@ from headwise.workers.errors import HeadwiseError
 
 
 class Kind(enum.IntEnum):
-    """What a message is: the first four go to ranks, the others come from them."""
+    """What a message is: the first five go to ranks, the others come from them."""
 
     STEP = 1
     QUERY = 2
     CLOSE = 3
     TRANSFER = 4
+    ALLOCATE = 5
     OUTPUT = 16
     REPLY = 17
     ERROR = 18

@@ -38,20 +38,36 @@ class GroupStartError(HeadwiseError):
 class ShardGroup(ABC):
     """All ranks of one tensor-parallel model: the unit of placement and of failure.
 
-    An engine calls :meth:`start` once, then :meth:`submit` and :meth:`collect` in pairs, with as many plans in
-    flight as it likes: every rank runs its plans in the order of submission. :meth:`close` may be called at any
-    time, on any thread, more than once, and leaves nothing behind; whoever waits for the group gets ShardGroupDied.
+    An engine calls :meth:`load` and :meth:`allocate` once, then :meth:`submit` and :meth:`collect` in pairs, with as
+    many plans in flight as it likes: every rank runs its plans in the order of submission. :meth:`close` may be called
+    at any time, on any thread, more than once, and leaves nothing behind; whoever waits for the group gets
+    ShardGroupDied.
     """
 
-    @abstractmethod
     def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
-        """Places, connects and loads every rank; returns the number of KV blocks each of them has.
+        """:meth:`load`, then :meth:`allocate`."""
+        self.load(progress)
+        return self.allocate(num_blocks)
+
+    @abstractmethod
+    def load(self, progress: Progress | None = None) -> None:
+        """Places and connects every rank, and loads the weights. A group may wait in this state for as long as it
+        likes; :attr:`death` tells whether it still lives.
+
+        Raises:
+            GroupStartError, ShardGroupDied, CheckpointError, InvalidValueError.
+        """
+
+    @abstractmethod
+    def allocate(self, num_blocks: int | None = None) -> int:
+        """Takes the KV memory of every rank; returns the number of KV blocks each of them has, 0 if ``kv_memory``
+        affords none.
 
         Args:
             num_blocks: so many, where ``kv_memory`` affords more.
 
         Raises:
-            GroupStartError, ShardGroupDied, CheckpointError, InvalidValueError.
+            ShardGroupDied, InvalidValueError.
         """
 
     @abstractmethod
@@ -100,6 +116,10 @@ class ShardGroup(ABC):
         """What ended the group, as far as that is noticed without a call. May be read on any thread."""
         return None
 
+    def give_up(self, cause: str) -> None:  # noqa: B027 - for groups whose ranks may hang
+        """Counts the group as dead, whose ranks make no progress: whoever waits for it gets ShardGroupDied. May be
+        called on any thread."""
+
     def hurry(self) -> None:  # noqa: B027 - for groups whose close() waits long
         """Has :meth:`close`, now or later, wait only a moment for what a rank is at, which may never end. May be called
         on any thread."""
@@ -114,7 +134,8 @@ class GroupFactory(ABC):
 
     @abstractmethod
     def make(self) -> ShardGroup:
-        """A group that is not started yet. The one made before must be closed.
+        """A group that is not started yet. Those made before must be closed, or stay in the state of
+        :meth:`ShardGroup.load` until they are the only one; a group on GPUs must be the only one.
 
         Raises:
             GroupStartError: there is no room for its ranks.

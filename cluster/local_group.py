@@ -67,7 +67,7 @@ class LocalShardGroup(ChannelGroup):
         self._ranks: list[_RankThread] = []
         self._runs: list[Future[None]] = []
 
-    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
+    def load(self, progress: Progress | None = None) -> None:
         self._mailbox = Mailbox(self._channel, ["localhost"] * self._tp)
         rendezvous = open_rendezvous("solo" if self._tp == 1 else "shared_memory", self._tp)
         self._ranks = [_RankThread(Rank(self._spec, rank, self._num_threads)) for rank in range(self._tp)]
@@ -75,14 +75,11 @@ class LocalShardGroup(ChannelGroup):
             thread.submit(Rank.load, self._channel.rank(number), rendezvous, MEET_TIMEOUT_S, progress, range(self._tp))
             for number, thread in enumerate(self._ranks)
         ]
-        affordable: int = min([load.result() for load in loads])
-        blocks = min(affordable, num_blocks or affordable)
-        for allocation in [thread.submit(Rank.allocate, blocks) for thread in self._ranks]:
-            allocation.result()
+        for load in loads:
+            load.result()
         self._runs = [thread.submit(Rank.serve) for thread in self._ranks]
         for number, run in enumerate(self._runs):
             run.add_done_callback(partial(self._ended, number))
-        return blocks
 
     def collect(self) -> StepOutput:
         try:
@@ -108,7 +105,7 @@ class LocalShardGroup(ChannelGroup):
 
     def _ended(self, rank: int, run: Future[None]) -> None:
         """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
-        assert self._mailbox is not None, "start() comes first"
+        assert self._mailbox is not None, "load() comes first"
         error = run.exception()
         self._mailbox.declare_dead(*((None, CLOSED) if error is None else death_of(rank, error)))
 

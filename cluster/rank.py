@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from headwise.cluster.channel import Kind, ShardChannel
+from headwise.cluster.replies import encode_reply
 from headwise.workers.errors import PeerDiedError
 from headwise.workers.spec import ShardSpec
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 TRANSFERS_END_S = 5.0
 """For the thread that takes transfers to end. It waits for nothing but the channel."""
 
-QUERIES = ("stats", "stored_blocks", "kv_endpoint")
+QUERIES = ("affordable_blocks", "stats", "stored_blocks", "kv_endpoint")
 """The methods of Shard that a group may ask every rank for."""
 
 
@@ -37,8 +39,8 @@ def sayable(text: str) -> str:
 
 
 class Rank:
-    """A shard and the step channel that it serves. Call :meth:`load`, :meth:`allocate` and :meth:`serve`, all on one
-    thread; :meth:`close` where it does not come to that.
+    """A shard and the step channel that it serves. Call :meth:`load` and :meth:`serve`, both on one thread;
+    :meth:`close` where it does not come to that.
 
     Attributes:
         shard: once :meth:`load` has made it, until it is closed.
@@ -55,8 +57,8 @@ class Rank:
         timeout_s: float,
         progress: Progress | None,
         ranks_on_host: Sequence[int],
-    ) -> int:
-        """Meets the other ranks and loads the weights; returns how many KV blocks this rank affords.
+    ) -> None:
+        """Meets the other ranks and loads the weights.
 
         Args:
             timeout_s: for all ranks to meet.
@@ -80,12 +82,6 @@ class Rank:
             ranks_on_host=ranks_on_host,
         )
         self.shard.load(progress if self._rank == 0 else None)
-        return self.shard.affordable_blocks()
-
-    def allocate(self, num_blocks: int) -> None:
-        """Takes the KV memory; the same number of blocks on every rank."""
-        assert self.shard is not None, "load() comes first"
-        self.shard.allocate(num_blocks)
 
     def serve(self) -> None:
         """Does what the channel asks for until it asks to close, then closes the shard.
@@ -136,6 +132,8 @@ class Rank:
             if self._rank == 0:
                 self._channel.send(Kind.OUTPUT, encode_output(output))
         elif kind == Kind.QUERY and payload.decode() in QUERIES:
-            self._channel.send(Kind.REPLY, msgpack.packb(getattr(shard, payload.decode())()))
+            self._channel.send(Kind.REPLY, encode_reply(getattr(shard, payload.decode())))
+        elif kind == Kind.ALLOCATE:
+            self._channel.send(Kind.REPLY, encode_reply(partial(shard.allocate, msgpack.unpackb(payload))))
         else:
             raise ValueError(f"rank {self._rank} got a message of kind {kind!r} it does not know: {payload[:40]!r}")

@@ -25,12 +25,16 @@ class RayShardGroup(ChannelGroup):
         self._ranks = RayRanks(spec, placement, start_timeout_s)
         self._watcher: RunWatcher | None = None
 
-    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
+    def load(self, progress: Progress | None = None) -> None:
         channel = self._ranks.create()
         self._mailbox = Mailbox(channel, self._ranks.nodes)
-        blocks = self._ranks.load(progress, num_blocks)
+        self._ranks.load(progress)
         self._watcher = RunWatcher(self._ranks.run(), self._mailbox.declare_dead)
-        return blocks
+
+    def give_up(self, cause: str) -> None:
+        if self._mailbox is not None:
+            stopped = self._ranks.stopped()
+            self._mailbox.declare_dead(stopped, f"{cause}; its process is stopped" if stopped is not None else cause)
 
     def close(self) -> None:
         if self._watcher is not None:

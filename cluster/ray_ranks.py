@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -17,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.group import GroupStartError, Progress, ShardGroupDied
+from headwise.cluster.mailbox import CLOSED
 from headwise.cluster.rank import death_of
 from headwise.cluster.ray_watcher import first_lines
 from headwise.cluster.zmq_channel import ZmqEngineChannel
@@ -50,6 +53,8 @@ class RayRanks:
         self._rendezvous: dict[str, Any] | None = None
         self._refs: list[Any] = []
         self._runs: list[Any] = []
+        self._over = False
+        self._lock = threading.Lock()  # held while something is made that end() has to end
 
     @property
     def nodes(self) -> list[str]:
@@ -60,17 +65,21 @@ class RayRanks:
         """Makes the actors in the placement group's bundles; returns the channel that they will serve."""
         for rank, bundle in enumerate(self._placement.bundle_specs):
             place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            # The bundle keeps the CPUs for them. An actor that took them would wait until Ray has noticed that those
+            # of a group before it are free.
             actor = ray.remote(ShardActor).options(
-                num_cpus=bundle["CPU"], num_gpus=int(bundle.get("GPU", 0)), max_restarts=0, scheduling_strategy=place
+                num_cpus=0, num_gpus=int(bundle.get("GPU", 0)), max_restarts=0, scheduling_strategy=place
             )
-            self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"]))))
+            with self._making():
+                self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"]))))
         self._places = self._all("place")
         transport = "ipc" if self._node_ids() == {self._here()} else "tcp"
-        self._channel = ZmqEngineChannel(len(self._actors), transport, ray.util.get_node_ip_address())
+        with self._making():
+            self._channel = ZmqEngineChannel(len(self._actors), transport, ray.util.get_node_ip_address())
         return self._channel
 
-    def load(self, progress: Progress | None, num_blocks: int | None) -> int:
-        """As :meth:`ShardGroup.start <headwise.cluster.group.ShardGroup.start>`, of ranks that are created."""
+    def load(self, progress: Progress | None) -> None:
+        """As :meth:`ShardGroup.load <headwise.cluster.group.ShardGroup.load>`, of ranks that are created."""
         assert self._channel is not None, "create() comes first"
         opened = self._actors[0].open_rendezvous.remote(self._collectives(), self.nodes[0])
         self._rendezvous = self._wait([opened])[0]
@@ -78,15 +87,21 @@ class RayRanks:
             actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing)
             for rank, (actor, sharing) in enumerate(zip(self._actors, self._ranks_on_host(), strict=True))
         ]
-        affordable = min(self._wait(loads, progress or (lambda done, total: None)))
-        blocks = min(affordable, num_blocks or affordable)
-        self._all("allocate", blocks)
-        return int(blocks)
+        self._wait(loads, progress or (lambda done, total: None))
 
     def run(self) -> list[Any]:
         """Has every rank serve the channel; returns Ray's references of the calls, which last until :meth:`end`."""
-        self._runs = [actor.run.remote() for actor in self._actors]
+        with self._making():
+            self._runs = [actor.run.remote() for actor in self._actors]
         return self._runs
+
+    def stopped(self) -> int | None:
+        """The first rank whose process is stopped, as by SIGSTOP, of those on this host; None if there is none."""
+        for rank, place in enumerate(self._places):
+            with contextlib.suppress(psutil.Error):
+                if place["node_id"] == self._here() and psutil.Process(place["pid"]).status() == psutil.STATUS_STOPPED:
+                    return rank
+        return None
 
     def end(self, ask: bool) -> None:
         """Waits until the ranks' processes are gone, on every node, and closes the channel.
@@ -94,12 +109,25 @@ class RayRanks:
         Args:
             ask: tell the ranks that run to close, and give them CLOSE_TIMEOUT_S for it, before all actors are killed.
         """
+        with self._lock:
+            self._over = True
         try:
             if ray.is_initialized():
                 self._end_actors(ask)
         finally:
             if self._channel is not None:
                 self._channel.close()
+
+    @contextlib.contextmanager
+    def _making(self) -> Iterator[None]:
+        """
+        Raises:
+            ShardGroupDied: :meth:`end` was called meanwhile, and would not end what is made now.
+        """
+        with self._lock:
+            if self._over:
+                raise ShardGroupDied(None, None, CLOSED)
+            yield
 
     def _collectives(self) -> str:
         if len(self._actors) == 1:

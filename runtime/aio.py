@@ -78,7 +78,7 @@ class AsyncLLM:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
         self._lanes = {lane: ThreadPoolExecutor(1, f"headwise-{lane}") for lane in get_args(Lane)}
-        self._loop = EngineLoop(self._started.engine, self._fail)
+        self._loop = EngineLoop(self._started.engine, self._fail, self._started.recovery)
 
     @property
     def engine(self) -> Engine:
@@ -180,17 +180,6 @@ class AsyncLLM:
         """As :meth:`run`, but for any thread, and returns a future."""
         return self._loop.submit(function)
 
-    def check_shards(self) -> None:
-        """Ends the engine if a shard has died. While no request runs, no step would notice that."""
-        self._attach()
-        death = self.engine.generation.group.death
-        if death is not None and self.failure is None:
-
-            def fail(engine: Engine) -> None:
-                raise death
-
-            self._loop.post(fail)
-
     async def stats(self) -> dict[str, Any]:
         """What the engine holds and has done: ``Engine.stats``, without those of the shards. With a prefill engine of
         its own, ``prefill`` has those of that one."""
@@ -226,9 +215,7 @@ class AsyncLLM:
     def hurry(self) -> None:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self._loop.hurry()
-        self.engine.generation.group.hurry()
-        if self._started.prefill is not None:
-            self._started.prefill.hurry()
+        self._started.hurry()
 
     def _check_samples(self, requests: Sequence[Request]) -> None:
         """

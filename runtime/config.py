@@ -105,6 +105,12 @@ class EngineConfig(BaseModel):
             may be used here (by affinity and CPU quota), or that the Ray cluster's largest node has, divided by the
             ranks.
         start_timeout: seconds until every rank must have a place in the Ray cluster. Default: 120.
+        step_timeout: seconds that a step may take before it counts as hanging, which is as good as its shards' death.
+            None, the default, is four times the slowest recent step, more for more tokens, and at least 8.
+        on_shard_death: ``"recover"``, the default, starts the shards again when one of them dies, and requests go on
+            with the tokens that they would have had; ``"fail"`` ends the engine.
+        warm_spare: whether shards that have their weights wait to take the place of those that die. They take as much
+            memory as the weights once more. Default: False.
         prefill: the settings in which an engine of its own differs that computes the prompts for this one, such as
             ``{"tensor_parallel_size": 1}``; both share the CPUs. None, the default, is no such engine.
         handoff: how prompts are handed over from or to other engines; None, the default, is not at all.
@@ -139,6 +145,9 @@ class EngineConfig(BaseModel):
     address: str | None = None
     cpus_per_rank: float | None = Field(default=None, gt=0)
     start_timeout: float = Field(default=120.0, gt=0)
+    step_timeout: float | None = Field(default=None, gt=0)
+    on_shard_death: Literal["recover", "fail"] = "recover"
+    warm_spare: bool = False
     prefill: dict[str, Any] | None = None
     handoff: HandoffConfig | None = None
 

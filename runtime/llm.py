@@ -96,6 +96,9 @@ class LLM:
         address: str | None = None,
         cpus_per_rank: float | None = None,
         start_timeout: float = 120.0,
+        step_timeout: float | None = None,
+        on_shard_death: str = "recover",
+        warm_spare: bool = False,
         prefill: Mapping[str, Any] | None = None,
         decode: Mapping[str, Any] | None = None,
         handoff_min_tokens: int | None = None,
@@ -148,6 +151,9 @@ class LLM:
             "address": address,
             "cpus_per_rank": cpus_per_rank,
             "start_timeout": start_timeout,
+            "step_timeout": step_timeout,
+            "on_shard_death": on_shard_death,
+            "warm_spare": warm_spare,
         }
         handoff = handoff_settings(prefill, decode, handoff_min_tokens, on_handoff_failure, handoff_shared_memory)
         self.config: EngineConfig = engine_config(model=str(model), **settings | handoff)
@@ -158,7 +164,7 @@ class LLM:
         self._numbers = itertools.count()
         self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()
         self._prefill = started.prefill
-        self._loop = EngineLoop(started.engine, _FailAll(self._queues, started.engine.events))
+        self._loop = EngineLoop(started.engine, _FailAll(self._queues, started.engine.events), started.recovery)
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
         # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
         # been registered long ago, and would find Ray gone.

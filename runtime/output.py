@@ -25,6 +25,8 @@ class RequestMetrics:
         num_restored_tokens: those of them that came back from host memory or disk.
         num_handoff_tokens: those of them that a prefill engine computed for this request.
         prefilled_by: the address of that engine; None if the prompt was computed here.
+        num_preemptions: how often the request had to give up its place to others for a while.
+        num_recoveries: how often it went on with other shards, after those that computed it had died.
     """
 
     arrival: float = field(default_factory=time.monotonic)
@@ -32,10 +34,16 @@ class RequestMetrics:
     first_token: float = 0.0
     finished: float = 0.0
     num_preemptions: int = 0
+    num_recoveries: int = 0
     num_cached_tokens: int = 0
     num_restored_tokens: int = 0
     num_handoff_tokens: int = 0
     prefilled_by: str | None = None
+
+    @property
+    def was_computed(self) -> bool:
+        """Whether it had a place before, and lost it."""
+        return self.num_preemptions > 0 or self.num_recoveries > 0
 
     @property
     def queued(self) -> float:

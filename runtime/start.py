@@ -22,6 +22,7 @@ from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError, is_hung
 from headwise.runtime.engine.prefilling import Prefilling
+from headwise.runtime.engine.recovery import Recovery
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.engine.tier_sizes import tier_sizes
 from headwise.runtime.handoff.local import LocalServer
@@ -65,6 +66,7 @@ class Started:
     inputs: InputProcessor
     generations: GenerationFactory
     engine: Engine
+    recovery: Recovery
     spec: ShardSpec
     prefill: PrefillSide | None = None
 
@@ -79,6 +81,14 @@ class Started:
             if self.engine.generation.inbound is not None:
                 stack.callback(self.engine.generation.inbound.close)
             stack.callback(self.inputs.close)
+            stack.callback(self.recovery.close)
+
+    def hurry(self) -> None:
+        """From now on, :meth:`close` waits only a moment for what the shards are at."""
+        self.engine.generation.group.hurry()
+        self.recovery.hurry()
+        if self.prefill is not None:
+            self.prefill.hurry()
 
 
 class PrefillSide:
@@ -88,7 +98,7 @@ class PrefillSide:
         with contextlib.ExitStack() as undo:
             self._started = _start(config, quiet)
             undo.callback(self._started.close)
-            self.loop = EngineLoop(self._started.engine, self._failed)
+            self.loop = EngineLoop(self._started.engine, self._failed, self._started.recovery)
             undo.callback(self.loop.close)
             self._server = LocalServer(handoff_service(self._started, self.loop))
             undo.pop_all()
@@ -119,7 +129,7 @@ class PrefillSide:
     def hurry(self) -> None:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
         self.loop.hurry()
-        self._started.engine.generation.group.hurry()
+        self._started.hurry()
 
     def _failed(self, error: BaseException) -> None:
         if not isinstance(error, EngineStoppedError) or error.__cause__ is not None:
@@ -158,8 +168,7 @@ def handoff_service(started: Started, loop: EngineLoop) -> HandoffService:
     Args:
         loop: the engine's.
     """
-    engine, spec, outbound = started.engine, started.spec, started.engine.generation.outbound
-    assert outbound is not None
+    engine, spec = started.engine, started.spec
 
     def post(function: Callable[[], object]) -> None:
         loop.post(lambda engine: function())
@@ -169,14 +178,19 @@ def handoff_service(started: Started, loop: EngineLoop) -> HandoffService:
         """Here and now, for a step that is under way may take longer than the caller has time."""
         if loop.ended is not None:
             raise loop.ended
-        if is_hung(engine):
-            raise EngineStoppedError("a step makes no progress")
-        answer: Future[T] = Future()
+        if engine.rebuilding or is_hung(engine):
+            raise EngineStoppedError("the shards are dead" if engine.rebuilding else "a step makes no progress")
+        answer, outbound = Future[T](), _outbound(engine.generation)
         with outbound.lock:
             answer.set_result(function(outbound))
         return answer
 
-    outbound.post = post
+    def take_over(generation: Generation) -> None:
+        _outbound(generation).post = post
+        service.about = replace(service.about, epoch=generation.epoch)
+
+    _outbound(engine.generation).post = post
+    engine.on_resume.append(take_over)
     partitions = partition_model(started.inputs.model, spec.tensor_parallel_size)
     about = HelloAnswer(
         _identity(started.inputs.model, model_fingerprint(started.model_path), spec),
@@ -186,10 +200,17 @@ def handoff_service(started: Started, loop: EngineLoop) -> HandoffService:
         MAX_TRANSFERS,
         MAX_LEASE_S,
     )
-    return HandoffService(about, run, spec.handoff is not None and spec.handoff.ca is not None)
+    service = HandoffService(about, run, spec.handoff is not None and spec.handoff.ca is not None)
+    return service
+
+
+def _outbound(generation: Generation) -> Outbound:
+    assert generation.outbound is not None, "the engine computes no prompts for others"
+    return generation.outbound
 
 
 def _start(config: EngineConfig, quiet: bool) -> Started:
+    _check_spare(config)
     path = resolve(config.model)
     model = load_model_config(path)
     partition_model(model, config.tensor_parallel_size)
@@ -226,13 +247,40 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
             print(_kv_memory(generation), file=sys.stderr)
         mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
         scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
-        engine = Engine(generation, scheduler, events, config.pipeline_depth)
-        if generation.outbound is not None:
-            generation.outbound.prompts = Prefilling(engine, max_model_len, model.vocab_size)
+        engine = Engine(generation, scheduler, events, config.pipeline_depth, config.step_timeout)
         grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
         inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
+        prefilling = Prefilling(engine, max_model_len, model.vocab_size)
+
+        def take_over(generation: Generation) -> None:
+            inputs.max_model_len = min(max_model_len, generation.cache.pool.num_blocks * config.block_size)
+            if generation.outbound is not None:
+                generation.outbound.prompts = prefilling
+
+        take_over(generation)
+        engine.on_resume.append(take_over)
+        recovers = config.on_shard_death == "recover"
+        recovery = Recovery(engine, generations, recovers=recovers, warm_spare=config.warm_spare)
         undo.pop_all()
-    return Started(path, inputs, generations, engine, spec)
+    return Started(path, inputs, generations, engine, recovery, spec)
+
+
+def _check_spare(config: EngineConfig) -> None:
+    """
+    Raises:
+        InvalidValueError: there can be no spare shards, or they would be of no use.
+    """
+    if not config.warm_spare:
+        return
+    limits = {
+        "spare shards need on_shard_death='recover'": config.on_shard_death == "recover",
+        "the shard of executor='local' dies with this process": config.executor == "ray",
+        "spare shards need device='cpu': on GPUs they would need GPUs of their own": config.device == "cpu"
+        or (config.device == "auto" and _best_device() == "cpu"),
+    }
+    for limit, holds in limits.items():
+        if not holds:
+            raise InvalidValueError("warm_spare", True, limit)
 
 
 def _identity(model: ModelConfig, fingerprint: str, spec: ShardSpec) -> Identity:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.cluster.group import Progress, ShardGroup
+from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation
@@ -44,6 +44,7 @@ from headwise.workers.plan import (
 BLOCK = 4
 VOCAB = 17
 POISON = VOCAB  # in a prompt: the request's logits are not finite
+DEADLY = VOCAB + 1  # in a prompt: the group dies when it computes it
 
 
 def next_token(tokens: list[int], seed: int) -> int:
@@ -62,7 +63,14 @@ class PlainGroup(ShardGroup):
     """Follows plans as a shard does, as late as it may; a slot of a block remembers the tokens up to the one that was
     written to it. Blocks are copied to and from tiers at times that ``chance`` picks, and now and then not at all."""
 
-    def __init__(self, chance: random.Random | None = None, failing: float = 0.0) -> None:
+    def __init__(self, chance: random.Random | None = None, failing: float = 0.0, dying: float = 0.0) -> None:
+        """
+        Args:
+            failing: the share of blocks that are not copied.
+            dying: the share of calls in which the group dies.
+        """
+        self.dying, self.ended = dying, False
+        self.dead: ShardGroupDied | None = None
         self.rows: dict[int, Row] = {}
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.plans: deque[bytes] = deque()
@@ -77,10 +85,14 @@ class PlainGroup(ShardGroup):
         self.results: deque[TransferResult] = deque()
         self.computed_tokens = 0
 
-    def start(self, progress: Progress | None = None, num_blocks: int | None = None) -> int:
+    def load(self, progress: Progress | None = None) -> None:
+        raise NotImplementedError
+
+    def allocate(self, num_blocks: int | None = None) -> int:
         raise NotImplementedError
 
     def submit(self, plan: StepPlan) -> None:
+        self._live()
         handed_out = {block for _, block in plan.appends}
         for admit in plan.admits:
             handed_out |= set(admit.block_ids[admit.num_computed // BLOCK :])
@@ -96,15 +108,37 @@ class PlainGroup(ShardGroup):
         self._copy_some()
 
     def collect(self) -> StepOutput:
+        self._live()
         self.in_use.popleft()
         self._copy_some()
-        return decode_output(encode_output(self._step(decode_plan(self.plans.popleft()))))
+        plan = decode_plan(self.plans.popleft())
+        output = decode_output(encode_output(self._step(plan)))
+        if any(DEADLY in self.rows[row].tokens for row, _ in plan.computes):
+            self.die("a deadly token")
+        return output
+
+    @property
+    def death(self) -> ShardGroupDied | None:
+        return self.dead
+
+    def die(self, cause: str) -> None:
+        """
+        Raises:
+            ShardGroupDied: always, from now on.
+        """
+        self.dead = self.dead or ShardGroupDied(0, "here", cause)
+        raise self.dead
+
+    def give_up(self, cause: str) -> None:
+        self.dead = self.dead or ShardGroupDied(None, None, cause)
 
     def query(self, method: str) -> list[Any]:
+        self._live()
         assert not self.plans
         return [method]
 
     def transfer(self, job: TransferJob | HandoffJob) -> None:
+        self._live()
         assert isinstance(job, TransferJob), "a group that hands over KV is in tests/runtime/handoff"
         self.jobs[job.tier].append(job)
         assert decode_job(encode_job(job)) == job
@@ -113,13 +147,18 @@ class PlainGroup(ShardGroup):
             self.loading |= set(job.blocks)
 
     def transferred(self, timeout_s: float) -> TransferResult | None:
+        self._live()
         waiting = [tier for tier in Tier if self.jobs[tier]]
         if timeout_s and waiting and not self.results:
             self._copy_one(self.chance.choice(waiting))
         return self.results.popleft() if self.results else None
 
     def close(self) -> None:
-        pass
+        self.ended = True
+
+    def _live(self) -> None:
+        if self.dead is not None or self.chance.random() < self.dying:
+            self.die("by chance")
 
     def _copy_some(self) -> None:
         for tier in Tier:
@@ -252,24 +291,38 @@ class Bench:
             inbound, outbound: make those of an engine that hands over KV.
             cache: other arguments of its PrefixCache.
         """
-        self.pool, self.group = BlockPool(blocks), group or PlainGroup()
         self.events = KvEvents(1)
-        share = None if quota is None else max(1, int(quota * blocks))
-        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_owner=share, **cache)
-        ledger = Ledger(self.group.transfer, self.group.transferred, 1)
-        self.tiers = Tiers(self.cache, ledger, *tiers, blocks, quota, self.events) if any(tiers) else None
-        self.inbound = inbound(self.cache, ledger) if inbound is not None else None
-        self.outbound = outbound(ledger) if outbound is not None else None
-        tables, pins = BlockTables(self.cache, self.tiers, self.inbound), Pins(self.cache, blocks - 8)
-        books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound)
-        generation = Generation(1, self.group, *books)
-        self.engine = Engine(generation, Scheduler(tables, rows, budget, mixed), self.events, depth)
+        self._make, self._cache, self._tiers, self._quota = (inbound, outbound), cache, tiers, quota
+        generation = self.generation(group or PlainGroup(), blocks)
+        self.engine = Engine(generation, Scheduler(generation.tables, rows, budget, mixed), self.events, depth)
         if self.outbound is not None:
             self.outbound.prompts = Prefilling(self.engine, blocks * BLOCK, VOCAB + 1)
         self.requests: list[Request] = []
         self.got: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}
         self.ended: dict[str, FinishReason | None] = {}
+
+    def generation(self, group: PlainGroup, blocks: int) -> Generation:
+        """Books of a group with so many blocks."""
+        inbound, outbound = self._make
+        self.group, self.pool = group, BlockPool(blocks)
+        share = None if self._quota is None else max(1, int(self._quota * blocks))
+        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_owner=share, **self._cache)
+        ledger = Ledger(group.transfer, group.transferred, 1)
+        self.tiers = None
+        if any(self._tiers):
+            self.tiers = Tiers(self.cache, ledger, *self._tiers, blocks, self._quota, self.events)
+        self.inbound = inbound(self.cache, ledger) if inbound is not None else None
+        self.outbound = outbound(ledger) if outbound is not None else None
+        tables, pins = BlockTables(self.cache, self.tiers, self.inbound), Pins(self.cache, blocks - 8)
+        books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound)
+        return Generation(self.events.epoch, group, *books)
+
+    def resume(self, group: PlainGroup | None = None, blocks: int | None = None) -> None:
+        """The engine, whose group is dead, goes on with another."""
+        assert self.engine.rebuilding and not self.engine.has_work
+        self.events.new_epoch(self.events.epoch + 1)
+        self.engine.resume(self.generation(group or PlainGroup(), blocks or self.pool.num_blocks))
 
     def add(self, request: Request, stop: tuple[str, ...] | None = None) -> None:
         """Args: ``stop``: strings that end it; None is without text."""

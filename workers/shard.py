@@ -91,23 +91,13 @@ class Shard:
         self._measure_memory()
 
     def affordable_blocks(self) -> int:
-        """How many KV blocks ``kv_memory`` pays for on this rank.
+        """How many KV blocks ``kv_memory`` pays for on this rank, by the memory that is free now.
 
         Raises:
-            InvalidValueError: not enough for one request of ``max_model_len`` tokens.
+            InvalidValueError: the host has no memory for ``host_kv_blocks``.
         """
-        spec, per_block = self._spec, self._bytes_per_block()
-        budget = parse_memory(spec.kv_memory, self._free)
-        blocks, needed = budget // per_block, -(-spec.max_model_len // spec.block_size)
-        if blocks < needed:
-            raise InvalidValueError(
-                "kv_memory",
-                spec.kv_memory,
-                f"rank {self._collectives.rank} needs {needed * per_block} bytes for one request of max_model_len="
-                f"{spec.max_model_len} tokens, the budget is {budget} bytes",
-                "raise kv_memory (--kv-memory) or lower max_model_len (--max-model-len)",
-            )
-        return blocks
+        self._measure_memory()
+        return parse_memory(self._spec.kv_memory, self._free) // self._bytes_per_block()
 
     def allocate(self, num_blocks: int) -> None:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.

@@ -54,6 +54,16 @@ DiskKvPath = Annotated[
 DiskKvLimit = Annotated[str | None, option("size", "Most that the files of each rank there may take; default: 16GiB.")]
 PrefixCaching = Annotated[bool, typer.Option(help="Requests with equal beginnings share what is computed of them.")]
 CacheQuota = Annotated[float | None, option("share", "Of the prefix cache, for each tenant: 0.5; default: no limit.")]
+OnShardDeath = Annotated[
+    str,
+    option("what", "recover: start the shards again, and go on with the requests that run; fail: end the engine."),
+]
+WarmSpare = Annotated[
+    bool,
+    typer.Option(
+        "--warm-spare", help="Keep shards with their weights loaded, to take the place of those that die at once."
+    ),
+]
 MaxTokens = Annotated[int, option("n", "Most tokens to generate.")]
 Temperature = Annotated[float, option("number", "0 takes the most likely token each time; more is more random.")]
 TopP = Annotated[

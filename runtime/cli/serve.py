@@ -36,8 +36,10 @@ from headwise.runtime.cli.options import (
     KvMemory,
     MaxModelLen,
     Model,
+    OnShardDeath,
     PrefixCaching,
     Tp,
+    WarmSpare,
     engine_settings,
     option,
 )
@@ -94,11 +96,13 @@ def serve(
         float | None,
         option(
             "seconds",
-            "Time of a step after which the server reports that it is not healthy; default: 4 times the slowest "
-            "recent step, at least 8.",
+            "Time of a step after which its shards count as dead; default: 4 times the slowest recent step, at least "
+            "8.",
             min=0.1,
         ),
     ] = None,
+    on_shard_death: OnShardDeath = "recover",
+    warm_spare: WarmSpare = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     executor: Executor = "ray",
@@ -153,6 +157,7 @@ def serve(
         },
     }
     settings |= {"enable_prefix_caching": prefix_caching, "max_num_seqs": max_num_seqs}
+    settings |= {"step_timeout": step_timeout, "on_shard_death": on_shard_death, "warm_spare": warm_spare}
     settings |= handoff_fields(role, prefill, decode, handoff, handoff_token_file)
     config = engine_config(model=model, **settings)
     options = ServeOptions(
@@ -173,7 +178,6 @@ def serve(
         drain_timeout_s=drain_timeout,
         stall_timeout_s=stall_timeout,
         max_request_s=max_request_time,
-        step_timeout_s=step_timeout,
         as_json=as_json,
     )
     sys.exit(run(config, options))

@@ -296,7 +296,7 @@ class BlockTables:
             if not self._is_coming(digest):
                 self._coming[digest] = request
         metrics = request.metrics
-        if not metrics.num_preemptions:
+        if not metrics.was_computed:
             metrics.num_cached_tokens = num_cached
             metrics.num_restored_tokens = min(metrics.num_restored_tokens, num_cached)
             metrics.num_handoff_tokens = min(metrics.num_handoff_tokens, num_cached)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, KeysView
+from collections.abc import Callable, Collection, KeysView, Sequence
 from typing import Any, NamedTuple
 
+from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.generation import Generation
+from headwise.runtime.engine.idle_check import IdleCheck
+from headwise.runtime.engine.pace import Pace
+from headwise.runtime.engine.repinning import repin
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
-from headwise.runtime.kv.cost import running_mean
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.kv.pins import Pinned
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import StepOutput
 
 TRANSFER_WAIT_S = 0.02
 """How long a step that has nothing to compute waits for blocks on their way."""
-
-STEP_HALF_LIFE_S = 3600.0
-"""After so long a slow step counts half."""
-CHECK_S = 0.002
-"""How long a part of the check of an idle engine may hold up a request that comes meanwhile."""
 
 Sink = Callable[[list[Delta]], None]
 """Gets what is new of its requests since the last time, in order."""
@@ -40,21 +39,41 @@ class _Live(NamedTuple):
 
 
 class Engine:
-    """Runs requests on the shard group of a generation.
+    """Runs requests on the shard group of a generation; when the group dies, on that of the next.
+
+    Between :meth:`lose_group` and :meth:`resume` it takes requests, and computes none.
 
     Attributes:
-        generation: whose shards compute now.
+        generation: whose shards compute now; while ``rebuilding``, whose shards have died.
         events: tell which blocks they hold.
+        rebuilding: whether the shards are dead, and others are being started. Read by other threads.
         busy_since: on the monotonic clock, while it is in a step or runs a function; read by other threads.
-        token_s: seconds to compute a token of a prompt, of those computed lately; None before the first.
+        pace: how long steps take; read by other threads.
+        on_resume: called on the engine's thread with each generation but the first.
+        recoveries: tells of the shard groups that have died, for :meth:`stats`.
     """
 
-    def __init__(self, generation: Generation, scheduler: Scheduler, events: KvEvents, pipeline_depth: int) -> None:
-        """Args: ``pipeline_depth``: how many steps may be in flight; with 2, a step is submitted before the tokens of
-        the step before it are seen."""
+    def __init__(
+        self,
+        generation: Generation,
+        scheduler: Scheduler,
+        events: KvEvents,
+        pipeline_depth: int,
+        step_timeout_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            pipeline_depth: how many steps may be in flight; with 2, a step is submitted before the tokens of the step
+                before it are seen.
+            step_timeout_s: how long a step may take before it counts as hanging; None: by what steps took.
+        """
         self.generation, self.events = generation, events
         self._scheduler, self._depth = scheduler, pipeline_depth
         self.busy_since: float | None = None
+        self.rebuilding = False
+        self.pace = Pace(step_timeout_s)
+        self.on_resume: list[Callable[[Generation], None]] = []
+        self.recoveries: Callable[[], dict[str, Any]] = dict
         self._in_flight: deque[Schedule] = deque()
         self._live: dict[str, _Live] = {}  # by key
         self._samples: dict[str, dict[str, _Live]] = {}  # by request id, then by key
@@ -63,21 +82,34 @@ class Engine:
         self.num_generated_tokens = 0
         self._seconds = dict.fromkeys(("schedule", "submit", "collect", "emit"), 0.0)
         self._cpu_seconds = 0.0
-        self._check: Iterator[None] | None = None  # of the books, while nothing else is to do
-        self._check_seconds = self._next_check = 0.0
+        self._check = IdleCheck(scheduler.checks)
         self._num_paused = 0
-        self.token_s: float | None = None
-        self._slowest_step = 0.0, time.monotonic()  # its seconds, and when it was over
-
-    @property
-    def slowest_step_s(self) -> float:
-        """Seconds of the slowest step, which count less as time goes by. May be read by other threads."""
-        seconds, ended = self._slowest_step
-        return seconds * math.pow(0.5, (time.monotonic() - ended) / STEP_HALF_LIFE_S)
+        self._awaited: tuple[float, int] | None = None  # since when a step is waited for, and its tokens
+        self._capacity: int | None = None  # tokens that fit the KV memory, once another group has it
+        self._pinned: list[Pinned] = []  # when the group died
+        self._reset_wanted = False
+        self._pin_numbers = itertools.count()
 
     @property
     def has_work(self) -> bool:
-        return self._is_busy or self._check is not None
+        return not self.rebuilding and (self._is_busy or self._check.running)
+
+    @property
+    def step_limit_s(self) -> float:
+        """How long the step that is waited for may take, or any other. May be read by other threads."""
+        awaited = self._awaited
+        return self.pace.limit_s(awaited[1] if awaited is not None else 0)
+
+    @property
+    def hang(self) -> str | None:
+        """Which step makes no progress; None: none. May be read by other threads."""
+        if (awaited := self._awaited) is None:
+            return None
+        since, num_tokens = awaited
+        limit_s = self.pace.limit_s(num_tokens)
+        if time.monotonic() - since <= limit_s:
+            return None
+        return f"a step with {num_tokens} tokens has made no progress in {limit_s:.3g} s (--step-timeout)"
 
     @property
     def _is_busy(self) -> bool:
@@ -114,6 +146,9 @@ class Engine:
         live = self._live[request.key] = _Live(request, text, sink)
         self._samples.setdefault(request.request_id, {})[request.key] = live
         self._scheduler.add(request)
+        if self._capacity is not None:
+            self._end_unfit([live], self._capacity)
+            self._deliver()
 
     def abort(self, request_id: str) -> None:
         """Ends every sample of a request that still runs; each gets its last delta. Unknown ids are ignored: the
@@ -136,7 +171,7 @@ class Engine:
         Raises:
             ShardGroupDied: the group is gone; every request is still known.
         """
-        started, cpu_started = time.monotonic(), time.thread_time()
+        cpu_started = time.thread_time()
         self.generation.pins.expire()
         while len(self._in_flight) < self._depth and self._submit_next():
             pass
@@ -149,9 +184,47 @@ class Engine:
         self._check_idle()
         self.events.flush()
         self._cpu_seconds += time.thread_time() - cpu_started
-        ended = time.monotonic()
-        if ended - started > self.slowest_step_s:
-            self._slowest_step = ended - started, ended
+
+    def lose_group(self, death: ShardGroupDied) -> None:
+        """The shard group is dead, and what its blocks held is gone. Every request waits, and goes on from its tokens
+        once there is another group; one that the group has died of before ends."""
+        rows = {row.request.key: row.request for schedule in self._in_flight for row in schedule.rows}
+        in_flight = [
+            live.request for key, request in rows.items() if (live := self._live.get(key)) and live.request is request
+        ]
+        self.rebuilding, self._awaited = True, None
+        self._in_flight.clear()
+        self._check.drop()
+        self._end_failed()
+        self._pinned = self.generation.pins.left()
+        self.generation.abandon()
+        poisonous = self._scheduler.lose_seats(in_flight)
+        if poisonous is not None:
+            self._fail(poisonous, f"the shard group died whenever this request was computed, and of no other: {death}")
+        for request in [live.request for live in self._live.values() if live.request.transfer is not None]:
+            self._fail(request, "the shard group died")  # and with it the blocks that another engine waited for
+        self.events.cleared()
+        self.events.flush()
+        self._deliver()
+
+    def resume(self, generation: Generation) -> None:
+        """There is another shard group, and its books are open."""
+        generation.count_on(self.generation)
+        self.generation = generation
+        self._scheduler.resume(generation.tables)
+        self._capacity = generation.cache.pool.num_blocks * generation.cache.block_size
+        self._end_unfit(list(self._live.values()), self._capacity)
+        for tell in self.on_resume:
+            tell(generation)
+        self.rebuilding = False
+        if self._reset_wanted:
+            self._reset_wanted = False
+            self.reset_prefix_cache()
+        for pinned in self._pinned:
+            repin(self, pinned, next(self._pin_numbers))
+        self._pinned = []
+        self.events.flush()
+        self._deliver()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start, and what holds now. A block that is only kept for its content counts as free.
@@ -161,10 +234,11 @@ class Engine:
         """
         cache, pins, tiers = self.generation.cache, self.generation.pins, self.generation.tiers
         return {
+            "epoch": self.events.epoch,
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
-            "num_blocks": cache.pool.num_blocks,
-            "num_free_blocks": cache.num_available,
+            "num_blocks": 0 if self.rebuilding else cache.pool.num_blocks,
+            "num_free_blocks": 0 if self.rebuilding else cache.num_available,
             "num_steps": self.num_steps,
             "num_generated_tokens": self.num_generated_tokens,
             "num_preemptions": self._scheduler.num_preemptions,
@@ -173,27 +247,35 @@ class Engine:
             "prefix_cache": cache.stats()
             | {"pinned_blocks": pins.num_blocks, "tiers": tiers.stats() if tiers is not None else {}},
             "handoff": self.generation.handoff_stats(),
+            "recoveries": {"rebuilding": self.rebuilding} | self.recoveries(),
         }
 
     def query_shards(self, method: str) -> list[Any]:
-        """The answers of every rank, in rank order; the steps in flight are processed first."""
+        """The answers of every rank, in rank order; the steps in flight are processed first. None while the shards are
+        being replaced."""
+        if self.rebuilding:
+            return []
         while self._in_flight:
             self._collect_oldest()
         return self.generation.group.query(method)
 
     def cached_block(self, digest: bytes) -> CachedBlock | None:
         """A block that the prefix cache has on the device."""
-        return self.generation.cache.get(digest)
+        return None if self.rebuilding else self.generation.cache.get(digest)
 
     def pin(self, blocks: TokenBlocks, num_tokens: int, ttl_s: float) -> int:
-        """Keeps the cached blocks of a sequence's first tokens for a time; returns how many tokens they are.
+        """Keeps the cached blocks of a sequence's first tokens for a time; returns how many tokens they are. If the
+        shards die meanwhile, those tokens are computed again by the next, and kept for the rest of the time.
 
         Raises:
             InvalidValueError: more blocks would be pinned than may be.
         """
         cache, chain = self.generation.cache, list[CachedBlock]()
+        if self.rebuilding:  # the last step before has computed them
+            self._pinned.append(Pinned(blocks, num_tokens // cache.block_size, ttl_s))
+            return num_tokens // cache.block_size * cache.block_size
         cache.match(blocks, num_tokens // cache.block_size, chain)
-        self.generation.pins.pin(chain, ttl_s)
+        self.generation.pins.pin(chain, ttl_s, blocks)
         return len(chain) * cache.block_size
 
     def give_up_seats(self) -> None:
@@ -207,6 +289,9 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block, pinned ones too, on the device and the tiers below. What runs goes on."""
+        if self.rebuilding:  # the disk has what it had
+            self._pinned, self._reset_wanted = [], True
+            return
         self.generation.pins.clear()
         self.generation.cache.clear()
         if self.generation.tiers is not None:
@@ -221,22 +306,11 @@ class Engine:
         self._scheduler.check_integrity()
 
     def _check_idle(self) -> None:
-        """Checks the books while there is nothing else to do: at most a hundredth of the time, and a little at a time,
-        for with many blocks it takes a while."""
+        """Checks the books while there is nothing else to do."""
         if self._is_busy:
-            self._check = None
-            return
-        started = ended = time.monotonic()
-        if self._check is None:
-            if started < self._next_check:
-                return
-            self._check, self._check_seconds = self._scheduler.checks(), 0.0
-        while self._check is not None and ended - started <= CHECK_S:
-            if next(self._check, True):
-                self._check = None
-            ended = time.monotonic()
-        self._check_seconds += ended - started
-        self._next_check = ended + 100 * self._check_seconds
+            self._check.drop()
+        else:
+            self._check.run()
 
     def _move_blocks(self, wait: bool) -> bool:
         """Has blocks copied between the device and the tiers, and takes note of what is done.
@@ -263,12 +337,25 @@ class Engine:
         """Ends requests whose prompts another engine was to compute, and did not. Returns whether there were any."""
         failed = self._scheduler.take_failed()
         for request, reason in failed:
-            if (live := self._live.get(request.key)) is not None and live.request is request:
-                request.error = reason
-                self._emit(live, end(request, live.text, FinishReason.ERROR))
+            self._fail(request, reason)
         if failed:
             self._deliver()
         return bool(failed)
+
+    def _end_unfit(self, live: Sequence[_Live], capacity: int) -> None:
+        """Ends those of some requests that another group with less KV memory cannot finish."""
+        for request in [one.request for one in live]:
+            most = len(request.prompt_token_ids) + request.max_tokens
+            if most > capacity:
+                reason = f"{len(request.prompt_token_ids)} tokens of the prompt and max_tokens={request.max_tokens} do "
+                reason += f"not fit: the shards that replaced others have KV memory for {capacity} tokens"
+                self._fail(request, reason)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        """Ends a request with an error, unless it has ended."""
+        if (live := self._live.get(request.key)) is not None and live.request is request:
+            request.error = reason
+            self._emit(live, end(request, live.text, FinishReason.ERROR))
 
     def _submit_next(self) -> bool:
         """Submits a step, if there is anything to compute."""
@@ -285,8 +372,12 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
+        num_tokens = sum(count for _, count in self._in_flight[0].plan.computes)
+        self._awaited = time.monotonic(), num_tokens
         output = self.generation.group.collect()
         collected = time.perf_counter()
+        self._awaited = None
+        self.pace.saw_step(collected - started, num_tokens)
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started
         self._seconds["emit"] += time.perf_counter() - collected
@@ -325,7 +416,7 @@ class Engine:
         prefilled = sum(count for _, count in schedule.plan.computes if count > 1)
         if prefilled < self.generation.cache.block_size or prefilled < len(schedule.plan.computes):
             return
-        self.token_s = running_mean(self.token_s, output.seconds / prefilled)
+        self.pace.saw_prefill(output.seconds, prefilled)
         if self.generation.tiers is not None:
             self.generation.tiers.cost.saw_prefill(prefilled, output.seconds)
         if self.generation.inbound is not None:

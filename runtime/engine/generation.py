@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.cluster.group import GroupFactory, Progress, ShardGroup
-from headwise.runtime.config import EngineConfig, HandoffConfig
+from headwise.runtime.config import DEFAULT_KV_MEMORY, EngineConfig, HandoffConfig
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.tier_sizes import TierSizes
 from headwise.runtime.handoff.choice import HandoffCost
@@ -68,8 +68,25 @@ class Generation:
         handoffs = self.inbound or self.outbound
         return handoffs.stats() if handoffs is not None else {}
 
+    def abandon(self) -> None:
+        """The group is dead: handoffs are over, in and out."""
+        if self.inbound is not None:
+            self.inbound.abandon()
+        if self.outbound is not None:
+            self.outbound.abandon("the shard group died")
+
+    def count_on(self, before: Generation) -> None:
+        """Counts go on from those of the generation before this one."""
+        self.cache.counts.update(before.cache.counts)
+        if self.tiers is not None and before.tiers is not None:
+            self.tiers.books.counts.update(before.tiers.books.counts)
+        if self.inbound is not None and before.inbound is not None:
+            self.inbound.count_on(before.inbound)
+        if self.outbound is not None and before.outbound is not None:
+            self.outbound.count_on(before.outbound)
+
     def close(self) -> None:
-        """Ends the shards; call it once the engine's thread has ended. Idempotent."""
+        """Ends the shards, once the engine's thread has ended or uses another generation. Idempotent."""
         try:
             if self.inbound is not None:
                 self.inbound.close()
@@ -77,8 +94,25 @@ class Generation:
             self.group.close()
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyGroup:
+    """A group that takes plans, and what its ranks have said of themselves.
+
+    Attributes:
+        num_blocks: that each rank has.
+        stored: the blocks that every rank has on disk from before, oldest first, and those that only some of them have.
+        endpoints: where each rank takes blocks from other engines; none where it takes none.
+    """
+
+    group: ShardGroup
+    num_blocks: int
+    stored: tuple[list[BlockKey], list[BlockKey]]
+    endpoints: list[KvEndpoint]
+
+
 class GenerationFactory:
-    """Makes the generations of one engine."""
+    """Makes the generations of one engine. Groups may be loaded and prepared on any thread, one at a time; their books
+    are opened on the engine's."""
 
     def __init__(
         self,
@@ -93,6 +127,7 @@ class GenerationFactory:
         Args:
             groups: makes their groups; this factory closes it.
             sizes: of the tiers.
+            max_model_len: of the model. A later group whose memory holds fewer tokens serves shorter requests.
             events: where generations tell which blocks they hold; its epoch is theirs.
             identity: what the engines of a handoff must have in common; needed where there are handoffs.
         """
@@ -109,26 +144,44 @@ class GenerationFactory:
             GroupStartError, ShardGroupDied, CheckpointError: the group cannot be started.
             InvalidValueError: its KV memory does not hold one request of the model's length.
         """
-        group = self._groups.make()
+        group = self.new_group()
         try:
-            num_blocks = group.start(progress, self._config.num_blocks)
-            self._check_length(num_blocks)
-            return self._open_books(group, num_blocks)
+            group.load(progress)
+            ready = self.prepare(group)
+            self._check_length(ready.num_blocks)
+            return self.open(ready)
         except BaseException:
             group.close()
             raise
 
-    def close(self) -> None:
-        """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""
-        self._groups.close()
+    def new_group(self) -> ShardGroup:
+        """A group that is not loaded yet.
 
-    def _check_length(self, num_blocks: int) -> None:
-        num_tokens = num_blocks * self._config.block_size
-        if num_tokens < self._max_model_len:
-            limit = f"holds {num_tokens} tokens, max_model_len={self._max_model_len} needs more"
-            raise InvalidValueError("num_blocks", num_blocks, limit)
+        Raises:
+            GroupStartError: there is no room for its ranks.
+        """
+        return self._groups.make()
 
-    def _open_books(self, group: ShardGroup, num_blocks: int) -> Generation:
+    def prepare(self, group: ShardGroup) -> ReadyGroup:
+        """Takes the KV memory of a group that is loaded.
+
+        Raises:
+            ShardGroupDied: a rank died.
+            InvalidValueError: the memory is not there, or the disk tier or the handoff cannot be opened.
+        """
+        num_blocks = group.allocate(self._config.num_blocks)
+        stored: tuple[list[BlockKey], list[BlockKey]] = [], []
+        endpoints: list[KvEndpoint] = []
+        if num_blocks and self._sizes.disk:
+            stored = _stored_everywhere(group.query("stored_blocks"))
+        handoff = self._config.handoff
+        if num_blocks and handoff is not None and handoff.role == "decode":
+            endpoints = [KvEndpoint((a, b), address, host) for a, b, address, host in group.query("kv_endpoint")]
+        return ReadyGroup(group, num_blocks, stored, endpoints)
+
+    def open(self, ready: ReadyGroup) -> Generation:
+        """Opens the books of a group, under the epoch that the KV events have now."""
+        group, num_blocks = ready.group, ready.num_blocks
         config, events, sizes = self._config, self._events, self._sizes
         quota = None if config.cache_quota is None else max(1, int(config.cache_quota * num_blocks))
         cache = PrefixCache(BlockPool(num_blocks), config.block_size, config.prefix_eviction, events, quota)
@@ -139,24 +192,40 @@ class GenerationFactory:
             reserve = min(num_blocks, max(num_blocks // 8, -(-2 * config.max_num_batched_tokens // config.block_size)))
             tiers = Tiers(cache, ledger, sizes.host, sizes.disk, reserve, config.cache_quota, events)
             if sizes.disk:
-                tiers.adopt(*_stored_everywhere(group.query("stored_blocks")))
-        spare = max(
-            0, num_blocks - -(-self._max_model_len // config.block_size) - 1
-        )  # a request finds room beside them
+                tiers.adopt(*ready.stored)
+        # A request finds room beside them.
+        spare = max(0, num_blocks - -(-self._max_model_len // config.block_size) - 1)
         inbound = outbound = None
         if config.handoff is not None and config.handoff.role == "decode":
-            inbound = self._open_inbound(config.handoff, group, cache, ledger, spare)
+            inbound = self._open_inbound(config.handoff, ready, cache, ledger, spare)
         elif config.handoff is not None:
             outbound = Outbound(ledger, events.epoch, config.block_size)
         tables = BlockTables(cache, tiers, inbound)
         return Generation(events.epoch, group, cache, tables, ledger, tiers, Pins(cache, spare), inbound, outbound)
 
+    def close(self) -> None:
+        """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""
+        self._groups.close()
+
+    def _check_length(self, num_blocks: int) -> None:
+        config, needed = self._config, -(-self._max_model_len // self._config.block_size)
+        if num_blocks >= needed:
+            return
+        limit = f"pays for {num_blocks} KV blocks of {config.block_size} tokens on each rank"
+        limit += f", one request of max_model_len={self._max_model_len} tokens needs {needed}"
+        if config.num_blocks is not None and num_blocks == config.num_blocks:
+            limit = f"holds {num_blocks * config.block_size} tokens, max_model_len={self._max_model_len} needs more"
+            raise InvalidValueError("num_blocks", num_blocks, limit)
+        value = DEFAULT_KV_MEMORY.get(config.device) if config.kv_memory is None else config.kv_memory
+        fix = "raise kv_memory (--kv-memory) or lower max_model_len (--max-model-len)"
+        raise InvalidValueError("kv_memory", value, limit, fix)
+
     def _open_inbound(
-        self, handoff: HandoffConfig, group: ShardGroup, cache: PrefixCache, ledger: Ledger, spare: int
+        self, handoff: HandoffConfig, ready: ReadyGroup, cache: PrefixCache, ledger: Ledger, spare: int
     ) -> Inbound:
         assert self._identity is not None, "handoffs need an identity"
-        ends = [KvEndpoint((a, b), address, host) for a, b, address, host in group.query("kv_endpoint")]
-        hello = Hello(self._identity, self._events.epoch, ends, not is_loopback(handoff.host))
+        group = ready.group
+        hello = Hello(self._identity, self._events.epoch, ready.endpoints, not is_loopback(handoff.host))
         credentials = None
         if handoff.ca is not None:
             cert, key = (None if path is None else Path(path) for path in (handoff.tls_cert, handoff.tls_key))

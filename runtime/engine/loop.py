@@ -1,8 +1,8 @@
 """EngineLoop: the thread an engine runs on, and the way in for every other thread.
 
 A typed error that a function raises, as where an argument is wrong or a queue is full, goes to the function's caller
-alone. Every other error ends the loop, and so do a shard's death and books that do not add up: nobody knows then what
-state the engine is in.
+alone. After a shard's death the loop runs on without shards, until it has others. Every other error ends the loop, and
+so do books that do not add up: nobody knows then what state the engine is in.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.recovery import Recovery
 from headwise.runtime.kv.blocks import IntegrityError
 from headwise.workers.errors import HeadwiseError
 
@@ -27,18 +28,21 @@ class EngineStoppedError(HeadwiseError):
 
 
 _HURRY_S = 1.0
-MIN_STEP_TIMEOUT_S = 8.0
-SLOW_STEPS = 4
-"""So many times the slowest recent step is a step that hangs."""
 
 
 class EngineLoop:
     """Steps an engine while it has work and sleeps while it has none. Thread-safe."""
 
-    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
-        """Args: ``on_failure``: gets the error that ended the loop, on its thread, before it reaches a caller of
-        :meth:`run`."""
-        self._engine, self._on_failure = engine, on_failure
+    def __init__(
+        self, engine: Engine, on_failure: Callable[[BaseException], None], recovery: Recovery | None = None
+    ) -> None:
+        """
+        Args:
+            on_failure: gets the error that ended the loop, on its thread, before it reaches a caller of :meth:`run`.
+            recovery: finds the engine other shards when its own have died; started here. None: their death ends the
+                loop.
+        """
+        self._engine, self._on_failure, self._recovery = engine, on_failure, recovery
         self._functions: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any] | None] | None]
         self._functions = queue.SimpleQueue()
         self._failing: Future[Any] | None = None
@@ -48,6 +52,8 @@ class EngineLoop:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="headwise-engine", daemon=True)
         self._thread.start()
+        if recovery is not None:
+            recovery.start(self)
 
     @property
     def engine(self) -> Engine:
@@ -65,7 +71,7 @@ class EngineLoop:
         Raises:
             HeadwiseError: ``function`` raised it; the engine runs on.
             EngineStoppedError: the loop was closed, or the engine failed, maybe in ``function``.
-            ShardGroupDied: a shard died; the loop has ended.
+            ShardGroupDied: a shard died, and the loop has ended.
             TimeoutError: no answer in time; the function may still run.
         """
         return self.submit(function).result(timeout_s)
@@ -110,9 +116,7 @@ class EngineLoop:
         try:
             while self._run_functions():
                 if self._engine.has_work:
-                    self._engine.busy_since = time.monotonic()
-                    self._engine.step()
-                self._engine.busy_since = None
+                    self._step()
         except ShardGroupDied as death:
             if not self._closing:  # else the group was closed under a step that did not end
                 ended = death
@@ -125,6 +129,20 @@ class EngineLoop:
         finally:
             self._over.set()
             self._engine.leave_peers()
+
+    def _step(self) -> None:
+        self._engine.busy_since = time.monotonic()
+        try:
+            self._engine.step()
+        except ShardGroupDied as death:
+            if not self._goes_on(death):
+                raise
+        finally:
+            self._engine.busy_since = None
+
+    def _goes_on(self, death: ShardGroupDied) -> bool:
+        """Whether the engine goes on after the death of its group, for now without one."""
+        return not self._closing and self._recovery is not None and self._recovery.lost(death)
 
     def _run_functions(self) -> bool:
         """Runs the functions that wait, or waits for one if the engine has nothing to do; False once closed."""
@@ -142,9 +160,9 @@ class EngineLoop:
             return  # nobody waits for it any more, as when a client's deadline is over
         self._engine.busy_since = time.monotonic()
         try:
-            result = function(self._engine)
+            result = self._call(function)
         except BaseException as error:
-            if future is None or not _is_for_caller(error):
+            if future is None or not self._is_for_caller(error):
                 self._failing = future
                 raise
             future.set_exception(error)
@@ -153,6 +171,23 @@ class EngineLoop:
                 future.set_result(result)
         finally:
             self._engine.busy_since = None
+
+    def _call(self, function: Callable[[Engine], T]) -> T:
+        """Runs a function; once more, on an engine without shards, if the shards have died in it."""
+        try:
+            return function(self._engine)
+        except ShardGroupDied as death:
+            if self._recovery is None or self._engine.rebuilding:
+                raise
+            if death is not self._engine.generation.group.death or not self._goes_on(death):
+                raise
+        return function(self._engine)
+
+    def _is_for_caller(self, error: BaseException) -> bool:
+        if isinstance(error, ShardGroupDied):
+            # The group that was to take another's place has died before it could.
+            return self._recovery is not None and self._engine.rebuilding
+        return isinstance(error, HeadwiseError) and not isinstance(error, IntegrityError)
 
     def _end(self, error: BaseException) -> None:
         try:
@@ -168,18 +203,7 @@ class EngineLoop:
                     item[1].set_exception(error)
 
 
-def _is_for_caller(error: BaseException) -> bool:
-    return isinstance(error, HeadwiseError) and not isinstance(error, (ShardGroupDied, IntegrityError))
-
-
-def is_hung(engine: Engine, step_timeout_s: float | None = None) -> bool:
-    """Whether the current step, or a call between two steps, makes no progress. May be called on any thread.
-
-    Args:
-        step_timeout_s: seconds that it may take; None: SLOW_STEPS times the slowest recent step, and at least
-            MIN_STEP_TIMEOUT_S.
-    """
-    if step_timeout_s is None:
-        step_timeout_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * engine.slowest_step_s)
+def is_hung(engine: Engine) -> bool:
+    """Whether the current step, or a call between two steps, makes no progress. May be called on any thread."""
     since = engine.busy_since
-    return since is not None and time.monotonic() - since > step_timeout_s
+    return since is not None and time.monotonic() - since > engine.step_limit_s

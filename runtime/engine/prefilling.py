@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.own_requests import own_name, own_request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.handoff.messages import Ask, Load, TransferKey
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.output import FinishReason
-from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.plan import RowSampling
 
 if TYPE_CHECKING:
     from headwise.runtime.engine.engine import Engine
-
-_PARAMS = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
 
 class Prefilling:
@@ -44,30 +40,19 @@ class Prefilling:
             raise InvalidValueError("token_ids", max(ask.token_ids), f"token ids are in [0, {self._vocab_size})")
 
     def start(self, ask: Ask) -> None:
-        request = Request(
-            _name(ask.key),
-            ask.token_ids,
-            _PARAMS,
-            RowSampling(),
-            max_tokens=1,
-            streamed=False,
-            tenant=ask.tenant,
-            token_blocks=TokenBlocks(
-                ask.namespace, self._engine.generation.cache.block_size, ask.token_ids, owner=ask.owner
-            ),
-            transfer=ask.key,
-        )
-        self._engine.add(request, None, self._take)
+        size = self._engine.generation.cache.block_size
+        blocks = TokenBlocks(ask.namespace, size, ask.token_ids, owner=ask.owner)
+        self._engine.add(own_request(_name(ask.key), blocks, ask.tenant, ask.key), None, self._take)
 
     def end(self, key: TransferKey) -> None:
-        self._engine.abort(_name(key))
+        self._engine.abort(own_name(_name(key)))
 
     def moved(self) -> None:
         self._engine.give_up_seats()
 
     def load(self) -> Load:
         """Of the engine, without what the pushes of its ranks still have to do."""
-        queued, token_s = self._engine.num_queued_tokens, self._engine.token_s
+        queued, token_s = self._engine.num_queued_tokens, self._engine.pace.token_s
         return Load(queued, token_s or 0.0, self._engine.generation.cache.num_available)
 
     def _take(self, deltas: list[Delta]) -> None:
@@ -81,5 +66,4 @@ class Prefilling:
 
 
 def _name(key: TransferKey) -> str:
-    """No client's request has such a name: it is not printable."""
-    return f"\x1f{key.transfer.hex()}\x1f{key.attempt}\x1f{key.decode_epoch}"
+    return f"{key.transfer.hex()}\x1f{key.attempt}\x1f{key.decode_epoch}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
+from headwise.runtime.engine.suspects import Suspects
 from headwise.runtime.engine.waiting import Waiting
 from headwise.runtime.handoff.inbound import LocalLoad
 from headwise.runtime.output import FinishReason
@@ -65,6 +66,9 @@ class Scheduler:
     Several steps may be in flight. A request that ends or is preempted meanwhile keeps its seat until the last of
     these steps is done, so that no other request gets a block that a step still writes to. It keeps the seat, too,
     while its blocks are sent to another engine.
+
+    Between :meth:`lose_seats` and :meth:`resume` there is no shard group: requests come, wait and end, and nothing is
+    scheduled.
     """
 
     def __init__(
@@ -80,14 +84,13 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self._leaving: list[Request] = []  # not running any more, but a step or job in flight still uses their blocks
-        self._tables, self._budget = tables, max_num_batched_tokens
+        self._suspects = Suspects()
+        self._budget = max_num_batched_tokens
         self._mixed_budget = max_mixed_prefill_tokens or max_num_batched_tokens
         # No more rows than tokens in a step: else those that decode could leave nothing for a prompt, for ever.
         self._num_rows = min(max_num_seqs, max_num_batched_tokens)
-        self._free_rows = list(reversed(range(self._num_rows)))
-        self._dropped: list[int] = []
-        self._next_step = 0
-        tables.load = self._load
+        self._has_group = False
+        self.resume(tables)
 
     def add(self, request: Request) -> None:
         self.waiting.add(request)
@@ -105,6 +108,9 @@ class Scheduler:
         that wait, tenants take turns); what the shards must know of earlier changes travels along.
         """
         draft = _Draft(self._budget, MAX_ADMIT_BYTES)
+        if (suspect := self._suspects.alone()) is not None:
+            self._compute_alone(suspect, draft)
+            return self._build(draft) if draft.counts else None
         decodes: list[Request] = []
         prefills: list[Request] = []
         for request in self.running:
@@ -147,14 +153,49 @@ class Scheduler:
         running = request.state is RequestState.RUNNING
         request.state = RequestState.FINISHED
         request.metrics.finished = time.monotonic()
+        self._suspects.forget(request)
         if running:
             self._leave(request)
-        else:
-            self.waiting.remove(request)
+            return
+        self.waiting.remove(request)
+        if self._has_group:
             self._tables.forget(request)
+
+    def lose_seats(self, in_flight: Collection[Request]) -> Request | None:
+        """The shard group is dead, and every seat with it. What ran waits again, in front of what waited, each in its
+        order.
+
+        Args:
+            in_flight: the requests that the steps in flight compute, and that have not ended.
+
+        Returns:
+            The request that the group has died of, if it is found.
+        """
+        self.waiting.rewind()  # the group may have died while their turns were looked at
+        poisonous = self._suspects.died(in_flight)
+        for request in (*self.running, *self._leaving):
+            request.seat = None
+        for request in reversed(self.running):
+            request.state = RequestState.WAITING
+            request.metrics.num_recoveries += 1
+            self.waiting.add_preempted(request)
+        self.running, self._leaving = [], []
+        self._has_group = False
+        return poisonous
+
+    def resume(self, tables: BlockTables) -> None:
+        """There is a shard group, with no request on it yet."""
+        self._tables = tables
+        tables.load = self._load
+        self._free_rows = list(reversed(range(self._num_rows)))
+        self._dropped: list[int] = []
+        self._next_step = 0
+        self._has_group = True
 
     def take_failed(self) -> list[tuple[Request, str]]:
         """The requests that are to end since the last call, and why: their prompts did not come from another engine."""
+        if not self._has_group:
+            return []
         failed, self._tables.failed = self._tables.failed, []
         return failed
 
@@ -168,6 +209,8 @@ class Scheduler:
 
     def checks(self) -> Iterator[None]:
         """:meth:`check_integrity` in parts; ends early if the books change in between."""
+        if not self._has_group:
+            return
         changes = self._tables.changes
         for _ in self._tables.checks([*self.running, *self._leaving]):
             yield
@@ -207,6 +250,27 @@ class Scheduler:
                 return False
         return missing <= cache.num_available
 
+    def _compute_alone(self, suspect: Request, draft: _Draft) -> None:
+        """Gives the step to one request that the group may die of, once nothing else is in flight. Others keep their
+        seats, as long as it finds room beside them."""
+        others = [request for request in (*self.running, *self._leaving) if request is not suspect]
+        if any(seat_of(request).num_in_flight for request in others):
+            return
+        if suspect.state is RequestState.RUNNING:
+            self._compute(suspect, draft)
+            return
+        if suspect.seat is not None:
+            return
+        self._tables.begin_round()
+        while True:
+            admission = self._tables.admit(suspect, self._free_rows[-1]) if self._free_rows else Admission.NO_ROOM
+            if admission is Admission.SEATED:
+                self.waiting.remove(suspect)
+                self._begin(suspect, draft)
+            if admission is not Admission.NO_ROOM or not self.running:
+                return
+            self._preempt(self.running[-1])
+
     def _admit_waiting(self, draft: _Draft) -> None:
         rows_of = self._rows_of_tenants()
         self._tables.begin_round()
@@ -240,15 +304,19 @@ class Scheduler:
                 continue
             self.waiting.take()
             rows_of[request.tenant] += 1
-            self.running.append(request)
-            request.state = RequestState.RUNNING
-            self._free_rows.pop()
-            request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
-            draft.counts[request] = min(request.num_uncomputed, draft.budget)
-            draft.budget -= draft.counts[request]
             draft.admit_bytes -= size
-            draft.admitted.append(request)
+            self._begin(request, draft)
         self.waiting.rewind()
+
+    def _begin(self, request: Request, draft: _Draft) -> None:
+        """A request that has got its seat runs from this step on."""
+        self.running.append(request)
+        request.state = RequestState.RUNNING
+        self._free_rows.pop()
+        request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
+        draft.counts[request] = min(request.num_uncomputed, draft.budget)
+        draft.budget -= draft.counts[request]
+        draft.admitted.append(request)
 
     def _rows_of_tenants(self) -> Counter[str]:
         """How many rows each tenant has. Rows of paused requests can be had by others, and count as free."""
@@ -258,7 +326,7 @@ class Scheduler:
 
     def _has_its_share(self, request: Request, rows_of: Counter[str]) -> bool:
         """Whether a request waits because its tenant has many rows. One that had a row before gets it back."""
-        if not request.tenant or request.metrics.num_preemptions:
+        if not request.tenant or request.metrics.was_computed:
             return False
         return rows_of[request.tenant] >= ROWS_PER_FREE_ROW * (self._num_rows - rows_of.total())
 

@@ -284,8 +284,23 @@ class Inbound:
             },
         }
 
+    def abandon(self) -> None:
+        """The ranks are dead, and nobody waits for a handoff any more. The prefill engines are told."""
+        for handoff in self._running.values():
+            handoff.peer.untrack(handoff.key)
+            handoff.peer.abort(handoff.key, "the shard group of decode died")
+            self._counts["cancelled"] += 1
+        self._running.clear()
+        self._reserved = 0
+
+    def count_on(self, before: Inbound) -> None:
+        """Counts go on from those of the generation before, and what handoffs took is known from it."""
+        self._counts.update(before._counts)
+        self._seconds += before._seconds
+        self.cost = before.cost
+
     def close(self) -> None:
-        """Leaves the prefill engines; call it once the engine's thread has ended. Idempotent."""
+        """Leaves the prefill engines, once the engine's thread has ended or uses another generation. Idempotent."""
         for peer in self.peers:
             peer.close()
 

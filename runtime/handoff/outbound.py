@@ -91,6 +91,7 @@ class Outbound:
         self._seconds = {"push": 0.0, "hidden": 0.0}
         self.post: Callable[[Callable[[], object]], object] = lambda function: function()
         self.lock = threading.RLock()
+        self._abandoned = ""
 
     @property
     def busy(self) -> bool:
@@ -115,6 +116,8 @@ class Outbound:
             InvalidValueError: this engine cannot compute the prompt.
             NotFoundError, RefusedError: it does not; see :mod:`headwise.runtime.handoff.transfers`.
         """
+        if self._abandoned:
+            raise NotFoundError(self._abandoned)
         self.prompts.check(ask)
         endpoints = self._decoders.get(ask.key.decode_epoch)
         if endpoints is None:
@@ -194,6 +197,22 @@ class Outbound:
             for key in list(self._running):
                 self._settle(key)
 
+    def abandon(self, reason: str) -> None:
+        """The ranks are dead, and the blocks that they held. Whoever waits for a transfer is told so."""
+        with self.lock:
+            self._abandoned = reason
+            for transfer in self._running.values():
+                for answer in transfer.waiting:
+                    answer.set_result(Status(StateThere.FAILED, reason))
+            self._counts["failed"] += len(self._running)
+            self._running.clear()
+
+    def count_on(self, before: Outbound) -> None:
+        """Counts go on from those of the generation before."""
+        self._counts.update(before._counts)
+        for name, seconds in before._seconds.items():
+            self._seconds[name] += seconds
+
     def stats(self) -> dict[str, Any]:
         """Counts since the start: transfers ``accepted``, ``committed`` and ``failed``; ``pushes``, those that failed
         (``push_failures``), and the ``bytes`` sent; ``push_seconds``, and how many of those were ``hidden_seconds``
@@ -222,6 +241,8 @@ class Outbound:
                     self._answer(key, transfer)
 
     def _stop(self, fence: Fence) -> None:
+        if self._abandoned:
+            return
         self._ledger.hand_over(HandoffJob(0, HandoffOp.STOP, fence), lambda outcome: None)
 
     def _answer(self, key: TransferKey, transfer: _Transfer) -> None:

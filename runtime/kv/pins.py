@@ -6,11 +6,21 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.workers.errors import InvalidValueError
+
+
+class Pinned(NamedTuple):
+    """A prompt whose first blocks are pinned, and for how many seconds more."""
+
+    prompt: TokenBlocks
+    num_blocks: int
+    ttl_s: float
 
 
 class Pins:
@@ -21,11 +31,15 @@ class Pins:
         has room."""
         self._cache, self._max_blocks, self._clock = cache, max_blocks, clock
         self._numbers = itertools.count()
-        self._pins: list[tuple[float, int, list[CachedBlock]]] = []  # a heap: the first expires first
+        # A heap: the first expires first.
+        self._pins: list[tuple[float, int, list[CachedBlock], TokenBlocks | None]] = []
         self._num_blocks = 0
 
-    def pin(self, chain: Sequence[CachedBlock], ttl_s: float) -> None:
+    def pin(self, chain: Sequence[CachedBlock], ttl_s: float, prompt: TokenBlocks | None = None) -> None:
         """Keeps a chain for ``ttl_s`` seconds. Pins of the same blocks do not know of each other.
+
+        Args:
+            prompt: begins with the chain's tokens; for :meth:`left`.
 
         Raises:
             InvalidValueError: more blocks would be pinned than may be.
@@ -42,12 +56,21 @@ class Pins:
             )
         self._cache.hold(chain, Use.PIN)
         self._num_blocks = total
-        heapq.heappush(self._pins, (self._clock() + ttl_s, next(self._numbers), list(chain)))
+        heapq.heappush(self._pins, (self._clock() + ttl_s, next(self._numbers), list(chain), prompt))
 
     @property
     def num_blocks(self) -> int:
         """How many blocks are pinned."""
         return self._num_blocks
+
+    def left(self) -> list[Pinned]:
+        """What is pinned now and not over, for another to pin; those without a prompt are left out."""
+        now = self._clock()
+        return [
+            Pinned(prompt, len(chain), expires - now)
+            for expires, _, chain, prompt in sorted(self._pins, key=lambda pin: pin[:2])
+            if prompt is not None and chain and expires > now
+        ]
 
     def expire(self) -> None:
         """Lets go of what is over. Called at every step, so it looks at one number most of the time."""
@@ -59,6 +82,6 @@ class Pins:
             self._release_first()
 
     def _release_first(self) -> None:
-        _, _, chain = heapq.heappop(self._pins)
+        _, _, chain, _ = heapq.heappop(self._pins)
         self._cache.release(chain, Use.PIN)
         self._num_blocks -= sum(not self._cache.pool.count(node.block, Use.PIN) for node in chain)

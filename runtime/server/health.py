@@ -25,18 +25,13 @@ class HealthMonitor:
         servicer: grpc.health.v1 for the server: ``Check`` and ``Watch``, of "" (the server) and of each service's name.
     """
 
-    def __init__(self, sessions: Sessions, services: list[str], step_timeout_s: float | None) -> None:
-        """
-        Args:
-            step_timeout_s: see :func:`~headwise.runtime.engine.loop.is_hung`.
-        """
+    def __init__(self, sessions: Sessions, services: list[str]) -> None:
         self.servicer = HealthServicer(sessions, ["", *services])
-        self._sessions, self._step_timeout_s = sessions, step_timeout_s
+        self._sessions = sessions
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
         while True:
-            self._sessions.llm.check_shards()
             self.set(self.problem() is None)
             await asyncio.sleep(_INTERVAL_S)
 
@@ -50,7 +45,9 @@ class HealthMonitor:
             return ENGINE_ENDED
         if self._sessions.draining:
             return "this server drains"
-        return "a step makes no progress" if is_hung(llm.engine, self._step_timeout_s) else None
+        if llm.engine.rebuilding:
+            return "the shards are dead, and others are started"
+        return "a step makes no progress" if is_hung(llm.engine) else None
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):

@@ -89,8 +89,6 @@ class ServeOptions:
         drain_timeout_s: seconds for running requests to end, once the server is told to stop. Default: 30.
         stall_timeout_s: seconds that a client may leave a stream unread. Default: 30.
         max_request_s: seconds that a request may take, its waiting included. Default: 3600.
-        step_timeout_s: seconds that a step may take before the health service says NOT_SERVING; None, the default, is
-            four times the slowest recent step, and at least 8.
         as_json: whether the line that says that the server is ready is JSON. Default: False.
     """
 
@@ -111,7 +109,6 @@ class ServeOptions:
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     max_request_s: float = 3600.0
-    step_timeout_s: float | None = None
     as_json: bool = False
 
 
@@ -194,7 +191,7 @@ class Server:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._llm.close)
             options, sessions = self._options, self.sessions
-            health = HealthMonitor(sessions, self._services(), options.step_timeout_s)
+            health = HealthMonitor(sessions, self._services())
             server = self._make_server(sessions, health)
             port = self._bind(server)
             internal = server.add_insecure_port("127.0.0.1:0") if self._options.openai_port is not None else 0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.runtime.engine import engine as engine_module
+from headwise.runtime.engine import idle_check
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.engine import Engine, Sink
 from headwise.runtime.engine.generation import Generation
@@ -291,7 +292,7 @@ def test_a_request_that_nothing_can_schedule_is_an_error_and_not_a_hang() -> Non
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check looks at one block at a time, and lets others go before each."""
     monkeypatch.setattr(blocks_module, "CHECK_PART", 1)
-    monkeypatch.setattr(engine_module, "CHECK_S", 0.0)
+    monkeypatch.setattr(idle_check, "CHECK_S", 0.0)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -301,7 +302,7 @@ def test_the_check_of_an_idle_engine_lets_requests_go_first() -> None:
     for name in "ab":
         bench.add(make_request(name, [1, 2, 3, 4, 5, int(name, 16)], 3))
         while name + "#0" not in bench.ended:
-            engine._next_check = 0.0  # one that was given up is no reason to wait
+            engine._check._next = 0.0  # one that was given up is no reason to wait
             engine.step()
         for _ in range(5):
             assert engine.has_work, "the check goes on"

@@ -1,0 +1,59 @@
+"""Pace: how long an engine's steps take, and so how long one may take before it counts as hanging."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from headwise.runtime.kv.cost import running_mean
+
+MIN_STEP_TIMEOUT_S = 8.0
+SLOW_STEPS = 4
+"""So many times the slowest recent step is a step that hangs."""
+SLOW_TOKENS = 8
+"""So many times what its tokens should take, too."""
+FIRST_STEP_TIMEOUT_S = 600.0
+"""Of a step while none was measured: a large model on a slow machine computes a long prompt."""
+STEP_HALF_LIFE_S = 3600.0
+"""After so long a slow step counts half."""
+
+
+class Pace:
+    """What steps take. Written by the engine's thread, and read by others.
+
+    Attributes:
+        token_s: seconds to compute a token of a prompt, of those computed lately; None before the first.
+    """
+
+    def __init__(self, step_timeout_s: float | None = None) -> None:
+        """Args: ``step_timeout_s``: how long any step may take; None: by what steps took."""
+        self.token_s: float | None = None
+        self._step_timeout_s = step_timeout_s
+        self._slowest = 0.0, time.monotonic()  # its seconds, and when it was over
+        self._most_s = 0.0  # of a token, whichever kind of step it was in
+
+    @property
+    def slowest_step_s(self) -> float:
+        """Seconds of the slowest step, which count less as time goes by."""
+        seconds, ended = self._slowest
+        return seconds * math.pow(0.5, (time.monotonic() - ended) / STEP_HALF_LIFE_S)
+
+    def saw_step(self, seconds: float, num_tokens: int) -> None:
+        """A step with so many tokens was done, seconds after somebody began to wait for it."""
+        if seconds > self.slowest_step_s:
+            self._slowest = seconds, time.monotonic()
+        self._most_s = max(self._most_s, seconds / num_tokens)
+
+    def saw_prefill(self, seconds: float, num_tokens: int) -> None:
+        """A step computed so many tokens of prompts, and hardly anything else."""
+        self.token_s = running_mean(self.token_s, seconds / num_tokens)
+
+    def limit_s(self, num_tokens: int) -> float:
+        """How long a step with so many tokens may take. Steps that generate tokens tell what those of a prompt take at
+        most, until one that computes a prompt was measured."""
+        if self._step_timeout_s is not None:
+            return self._step_timeout_s
+        if not self._most_s:
+            return FIRST_STEP_TIMEOUT_S
+        tokens_s = num_tokens * (self._most_s if self.token_s is None else self.token_s)
+        return max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * self.slowest_step_s, SLOW_TOKENS * tokens_s)

@@ -1,0 +1,209 @@
+"""Recovery: gives an engine another shard group when its own has died, and notices that it has."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol
+
+from headwise.cluster.group import ShardGroup, ShardGroupDied
+from headwise.cluster.supervisor import GiveUp, Instruction, Supervisor
+from headwise.runtime.engine.engine import Engine
+from headwise.runtime.engine.generation import Generation, GenerationFactory, ReadyGroup
+from headwise.runtime.engine.spare import Spare
+
+LOOK_S = 0.25
+"""How often it is looked whether shards that do nothing have died, or a step hangs."""
+_END_S = 30.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Loop(Protocol):
+    """The engine's thread."""
+
+    def submit(self, function: Callable[[Engine], None]) -> Future[None]: ...
+
+    def post(self, function: Callable[[Engine], None]) -> None: ...
+
+
+class Recovery:
+    """Replaces the shard groups of one engine, one after another, on a thread of its own.
+
+    Whoever runs the engine calls :meth:`start` once, and :meth:`lost` for each death.
+    """
+
+    def __init__(
+        self, engine: Engine, generations: GenerationFactory, *, recovers: bool = True, warm_spare: bool = False
+    ) -> None:
+        """
+        Args:
+            recovers: whether dead shards are replaced; else the first death ends the engine.
+            warm_spare: whether a group that has its weights waits to take the place of one that dies.
+        """
+        self._engine, self._generations, self._recovers = engine, generations, recovers
+        self._supervisor = Supervisor()
+        self._spare = Spare(generations) if warm_spare and recovers else None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._lost: ShardGroupDied | None = None
+        self._steps_before = engine.num_steps  # when the group that runs now was started
+        self._building: ShardGroup | None = None
+        self._thread: threading.Thread | None = None
+        engine.recoveries = self.stats
+
+    def start(self, loop: Loop) -> None:
+        """Begins to look after the engine."""
+        self._loop = loop
+        if self._spare is not None:
+            self._spare.load()
+        self._thread = threading.Thread(target=self._work, name="headwise-recovery", daemon=True)
+        self._thread.start()
+
+    def lost(self, death: ShardGroupDied) -> bool:
+        """The engine's group is dead; called on the engine's thread.
+
+        Returns:
+            Whether another group will take its place. Until then the engine has none.
+        """
+        if not self._recovers or self._closing:
+            return False
+        self._engine.lose_group(death)
+        with self._changed:
+            self._lost = death
+            self._changed.notify_all()
+        return True
+
+    def stats(self) -> dict[str, Any]:
+        """As :meth:`Supervisor.stats <headwise.cluster.supervisor.Supervisor.stats>`; and the ``spare``: ``none``,
+        ``loading`` or ``ready``."""
+        return self._supervisor.stats() | {"spare": self._spare.state if self._spare is not None else "none"}
+
+    def hurry(self) -> None:
+        """Has :meth:`close`, now or later, wait only a moment."""
+        for group in (self._building, self._spare.group if self._spare is not None else None):
+            if group is not None:
+                group.hurry()
+
+    def close(self) -> None:
+        """Ends what is being started. The group that runs is the engine's to close. Idempotent."""
+        with self._changed:
+            self._closing = True
+            building = self._building
+            self._changed.notify_all()
+        if self._spare is not None:
+            self._spare.close()
+        if building is not None:
+            building.close()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join(_END_S)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._lost is not None, LOOK_S)
+                lost, self._lost = self._lost, None
+                if self._closing:
+                    return
+            if lost is not None and self._engine.rebuilding:
+                self._rebuild(lost)
+            else:
+                self._look()
+
+    def _look(self) -> None:
+        """Notices a group that has died while nobody waited for it, and one whose step hangs."""
+        engine = self._engine
+        group = engine.generation.group
+        if self._recovers and (hang := engine.hang) is not None:
+            group.give_up(hang)
+        if group.death is not None and not engine.rebuilding and engine.busy_since is None:
+            self._loop.post(_meet_death)
+        if self._spare is not None:
+            self._spare.look()
+
+    def _rebuild(self, death: ShardGroupDied) -> None:
+        engine, supervisor = self._engine, self._supervisor
+        old, has_stepped = engine.generation, engine.num_steps > self._steps_before
+        todo = supervisor.died(time.monotonic(), old.epoch, death, has_stepped)
+        _logger.warning("epoch %d: %s; the shards are started again", old.epoch, death)
+        old.group.hurry()
+        _closed(old)
+        while not self._closing:
+            if isinstance(todo, GiveUp):
+                error = ShardGroupDied(death.rank, death.node, f"{death.cause}; {todo.reason}")
+                self._loop.post(partial(_give_up, error))
+                return
+            if (failed := self._try(todo.after_s)) is None:
+                return
+            todo = failed
+
+    def _try(self, after_s: float) -> Instruction | None:
+        """Starts a group after so many seconds; returns what is to be done if that fails."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, after_s)
+        group: ShardGroup | None = None
+        try:
+            group = self._spare.take() if self._spare is not None else None
+            if group is None:
+                group = self._generations.new_group()
+                self._build(group)
+                group.load()
+            else:
+                self._build(group)
+            self._go_on(self._generations.prepare(group))
+        except Exception as error:
+            if group is not None:
+                _closed(group)
+            if self._closing:
+                return None
+            _logger.warning("the shards could not be started: %s", error)
+            return self._supervisor.failed(f"{type(error).__name__}: {error}")
+        finally:
+            self._building = None
+        return None
+
+    def _build(self, group: ShardGroup) -> None:
+        """
+        Raises:
+            ShardGroupDied: nobody wants the group any more.
+        """
+        with self._changed:
+            if self._closing:
+                raise ShardGroupDied(None, None, "the engine is closed")
+            self._building = group
+
+    def _go_on(self, ready: ReadyGroup) -> None:
+        def resume(engine: Engine) -> None:
+            engine.events.new_epoch(max(time.time_ns(), engine.events.epoch + 1))
+            engine.resume(self._generations.open(ready))
+            self._supervisor.rebuilt(time.monotonic())  # here, so that whoever gets a token sees it counted
+
+        self._steps_before = self._engine.num_steps
+        self._loop.submit(resume).result()
+        seconds = self._supervisor.last_seconds
+        _logger.info("epoch %d: the shards are there again after %.2f s", self._engine.events.epoch, seconds)
+
+
+def _meet_death(engine: Engine) -> None:
+    """
+    Raises:
+        ShardGroupDied: the group has died.
+    """
+    if not engine.rebuilding and engine.generation.group.death is not None:
+        raise engine.generation.group.death
+
+
+def _give_up(error: ShardGroupDied, engine: Engine) -> None:
+    raise error
+
+
+def _closed(what: Generation | ShardGroup) -> None:
+    """Closes it, whatever comes in between: nothing of it is used any more."""
+    try:
+        what.close()
+    except Exception:
+        _logger.exception("a shard group that was dead could not be closed")

@@ -1,0 +1,45 @@
+"""What is decided when shard groups die, one after another."""
+
+from __future__ import annotations
+
+from headwise.cluster.group import ShardGroupDied
+from headwise.cluster.supervisor import MAX_DEATHS, MAX_FAILURES, GiveUp, Rebuild, Supervisor
+
+DEATH = ShardGroupDied(1, "here", "killed")
+
+
+def test_a_group_that_has_finished_a_step_is_replaced_at_once_however_often_it_dies() -> None:
+    supervisor = Supervisor()
+    for at in range(3 * MAX_FAILURES):
+        assert supervisor.died(float(at), at, DEATH, has_stepped=True) == Rebuild(0.0)
+        supervisor.rebuilt(at + 0.5)
+    stats = supervisor.stats()
+    assert (stats["count"], stats["num_deaths"], stats["last_seconds"]) == (30, 30, 0.5)
+    assert stats["deaths"][-1] == {"epoch": 29, "rank": 1, "node": "here", "cause": "killed"}
+
+
+def test_groups_that_finish_no_step_wait_longer_each_time_and_are_given_up() -> None:
+    supervisor = Supervisor()
+    waits = []
+    for at in range(MAX_FAILURES):
+        failing = supervisor.died(0.0, at, DEATH, has_stepped=False) if at % 2 else supervisor.failed("no room")
+        waits.append(failing)
+    assert waits[:6] == [Rebuild(seconds) for seconds in (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)]
+    assert waits[-1] == GiveUp("10 shard groups in a row have not finished a step; the last: " + str(DEATH))
+
+
+def test_a_finished_step_begins_a_new_row() -> None:
+    supervisor = Supervisor(max_failures=3)
+    for _ in range(2):
+        assert isinstance(supervisor.failed("no room"), Rebuild)
+    assert supervisor.died(0.0, 1, DEATH, has_stepped=True) == Rebuild(0.0)
+    for _ in range(2):
+        assert isinstance(supervisor.failed("no room"), Rebuild)
+    assert isinstance(supervisor.failed("no room"), GiveUp)
+
+
+def test_the_last_deaths_are_remembered() -> None:
+    supervisor = Supervisor()
+    for at in range(MAX_DEATHS + 5):
+        supervisor.died(0.0, at, DEATH, has_stepped=True)
+    assert [death["epoch"] for death in supervisor.stats()["deaths"]] == list(range(5, MAX_DEATHS + 5))
