@@ -376,8 +376,8 @@ class Engine:
         self._awaited = time.monotonic(), num_tokens
         output = self.generation.group.collect()
         collected = time.perf_counter()
+        self.pace.saw_step(time.monotonic() - self._awaited[0], num_tokens)
         self._awaited = None
-        self.pace.saw_step(collected - started, num_tokens)
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started
         self._seconds["emit"] += time.perf_counter() - collected

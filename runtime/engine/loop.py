@@ -162,6 +162,8 @@ class EngineLoop:
         try:
             result = self._call(function)
         except BaseException as error:
+            if future is None and self._is_known(error):
+                return
             if future is None or not self._is_for_caller(error):
                 self._failing = future
                 raise
@@ -188,6 +190,11 @@ class EngineLoop:
             # The group that was to take another's place has died before it could.
             return self._recovery is not None and self._engine.rebuilding
         return isinstance(error, HeadwiseError) and not isinstance(error, IntegrityError)
+
+    def _is_known(self, error: BaseException) -> bool:
+        """Whether it is the death after which the engine waits for another group."""
+        engine = self._engine
+        return self._recovery is not None and engine.rebuilding and error is engine.generation.group.death
 
     def _end(self, error: BaseException) -> None:
         try:

@@ -72,8 +72,10 @@ def test_ranks_are_processes_with_their_own_heads(checkpoint: Callable[..., Path
     nothing_left(pids)
 
 
-def test_the_death_of_a_rank_is_reported_and_leaves_nothing(checkpoint: Callable[..., Path]) -> None:
-    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+def test_where_nobody_wants_other_shards_a_death_is_reported_and_leaves_nothing(
+    checkpoint: Callable[..., Path],
+) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2, on_shard_death="fail") as model:
         pids = model.stats()["shard_pids"]
         stream = model.stream(prompts()[0], LONG)
         next(stream)
@@ -113,8 +115,8 @@ def test_no_rank_is_blamed_where_ray_itself_is_gone(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.thorough
-def test_a_rank_that_dies_at_rest_is_noticed_at_the_next_request(checkpoint: Callable[..., Path]) -> None:
-    with llm(checkpoint("uneven"), tensor_parallel_size=2) as model:
+def test_where_nobody_wants_other_shards_a_death_at_rest_is_noticed(checkpoint: Callable[..., Path]) -> None:
+    with llm(checkpoint("uneven"), tensor_parallel_size=2, on_shard_death="fail") as model:
         pids = model.stats()["shard_pids"]
         os.kill(pids[0], signal.SIGKILL)
         started = time.monotonic()

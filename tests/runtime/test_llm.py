@@ -431,7 +431,7 @@ def test_a_shards_death_reaches_every_caller_now_and_later(
     spoken: Path, monkeypatch: pytest.MonkeyPatch, thread_llm: MakeLLM
 ) -> None:
     monkeypatch.setattr(start, "make_factory", thread_groups(DyingGroup))
-    llm = thread_llm(spoken, pipeline_depth=2)
+    llm = thread_llm(spoken, pipeline_depth=2, on_shard_death="fail")
     long = GREEDY.clone(max_tokens=400)
     with ThreadPoolExecutor(4) as pool:
         runs = [pool.submit(llm.generate, [5 + i], long) for i in range(3)]
@@ -450,10 +450,12 @@ def test_a_death_that_stats_meets_reaches_the_others_too(
 ) -> None:
     class DeadOnQuery(PacedGroup):
         def query(self, method: str) -> list[Any]:
-            raise ShardGroupDied(0, "node-a", "gone")
+            if method == "stats":
+                raise ShardGroupDied(0, "node-a", "gone")
+            return super().query(method)
 
     monkeypatch.setattr(start, "make_factory", thread_groups(DeadOnQuery))
-    llm = thread_llm(spoken)
+    llm = thread_llm(spoken, on_shard_death="fail")
     stream = llm.stream([5], GREEDY.clone(max_tokens=400))
     next(stream)
     with pytest.raises(ShardGroupDied):

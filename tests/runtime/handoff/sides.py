@@ -110,29 +110,23 @@ class Sides:
         assert mailbox is not None
         mailbox.declare_dead(0, "killed by a test")
 
-    def settle(self, decode: bool = True, prefill: bool = True) -> None:
+    def settle(self) -> None:
         """Waits until nothing is on its way; then all blocks are free or idle, no fence is open, no push runs, and the
-        books add up.
-
-        Args:
-            decode, prefill: which sides are alive.
-        """
-        if decode:
-            wait_until(lambda: not self._on_decode(lambda engine: engine.generation.ledger.busy or self.inbound.busy))
-            self._on_decode(_check_free)
-            stats = self.llm._loop.engine.generation.handoff_stats()
-            assert (stats["in_flight"], stats["reserved_blocks"], stats["oldest_s"]) == (0, 0, 0.0)
-            peers = self.inbound.peers
-            assert not any(peer._tracked or peer._asking.total() for peer in peers)  # type: ignore[attr-defined]
-            for rank in handoff_ranks(self.decode_group):
-                assert not len(rank._fences)
-        if prefill:
-            # A prompt that decode has asked for may come later than decode's end.
-            wait_until(lambda: not (self.outbound.stats()["in_flight"] or self.outbound._transfers.running))
-            wait_until(lambda: not self.prefill.loop.run(_prefill_is_busy))
-            self.prefill.loop.run(_check_free)
-            for rank in handoff_ranks(self.prefill_group):
-                assert not rank._pusher._pushes
+        books add up."""
+        wait_until(lambda: not self._on_decode(lambda engine: engine.generation.ledger.busy or self.inbound.busy))
+        self._on_decode(_check_free)
+        stats = self.llm._loop.engine.generation.handoff_stats()
+        assert (stats["in_flight"], stats["reserved_blocks"], stats["oldest_s"]) == (0, 0, 0.0)
+        peers = self.inbound.peers
+        assert not any(peer._tracked or peer._asking.total() for peer in peers)  # type: ignore[attr-defined]
+        for rank in handoff_ranks(self.decode_group):
+            assert not len(rank._fences)
+        # A prompt that decode has asked for may come later than decode's end.
+        wait_until(lambda: not (self.outbound.stats()["in_flight"] or self.outbound._transfers.running))
+        wait_until(lambda: not self.prefill.loop.run(_prefill_is_busy))
+        self.prefill.loop.run(_check_free)
+        for rank in handoff_ranks(self.prefill_group):
+            assert not rank._pusher._pushes
 
     def close(self) -> None:
         self.llm.close()

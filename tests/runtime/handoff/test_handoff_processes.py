@@ -282,10 +282,7 @@ def test_a_shard_of_prefill(model: Path, right: list[list[int]], tmp_path: Path,
         its.traffic.more(8)
         if number == signal.SIGSTOP:
             shard.send_signal(signal.SIGCONT)
-        else:
-            assert its.prefill.process.wait(ANSWER_S) == 3
-            its.prefill = its.start(0).ready()
-        its.hand_over()
+        its.hand_over()  # with the shards that came in the place of those that died
         assert not its.traffic.errors
 
 
@@ -293,9 +290,7 @@ def test_a_shard_of_decode(model: Path, right: list[list[int]], tmp_path: Path) 
     with bench(model, right, tmp_path, "--tp", "2") as its:
         its.in_flight()
         its.decode.shards()[1].kill()
-        wait_until(lambda: its.traffic.errors)
-        assert its.decode.process.wait(ANSWER_S) == 3
+        its.traffic.more(8)
         wait_until(lambda: not its.prefill.running())
-        its.decode = its.start(1).ready()
         its.hand_over()
-        assert {error.code for error in its.traffic.errors} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
+        assert not its.traffic.errors

@@ -123,7 +123,7 @@ def test_how_the_engine_ended_is_told_to_admins_alone(
     def die(group: ThreadShardGroup) -> object:
         raise ShardGroupDied(1, "10.1.2.3", "of /home/ops/a.py")
 
-    running = serve(options={"token_file": token_file})
+    running = serve(options={"token_file": token_file}, on_shard_death="fail")
     with running.client(token=ALICE, retries=0) as alice, running.client(token=ROOT, retries=0) as root:
         long = SamplingParams(max_tokens=400, ignore_eos=True)
         streams = [client.stream(PROMPT, long) for client in (alice, root)]

@@ -48,7 +48,7 @@ def die_with(error: BaseException) -> Callable[[object], object]:
 def test_whatever_ends_the_engine_the_client_may_ask_another(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    running = serve()
+    running = serve(on_shard_death="fail")
     with running.client(retries=0) as client:
         stream = client.stream(PROMPT, TO_THE_END)
         next(stream)
@@ -63,7 +63,7 @@ def test_a_server_whose_engine_ended_before_anybody_asked_it_ends(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "make_factory", thread_groups())
-    llm = AsyncLLM(engine_config(model=str(checkpoint("gqa")), kv_memory="16MiB"), quiet=True)
+    llm = AsyncLLM(engine_config(model=str(checkpoint("gqa")), kv_memory="16MiB", on_shard_death="fail"), quiet=True)
 
     async def run() -> int:
         await asyncio.wait_for(llm.ended.wait(), DEADLINE_S)

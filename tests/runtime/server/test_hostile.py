@@ -287,7 +287,7 @@ def test_shards_that_die_while_nothing_runs_end_the_server(serve: Serve, monkeyp
         return server
 
     monkeypatch.setattr(Server, "_make_server", patient)
-    running = serve()
+    running = serve(on_shard_death="fail")
     with grpc.insecure_channel(running.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING

@@ -114,7 +114,7 @@ def test_a_step_of_a_slow_model_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_dead_engine_ends_the_server(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = serve()
+    running = serve(on_shard_death="fail")
 
     def die(group: ThreadShardGroup) -> object:
         from headwise.cluster.group import ShardGroupDied

@@ -65,7 +65,7 @@ def tokenizers(running: Running, count: int) -> list[Context]:
 
     async def get() -> list[Context]:
         sessions = running.server.sessions
-        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, []), "tiny")
         contexts = [Context() for _ in range(count)]
         await asyncio.gather(*[service.GetTokenizer(None, one) for one in contexts], return_exceptions=True)  # type: ignore[arg-type]
         return contexts
@@ -99,7 +99,7 @@ def test_callers_that_leave_do_not_have_the_tokenizer_zipped_anew(
 
     async def storm() -> Context:
         sessions = running.server.sessions
-        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, []), "tiny")
         for _ in range(5):
             with suppress(TimeoutError):
                 await asyncio.wait_for(service.GetTokenizer(None, Context()), 0.05)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_strangers_are_not_told_of_the_prompts_of_others(serve: Serve, peer: str
 
     async def ask() -> tuple[Context, float]:
         sessions = running.server.sessions
-        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, []), "tiny")
         asked = Context(peer)
         events = asyncio.create_task(service.SubscribeKvEvents(None, asked))  # type: ignore[arg-type]
         while not asked.sent and not events.done():
@@ -157,7 +157,7 @@ def test_a_handoff_of_a_gateways_choice_is_refused(serve: Serve) -> None:
 
     async def ask() -> str:
         sessions = running.server.sessions
-        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, [], None), "tiny")
+        service = vllm_engine.VllmEngineService(sessions, HealthMonitor(sessions, []), "tiny")
         with suppress(grpc.aio.AbortError):
             await service.Generate(request, context)  # type: ignore[arg-type]
         return str(await service.GetServerInfo(None, context))  # type: ignore[arg-type]
