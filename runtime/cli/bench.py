@@ -313,6 +313,35 @@ def interference(
     measure.run(model, load, settings, as_json=as_json, plot=plot)
 
 
+@bench.command()
+def recovery(
+    model: Model,
+    tp: Tp = 2,
+    streams: Annotated[int, option("n", "Streams that generate all the while.", min=1, max=128)] = 16,
+    tokens: Annotated[int, option("n", "Most tokens of a stream, which is then asked for again.", min=8)] = 96,
+    kills: Annotated[int, option("n", "How often a rank is killed, in each case.", min=1)] = 20,
+    seed: Annotated[int, option("n", "The same seed gives the same moments.", min=0)] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    as_json: AsJson = False,
+) -> None:
+    """What streams feel of a rank that is killed.
+
+    Each stream has to go on with the tokens that it has without kills. Once without and once with a warm spare.
+    """
+    from headwise.runtime.bench import recovery as measure
+
+    settings = engine_settings(
+        tp, dtype, device, "ray", max_model_len, kv_memory, cpus_per_rank, address, None, max_num_batched_tokens
+    )
+    measure.run(model, measure.Load(streams, tokens, kills, seed), settings, as_json=as_json)
+
+
 def _sizes(flag: str, text: str) -> list[int]:
     """Numbers separated by commas, each once.
 
