@@ -12,9 +12,11 @@ import psutil
 import ray
 
 from headwise.cluster.channel import Kind
+from headwise.cluster.engine_watch import EngineProcess, EngineWatch
 from headwise.cluster.rank import Rank
 from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
 from headwise.workers.machine import usable_cores
+from headwise.workers.processes import ProcessId
 from headwise.workers.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -24,13 +26,16 @@ if TYPE_CHECKING:
 class ShardActor:
     """One rank. The group calls :meth:`load` and :meth:`run`, which returns when the group closes."""
 
-    def __init__(self, rank: int, spec: ShardSpec, num_threads: int) -> None:
+    def __init__(self, rank: int, spec: ShardSpec, num_threads: int, engine: EngineProcess) -> None:
+        """Args: ``engine``: with whose process this one ends."""
         num_threads = min(num_threads, usable_cores())  # Ray may have been told of more CPUs than there are
         # The thread pools of OpenMP, MKL and Numba read these once, when torch and numba are imported.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = str(num_threads)
         self._spec, self._rank = spec, Rank(spec, rank, num_threads)
         self._rendezvous: Rendezvous | None = None
+        self._meeting: dict[str, Any] | None = None
+        self._watch = EngineWatch(engine, self._leave)
 
     def place(self) -> dict[str, Any]:
         """Where this rank runs."""
@@ -39,6 +44,7 @@ class ShardActor:
             "address": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
             "born": psutil.Process().create_time(),
+            "process": ProcessId.of(os.getpid()),
         }
 
     def open_rendezvous(self, kind: str, host: str) -> dict[str, Any]:
@@ -46,14 +52,26 @@ class ShardActor:
         from headwise.workers import collectives
 
         self._rendezvous = collectives.open_rendezvous(kind, self._spec.tensor_parallel_size, host)
-        return self._rendezvous.publish()
+        self._meeting = self._rendezvous.publish()
+        return self._meeting
 
     def load(
-        self, endpoint: ShardEndpoint, published: dict[str, Any], timeout_s: float, ranks_on_host: Sequence[int]
+        self,
+        endpoint: ShardEndpoint,
+        published: dict[str, Any],
+        timeout_s: float,
+        ranks_on_host: Sequence[int],
+        processes: Sequence[ProcessId],
     ) -> None:
-        """As :meth:`Rank.load <headwise.cluster.rank.Rank.load>`; progress goes over the channel."""
+        """As :meth:`Rank.load <headwise.cluster.rank.Rank.load>`; progress goes over the channel.
+
+        Args:
+            processes: of all ranks; those on this host end with the engine.
+        """
         from headwise.workers.warmup import WarmUpError, ensure_warm
 
+        self._watch.end_with(processes)
+        self._meeting = published
         if self._spec.device == "cpu":
             with contextlib.suppress(WarmUpError):
                 ensure_warm()  # has been done where the engine is, which may be another machine
@@ -73,3 +91,10 @@ class ShardActor:
             self._rank.serve()
         finally:
             self._channel.close()
+
+    def _leave(self) -> None:
+        """Removes where the ranks meet, if they have not met."""
+        if self._meeting is not None:
+            from headwise.workers.collectives import Rendezvous
+
+            Rendezvous(**self._meeting).close()

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
+from headwise.cluster.engine_watch import EngineProcess
 from headwise.cluster.group import GroupStartError, Progress, ShardGroupDied
 from headwise.cluster.mailbox import CLOSED
 from headwise.cluster.rank import death_of
@@ -71,7 +72,7 @@ class RayRanks:
                 num_cpus=0, num_gpus=int(bundle.get("GPU", 0)), max_restarts=0, scheduling_strategy=place
             )
             with self._making():
-                self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"]))))
+                self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"])), EngineProcess.own()))
         self._places = self._all("place")
         transport = "ipc" if self._node_ids() == {self._here()} else "tcp"
         with self._making():
@@ -83,8 +84,9 @@ class RayRanks:
         assert self._channel is not None, "create() comes first"
         opened = self._actors[0].open_rendezvous.remote(self._collectives(), self.nodes[0])
         self._rendezvous = self._wait([opened])[0]
+        processes = [place["process"] for place in self._places]
         loads = [
-            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing)
+            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing, processes)
             for rank, (actor, sharing) in enumerate(zip(self._actors, self._ranks_on_host(), strict=True))
         ]
         self._wait(loads, progress or (lambda done, total: None))

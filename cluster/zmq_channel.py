@@ -8,7 +8,6 @@ authenticated with CURVE (curvezmq.org): the engine admits the keys it made for 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import threading
 from dataclasses import dataclass, field
 
@@ -17,8 +16,8 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind, MessageTooLargeError, ShardChannel
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.leftovers import SocketFolder
 from headwise.workers.plan import MAX_MESSAGE_BYTES
-from headwise.workers.private_files import make_socket_folder
 
 SEND_TIMEOUT_S = 3.0
 """How long a message may wait for a receiver that does not read; steps are answered one by one, so queues are short."""
@@ -51,7 +50,7 @@ class ZmqEngineChannel(EngineChannel):
             raise InvalidValueError("transport", transport, "must be ipc or tcp")
         self.world_size = world_size
         self._context = zmq.Context()
-        self._folder: str | None = None
+        self._folder: SocketFolder | None = None
         self._authenticator: ThreadAuthenticator | None = None
         # Each guards the sockets of one use, so that close() destroys none under a thread that uses it. Reentrant: a
         # forgotten channel may be collected, and closed, on the thread that uses it.
@@ -62,7 +61,7 @@ class ZmqEngineChannel(EngineChannel):
             if self._keys is not None:
                 self._admit(self._keys)
             else:
-                self._folder = make_socket_folder()
+                self._folder = SocketFolder()
             self._replies, self._replies_at = self._bind(zmq.PULL, host, "replies")
             plans = [self._bind(zmq.PUSH, host, f"plans-{rank}") for rank in range(world_size)]
             self._plans, self._plans_at = [socket for socket, _ in plans], [address for _, address in plans]
@@ -131,12 +130,13 @@ class ZmqEngineChannel(EngineChannel):
             self._authenticator.stop()
         self._context.destroy(linger=0)
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
     def _bind(self, kind: int, host: str, name: str) -> tuple[zmq.Socket[bytes], str]:
         socket = _socket(self._context, kind)
         if self._keys is None:
-            address = f"ipc://{self._folder}/{name}"
+            assert self._folder is not None
+            address = f"ipc://{self._folder.path}/{name}"
             socket.bind(address)
             return socket, address
         socket.curve_publickey, socket.curve_secretkey = self._keys.server

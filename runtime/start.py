@@ -42,6 +42,7 @@ from headwise.runtime.warmup import prepare_kernels
 from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.handoff import HandoffSpec
+from headwise.workers.leftovers import sweep
 from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
 from headwise.workers.model.model_config import ModelConfig, load_model_config
 from headwise.workers.model.partition import partition_model
@@ -212,6 +213,7 @@ def _outbound(generation: Generation) -> Outbound:
 def _start(config: EngineConfig, quiet: bool) -> Started:
     _check_spare(config)
     path = resolve(config.model)
+    sweep()  # what engines have left that were killed together with all of their ranks
     model = load_model_config(path)
     partition_model(model, config.tensor_parallel_size)
     weights = verify_checkpoint(path, model)

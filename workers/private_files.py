@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from headwise.workers.errors import InvalidValueError
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-
-MAX_SOCKET_FOLDER = 100
-"""Bytes of its path. A Unix socket's path has at most 107; the file's name takes a few."""
 
 
 def make_shared_parent(path: Path, field: str) -> None:
@@ -34,19 +30,6 @@ def make_shared_parent(path: Path, field: str) -> None:
     # In one with the sticky bit, such as /tmp, only the owner of a file renames or deletes it.
     if state.st_mode & _OTHERS_WRITE and not state.st_mode & stat.S_ISVTX:
         raise _refusal(field, path, _writable(path, state), f"chmod go-w {path}, or give a folder in it")
-
-
-def make_socket_folder() -> str:
-    """A new folder with mode 0700 for sockets, where their paths fit.
-
-    Raises:
-        InvalidValueError: the folder for temporary files has too long a path, and there is no /tmp.
-    """
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.path.join(parent, "hw-12345678")) < MAX_SOCKET_FOLDER and os.path.isdir(parent):
-            return tempfile.mkdtemp(prefix="hw-", dir=parent)
-    limit = f"is too long a path for sockets; at most {MAX_SOCKET_FOLDER} bytes"
-    raise InvalidValueError("TMPDIR", tempfile.gettempdir(), limit)
 
 
 def make_private_folder(path: Path, field: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,7 @@ import grpc
 
 from headwise.runtime.handoff.service import HandoffService
 from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
-from headwise.workers.private_files import make_socket_folder
+from headwise.workers.leftovers import SocketFolder
 
 MAX_MESSAGE_BYTES = 5 << 20
 """A million tokens."""
@@ -33,8 +32,8 @@ class LocalServer:
         """
         most = service.about.max_transfers + _SPARE_CALLS
         self._threads = ThreadPoolExecutor(most, _THREADS)
-        self._folder = make_socket_folder()
-        self.address = f"unix:{self._folder}/handoff"
+        self._folder = SocketFolder()
+        self.address = f"unix:{self._folder.path}/handoff"
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=most)
         try:
@@ -53,4 +52,4 @@ class LocalServer:
         if wait:
             stopped.wait()
         self._threads.shutdown(wait)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()

@@ -65,7 +65,8 @@ def open_rendezvous(kind: str, world_size: int, host: str = "127.0.0.1") -> Rend
     if kind == "shared_memory":
         from headwise.workers.collectives.shared_memory import create_file
 
-        return Rendezvous(kind, world_size, create_file(world_size))
+        file = create_file(world_size)
+        return Rendezvous(kind, world_size, file.path, bound=file)
     from headwise.workers.collectives.torch_distributed import bind_store
 
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import select
-import tempfile
 import time
 from collections.abc import Sequence
 from math import prod
@@ -23,6 +22,7 @@ from headwise.workers.collectives.base import (
     sum_in_rank_order,
 )
 from headwise.workers.errors import InvalidValueError, PeerDiedError
+from headwise.workers.leftovers import SharedMemoryFile, shared_memory_folder
 from headwise.workers.machine import usable_cores
 
 SLOT_BYTES = 256 << 10
@@ -33,24 +33,18 @@ _BARRIER, _ALL_REDUCE, _ALL_GATHER, _BROADCAST = 0, 1, 2, 3
 _NAMES = ("barrier", "all_reduce_", "all_gather", "broadcast_")
 
 
-def create_file(world_size: int) -> str:
-    """Make the shared file of a group, readable by this user only, with every byte reserved; returns its path.
+def create_file(world_size: int) -> SharedMemoryFile:
+    """Make the shared file of a group.
 
     Raises:
         RendezvousError: the folder does not have the space.
     """
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-    descriptor, path = tempfile.mkstemp(prefix="headwise-", dir=folder)
+    needed = _file_bytes(world_size)
     try:
-        # A sparse file would raise SIGBUS in the middle of a step where the folder is full.
-        os.posix_fallocate(descriptor, 0, _file_bytes(world_size))
+        return SharedMemoryFile(needed)
     except OSError as error:
-        os.unlink(path)
-        needed = _file_bytes(world_size)
+        folder = shared_memory_folder()
         raise RendezvousError(f"{folder} has no room for {needed} bytes of {world_size} ranks: {error}") from error
-    finally:
-        os.close(descriptor)
-    return path
 
 
 class SharedMemory(Collectives):

@@ -420,7 +420,7 @@ def parses(method: str, raw: bytes) -> bool:
 def test_the_socket_of_a_program_is_its_users_alone(service: HandoffService) -> None:
     server = LocalServer(service)
     folder = Path(server.address.removeprefix("unix:")).parent
-    assert folder.name.startswith("hw-")
+    assert folder.name.startswith("headwise-")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder.stat().st_uid == os.getuid()
     server.close()
     assert not folder.exists()
@@ -454,7 +454,7 @@ def test_a_long_tmpdir_is_not_in_the_way(
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     server = LocalServer(service)
-    assert server.address.startswith("unix:/tmp/hw-" if long else f"unix:{folder}")
+    assert server.address.startswith("unix:/tmp/headwise-" if long else f"unix:{folder}")
     server.close()
 
 

@@ -1,0 +1,181 @@
+"""An engine's process that is killed: within seconds its ranks, its places in Ray, its sockets and its shared memory
+are gone, whatever it was doing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from headwise.cluster.engine_watch import EngineProcess, EngineWatch, await_end
+from headwise.workers.processes import ProcessId
+from tests.effort import thorough
+
+START_S = 120.0
+GONE_S = 10.0
+"""The promise."""
+
+DRIVER = """
+import os, signal, sys, time
+from headwise.cluster.ray_ranks import RayRanks
+from headwise.runtime import LLM, SamplingParams
+
+def tell(pids):
+    print(*pids, flush=True)
+    time.sleep(600)
+
+def pids_of(ranks):
+    return [place["pid"] for place in ranks._places]
+
+def stop_after_creation(ranks, progress):
+    tell(pids_of(ranks))
+
+def stop_while_ranks_meet(ranks, progress):
+    [first, _] = ranks._actors
+    meeting = ranks._wait([first.open_rendezvous.remote(ranks._collectives(), ranks.nodes[0])])[0]
+    first.load.remote(ranks._channel.endpoint(0), meeting, 600.0, [0, 1], [place["process"] for place in ranks._places])
+    tell(pids_of(ranks))
+
+if __name__ == "__main__":
+    moment, model = sys.argv[1:]
+    if moment == "created":
+        RayRanks.load = stop_after_creation
+    if moment == "meeting":
+        RayRanks.load = stop_while_ranks_meet
+    settings = {"prefill": {"tensor_parallel_size": 1, "cpus_per_rank": 0.5}} if moment == "handoff" else {}
+    settings |= {"warm_spare": True} if moment == "spare" else {}
+    llm = LLM(model, tensor_parallel_size=2, kv_memory="64MiB", cpus_per_rank=0.5, quiet=True, **settings)
+    pids = llm.stats()["shard_pids"]
+    if moment == "recovering":
+        RayRanks.load = stop_while_ranks_meet
+        os.kill(pids[1], signal.SIGKILL)
+        time.sleep(600)
+    if moment == "spare":
+        while llm.stats()["recoveries"]["spare"] != "ready":
+            time.sleep(0.1)
+        pids += pids_of(llm._started.recovery._spare.group._ranks)
+    if moment == "step":
+        params = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+        next(llm.stream([5, 6, 7], params))
+        print(*pids, flush=True)
+        while True:
+            llm.generate([5, 6, 7], params)
+    tell(pids)
+"""
+
+
+@dataclasses.dataclass
+class Driver:
+    """A process with an engine, and those of its ranks."""
+
+    process: subprocess.Popen[str]
+    ranks: list[psutil.Process]
+    left_before: set[str]
+
+    def kill(self) -> None:
+        """Kills the engine's process, and checks the promise."""
+        left = left_over() - self.left_before
+        assert left
+        self.process.kill()
+        self.process.wait(GONE_S)
+        deadline = time.monotonic() + GONE_S
+        while alive(self.ranks) or left & left_over():
+            assert time.monotonic() < deadline, (alive(self.ranks), left & left_over())
+            threading.Event().wait(0.02)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def left_over() -> set[str]:
+    return {f"{folder}/{name}" for folder in ("/dev/shm", "/tmp") for name in os.listdir(folder) if "headwise" in name}
+
+
+@contextmanager
+def driver(moment: str, model: Path, address: str | None) -> Iterator[Driver]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TMPDIR")}
+    environment |= {"RAY_ADDRESS": address} if address is not None else {}
+    before = left_over()
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, moment, str(model)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            pids = process.stdout.readline().split()
+            assert len(pids) >= 2
+            yield Driver(process, [psutil.Process(int(pid)) for pid in pids], before)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_the_end_of_a_process_is_awaited(monkeypatch: pytest.MonkeyPatch, pidfds: bool) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(38, "this kernel has none")
+
+    if not pidfds:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        waiting = threading.Thread(target=await_end, args=(ProcessId.of(process.pid),), daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        process.kill()
+        waiting.join(GONE_S)
+        assert not waiting.is_alive()
+
+
+def test_a_process_that_cannot_be_seen_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    elsewhere = EngineProcess(dataclasses.replace(ProcessId.of(os.getpid()), pid=1 << 22, place="another host"), "/tmp")
+    before = threading.active_count()
+    EngineWatch(elsewhere, lambda: pytest.fail("left"))
+    assert threading.active_count() == before
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[str]:
+    """The address of a Ray that outlives every driver."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("moment", ["step", *map(thorough, ("created", "meeting", "idle", "handoff", "recovering", "spare"))])
+def test_of_a_driver_that_joined_a_ray(checkpoint: Callable[..., Path], shared_ray: str, moment: str) -> None:
+    with driver(moment, checkpoint("uneven"), shared_ray) as it:
+        it.kill()
+    deadline = time.monotonic() + GONE_S
+    while {group["state"] for group in ray.util.placement_group_table().values()} - {"REMOVED"}:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+
+
+@pytest.mark.parametrize("moment", ["meeting", *map(thorough, ("created", "step", "idle", "handoff", "recovering", "spare"))])
+def test_of_a_driver_with_a_ray_of_its_own(checkpoint: Callable[..., Path], moment: str) -> None:
+    with driver(moment, checkpoint("uneven"), None) as it:
+        it.kill()
+
+
+@pytest.mark.parametrize("stopped", [[1], thorough([0, 1])])
+@pytest.mark.parametrize("joined", [thorough(True), False])
+def test_a_rank_that_hangs_does_not_outlive_its_engine(
+    checkpoint: Callable[..., Path], request: pytest.FixtureRequest, joined: bool, stopped: list[int]
+) -> None:
+    address = request.getfixturevalue("shared_ray") if joined else None
+    with driver("step", checkpoint("uneven"), address) as it:
+        for rank in stopped:
+            it.ranks[rank].send_signal(signal.SIGSTOP)
+        it.kill()
