@@ -7,13 +7,15 @@ from ray.util.placement_group import PlacementGroup
 from headwise.cluster.channel_group import ChannelGroup
 from headwise.cluster.group import Progress
 from headwise.cluster.mailbox import CLOSED, Mailbox
+from headwise.cluster.process_watch import ProcessWatch
 from headwise.cluster.ray_ranks import RayRanks
 from headwise.cluster.ray_watcher import RunWatcher
 from headwise.workers.spec import ShardSpec
 
 
 class RayShardGroup(ChannelGroup):
-    """RayRanks builds and ends the actors, the mailbox talks to them, RunWatcher notices their deaths."""
+    """RayRanks builds and ends the actors, the mailbox talks to them, RunWatcher and ProcessWatch notice their
+    deaths."""
 
     def __init__(self, spec: ShardSpec, placement: PlacementGroup, start_timeout_s: float) -> None:
         """
@@ -23,13 +25,14 @@ class RayShardGroup(ChannelGroup):
         """
         super().__init__(spec)
         self._ranks = RayRanks(spec, placement, start_timeout_s)
-        self._watcher: RunWatcher | None = None
+        self._watchers: list[RunWatcher | ProcessWatch] = []
 
     def load(self, progress: Progress | None = None) -> None:
         channel = self._ranks.create()
         self._mailbox = Mailbox(channel, self._ranks.nodes)
         self._ranks.load(progress)
-        self._watcher = RunWatcher(self._ranks.run(), self._mailbox.declare_dead)
+        report = self._mailbox.declare_dead
+        self._watchers = [RunWatcher(self._ranks.run(), report), ProcessWatch(self._ranks.processes, report)]
 
     def give_up(self, cause: str) -> None:
         if self._mailbox is not None:
@@ -37,8 +40,8 @@ class RayShardGroup(ChannelGroup):
             self._mailbox.declare_dead(stopped, f"{cause}; its process is stopped" if stopped is not None else cause)
 
     def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.stop()  # before the ranks end, or it would report their end as a death
+        for watcher in self._watchers:
+            watcher.stop()  # before the ranks end, or it would report their end as a death
         alive = self.death is None
         if self._mailbox is not None:
             self._mailbox.declare_dead(
@@ -47,5 +50,5 @@ class RayShardGroup(ChannelGroup):
         try:
             self._ranks.end(ask=alive)
         finally:
-            if self._watcher is not None:
-                self._watcher.join()  # before anybody leaves the Ray that its thread waits on
+            for watcher in self._watchers:
+                watcher.join()  # before anybody leaves the Ray that a watcher's thread waits on

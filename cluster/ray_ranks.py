@@ -26,6 +26,7 @@ from headwise.cluster.ray_watcher import first_lines
 from headwise.cluster.zmq_channel import ZmqEngineChannel
 from headwise.workers.collectives import Rendezvous
 from headwise.workers.errors import PeerDiedError
+from headwise.workers.processes import ProcessId
 from headwise.workers.spec import ShardSpec
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ class RayRanks:
         self._lock = threading.Lock()  # held while something is made that end() has to end
 
     @property
+    def processes(self) -> list[ProcessId]:
+        """Of each rank, once the actors are created."""
+        return [place["process"] for place in self._places]
+
+    @property
     def nodes(self) -> list[str]:
         """The address of each rank's node, once the actors are created."""
         return [place["address"] for place in self._places]
@@ -84,9 +90,10 @@ class RayRanks:
         assert self._channel is not None, "create() comes first"
         opened = self._actors[0].open_rendezvous.remote(self._collectives(), self.nodes[0])
         self._rendezvous = self._wait([opened])[0]
-        processes = [place["process"] for place in self._places]
         loads = [
-            actor.load.remote(self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing, processes)
+            actor.load.remote(
+                self._channel.endpoint(rank), self._rendezvous, self._start_timeout_s, sharing, self.processes
+            )
             for rank, (actor, sharing) in enumerate(zip(self._actors, self._ranks_on_host(), strict=True))
         ]
         self._wait(loads, progress or (lambda done, total: None))

@@ -153,7 +153,9 @@ def shared_ray() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize("moment", ["step", *map(thorough, ("created", "meeting", "idle", "handoff", "recovering", "spare"))])
+@pytest.mark.parametrize(
+    "moment", ["step", *map(thorough, ("created", "meeting", "idle", "handoff", "recovering", "spare"))]
+)
 def test_of_a_driver_that_joined_a_ray(checkpoint: Callable[..., Path], shared_ray: str, moment: str) -> None:
     with driver(moment, checkpoint("uneven"), shared_ray) as it:
         it.kill()
@@ -163,7 +165,9 @@ def test_of_a_driver_that_joined_a_ray(checkpoint: Callable[..., Path], shared_r
         threading.Event().wait(0.05)
 
 
-@pytest.mark.parametrize("moment", ["meeting", *map(thorough, ("created", "step", "idle", "handoff", "recovering", "spare"))])
+@pytest.mark.parametrize(
+    "moment", ["meeting", *map(thorough, ("created", "step", "idle", "handoff", "recovering", "spare"))]
+)
 def test_of_a_driver_with_a_ray_of_its_own(checkpoint: Callable[..., Path], moment: str) -> None:
     with driver(moment, checkpoint("uneven"), None) as it:
         it.kill()
