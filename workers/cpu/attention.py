@@ -56,7 +56,7 @@ class CpuAttention(AttentionBackend):
         self._scratch = torch.zeros(scratch_bytes + team_bytes(self._threads) + 64, dtype=torch.uint8)
         self._scratch_address = -(-self._scratch.data_ptr() // 64) * 64
         self._team_address = self._scratch_address + scratch_bytes
-        self._parts = torch.empty(0)
+        self._sums = torch.empty(0)
         self._num_tokens = 0
         self.layers = [
             kernels.LayerKV(keys.data_ptr(), values.data_ptr())
@@ -79,10 +79,10 @@ class CpuAttention(AttentionBackend):
             InvalidValueError: rows, context and blocks do not fit each other or the cache.
         """
         step = cut_step(batch, self.sizes, self._q_starts, self._threads)
-        floats = step.num_parts * kernels.part_floats(self.sizes)
-        if floats > len(self._parts):
-            self._parts = torch.empty(floats)
-        memory = (self._scratch_address, self._scratch_bytes, self._parts.data_ptr())
+        floats = kernels.sums_floats(step.sums_rows, self.sizes.head_dim)
+        if floats > len(self._sums):
+            self._sums = torch.empty(floats)
+        memory = (self._scratch_address, self._scratch_bytes, self._sums.data_ptr())
         self.work = kernels.Work(*step, self._scale, *memory)
         self._num_tokens = int(batch.query_starts_B1[-1])
 

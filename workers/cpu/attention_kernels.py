@@ -1,8 +1,9 @@
 """The compiled loops of the CPU attention backend.
 
-The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and combining its
+The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and adding up its
 parts is Flash-Decoding (Dao et al., 2023). Items, tiles, runs, chunks, query rows and parts are those of
-attention_plan.py. Addresses are bytes; strides and offsets count floats.
+attention_plan.py. Whether a context is divided must not change a bit: in either case a part is summed up by itself, and
+``add_part`` adds the parts in their order. Addresses are bytes; strides and offsets count floats.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.workers.cpu import attention_simd as simd
-from headwise.workers.cpu.attention_plan import CHUNK_ROWS, RUN_KEYS, TILE_KEYS, TILE_RUNS, Sizes
-from headwise.workers.cpu.pointwise_simd import add_scaled, copy, fill, scaled, scatter
+from headwise.workers.cpu.attention_plan import (
+    CHUNK_ROWS,
+    PART_KEYS,
+    RUN_KEYS,
+    TILE_KEYS,
+    TILE_RUNS,
+    Sizes,
+    padded_rows,
+)
+from headwise.workers.cpu.pointwise_simd import blend, copy, fill, scaled, scatter
 from headwise.workers.cpu.team import Team, clear, join, meet, take_job
 from headwise.workers.jit.kernel_cache import kernel
 from headwise.workers.jit.native import load_float, store_float, store_int
@@ -28,19 +37,19 @@ class Work(NamedTuple):
     """The attention of a step.
 
     Attributes:
-        items, tables_BN, num_parts: see :class:`~headwise.workers.cpu.attention_plan.StepItems`.
+        items, tables_BN, sums_rows: see :class:`~headwise.workers.cpu.attention_plan.StepItems`.
         scale: float32, of the scores, which are powers of 2.
         scratch: the address of ``scratch_bytes`` for each thread: scratch_floats(), aligned to 64 bytes.
-        parts: the address of part_floats() floats for each part.
+        sums: the address of sums_floats() floats.
     """
 
     items: NDArray[Any]
     tables_BN: NDArray[np.int32]
-    num_parts: int
+    sums_rows: int
     scale: np.float32
     scratch: int
     scratch_bytes: int
-    parts: int
+    sums: int
 
 
 class Heads(NamedTuple):
@@ -58,34 +67,47 @@ class LayerKV(NamedTuple):
     values: int
 
 
+class Sums(NamedTuple):
+    """The addresses of what query rows have summed up of a stretch of keys.
+
+    Attributes:
+        highest: the highest score so far of each query row; total: its sum of weights, in _LANES lanes.
+        output: [query rows, head_dim], not yet divided by the sum of weights.
+    """
+
+    highest: int
+    total: int
+    output: int
+
+
 class Scratch(NamedTuple):
     """The addresses of what a thread works in for one item.
 
     Attributes:
         runs: of keys, then of values, of the tile; next_runs: of the tile after it.
         scores: of a chunk, [CHUNK_ROWS, TILE_KEYS]; alpha: what its sums so far are to be multiplied with.
-        highest: the highest score so far of each query row; total: its sum of weights, in _LANES parts.
-        packed: the queries as chunks of [head_dim, rows of the chunk]; output: [query rows, head_dim].
+        packed: the queries as chunks of [head_dim, rows of the chunk].
+        whole: the sums of all parts so far; part: those of a part after the first.
     """
 
     runs: int
     next_runs: int
     scores: int
     alpha: int
-    highest: int
-    total: int
     packed: int
-    output: int
+    whole: Sums
+    part: Sums
 
 
 def scratch_floats(sizes: Sizes) -> int:
-    """What a thread needs: the addresses of two tiles, scores and factors of a chunk, sums, queries and outputs."""
-    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + sizes.max_rows * (1 + _LANES + 2 * sizes.head_dim)
+    """What a thread needs: the addresses of two tiles, scores and factors of a chunk, queries, and sums twice."""
+    queries = sizes.max_rows * sizes.head_dim
+    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + queries + 2 * sums_floats(sizes.max_rows, sizes.head_dim)
 
 
-def part_floats(sizes: Sizes) -> int:
-    """What a part leaves: unnormalized outputs, the highest score and the sum of weights of each query row."""
-    return sizes.max_rows * (sizes.head_dim + 2)
+def sums_floats(rows: int, head_dim: int) -> int:
+    """What the sums of query rows take."""
+    return rows * (1 + _LANES + head_dim)
 
 
 @kernel(parallel=True)
@@ -105,7 +127,7 @@ def attend_alone(work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads, team
 
 @kernel
 def attend(team: Team, work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads) -> None:
-    """One or two stages of a team: its members attend for the items, longest first, then combine parts."""
+    """One or two stages of a team: its members attend for the items, longest first, then add up divided contexts."""
     items = work.items
     scratch = divide_scratch(work.scratch + team.member * work.scratch_bytes, sizes)
     last, done = len(items) - 1, 0
@@ -117,8 +139,8 @@ def attend(team: Team, work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads
         attend_item(work, sizes, items[i], next_item, q, kv, o, scratch)
         i = after
     meet(team)
-    if work.num_parts > 0:
-        combine_parts(work, sizes, o, team.member, team.size)
+    if work.sums_rows > 0:
+        add_divided(work, sizes, o, team.member, team.size)
         meet(team)
 
 
@@ -138,12 +160,35 @@ def write_token(keys: int, values: int, head_stride: int, slot: int, sizes: Size
 def divide_scratch(address: int, sizes: Sizes) -> Scratch:
     scores = address + 4 * _RUNS_BYTES
     alpha = scores + _FLOAT_BYTES * CHUNK_ROWS * TILE_KEYS
-    # max_rows is a multiple of 16, so each piece starts on a cache line.
-    highest = alpha + _FLOAT_BYTES * 16
-    total = highest + _FLOAT_BYTES * sizes.max_rows
-    packed = total + _FLOAT_BYTES * sizes.max_rows * _LANES
-    output = packed + _FLOAT_BYTES * sizes.max_rows * sizes.head_dim
-    return Scratch(address, address + 2 * _RUNS_BYTES, scores, alpha, highest, total, packed, output)
+    packed = alpha + _FLOAT_BYTES * 16
+    whole = packed + _FLOAT_BYTES * sizes.max_rows * sizes.head_dim
+    part = whole + _FLOAT_BYTES * sizes.max_rows * (1 + _LANES + sizes.head_dim)
+    max_rows = sizes.max_rows
+    return Scratch(
+        address,
+        address + 2 * _RUNS_BYTES,
+        scores,
+        alpha,
+        packed,
+        place_sums(whole, max_rows),
+        place_sums(part, max_rows),
+    )
+
+
+@kernel
+def place_sums(address: int, rows: int) -> Sums:
+    """Sums of so many query rows, a multiple of 16, so that each row's lanes start on a cache line."""
+    total = address + _FLOAT_BYTES * rows
+    return Sums(address, total, total + _FLOAT_BYTES * rows * _LANES)
+
+
+@kernel
+def sums_of_part(work: Work, sizes: Sizes, item: Any, part: int) -> Sums:
+    """Where the sums of a divided context lie, so many parts after the item's own."""
+    rows = padded_rows(item.num_tokens * item.num_heads)
+    first = item.sums_row + part * rows
+    sums: Sums = place_sums(work.sums + _FLOAT_BYTES * first * (1 + _LANES + sizes.head_dim), rows)
+    return sums
 
 
 @kernel
@@ -153,20 +198,26 @@ def attend_item(
     """Attend for one item, and fetch the next one's first tile ahead."""
     tables_BN = work.tables_BN
     num_rows = item.num_tokens * item.num_heads
+    divided = item.sums_row >= 0
     runs, next_runs = scratch.runs, scratch.next_runs
     pack_queries(item, sizes, q, work.scale, scratch.packed)
-    fill(scratch.highest, num_rows, np.float32(-np.inf))
-    fill(scratch.total, num_rows * _LANES, np.float32(0.0))
-    fill(scratch.output, num_rows * sizes.head_dim, np.float32(0.0))
     locate_runs(item, item.key_start, tables_BN, sizes, kv, next_runs)
-    for key in range(item.key_start, item.key_end, TILE_KEYS):
-        runs, next_runs = next_runs, runs
-        if key + TILE_KEYS < item.key_end:
-            locate_runs(item, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
-        else:
-            locate_runs(next_item, next_item.key_start, tables_BN, sizes, kv, next_runs)
-        attend_tile(item, key, sizes, runs, next_runs, scratch)
-    store_outputs(item, sizes, scratch, o, work.parts)
+    for first in range(item.key_start, item.key_end, PART_KEYS):
+        sums = sums_of_part(work, sizes, item, 0) if divided else scratch.whole if first == 0 else scratch.part
+        fill(sums.highest, num_rows, np.float32(-np.inf))
+        fill(sums.total, num_rows * _LANES, np.float32(0.0))
+        fill(sums.output, num_rows * sizes.head_dim, np.float32(0.0))
+        for key in range(first, min(first + PART_KEYS, item.key_end), TILE_KEYS):
+            runs, next_runs = next_runs, runs
+            if key + TILE_KEYS < item.key_end:
+                locate_runs(item, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
+            else:
+                locate_runs(next_item, next_item.key_start, tables_BN, sizes, kv, next_runs)
+            attend_tile(item, key, sizes, runs, next_runs, scratch, sums)
+        if not divided and first > 0:
+            add_part(scratch.part, scratch.whole, num_rows, sizes.head_dim)
+    if not divided:
+        store_outputs(item, sizes, scratch.whole, o)
 
 
 @kernel
@@ -199,8 +250,12 @@ def locate_runs(item: Any, key: int, tables_BN: Any, sizes: Sizes, kv: LayerKV, 
 
 
 @kernel
-def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, scratch: Scratch) -> None:
-    """Let the item's query rows see the tile that starts at a key."""
+def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, scratch: Scratch, sums: Sums) -> None:
+    """Let the item's query rows see the tile that starts at a key.
+
+    What a row does not see of the tile, because it has a lower position than the item's last, changes none of its bits.
+    But every row must have seen a key of the part before a tile of which it sees none.
+    """
     head_dim, group = sizes.head_dim, item.num_heads
     scores, alpha = scratch.scores, scratch.alpha
     num_rows = item.num_tokens * group
@@ -215,8 +270,8 @@ def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, sc
         for i in range(rows):
             m = chunk + i
             sees = min(num_keys, first_sees + m // group)
-            row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, scratch.total + _FLOAT_BYTES * _LANES * m
-            simd.softmax_row(row_scores, sees, scratch.highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
+            row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, sums.total + _FLOAT_BYTES * _LANES * m
+            simd.softmax_row(row_scores, sees, sums.highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
         values, next_values = runs + _RUNS_BYTES, next_runs + _RUNS_BYTES
         column = 0
         while column < head_dim:
@@ -224,61 +279,51 @@ def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, sc
             width = simd.COLUMNS_AT_ONCE
             while width > left:
                 width //= 2
-            into = scratch.output + at + _FLOAT_BYTES * column
+            into = sums.output + at + _FLOAT_BYTES * column
             simd.add_values(rows, width, scores, alpha, values, next_values, head_dim, column, num_keys, into)
             column += width
 
 
 @kernel
-def store_outputs(item: Any, sizes: Sizes, scratch: Scratch, o: Heads, parts: int) -> None:
-    """Put the item's outputs into o, or what is to be combined into its part."""
-    head_dim, max_rows = sizes.head_dim, sizes.max_rows
-    part = parts + item.part * _FLOAT_BYTES * max_rows * (head_dim + 2)
-    row_bytes = _FLOAT_BYTES * head_dim
+def add_part(part: Sums, whole: Sums, num_rows: int, head_dim: int) -> None:
+    """Add the sums of a part to those of all parts before it."""
+    for m in range(num_rows):
+        highest, so_far = load_float(part.highest, m), load_float(whole.highest, m)
+        keep = add = np.float32(1.0)
+        if highest > so_far:
+            keep = simd.exp2_of(so_far - highest)
+            store_float(whole.highest, m, highest)
+        else:
+            add = simd.exp2_of(highest - so_far)
+        lanes, output = _FLOAT_BYTES * _LANES * m, _FLOAT_BYTES * head_dim * m
+        blend(part.total + lanes, whole.total + lanes, _LANES, add, keep)
+        blend(part.output + output, whole.output + output, head_dim, add, keep)
+
+
+@kernel
+def store_outputs(item: Any, sizes: Sizes, whole: Sums, o: Heads) -> None:
+    """Put the item's outputs into o, from the sums of its rows' whole context."""
     m = 0
     for token in range(item.first_token, item.first_token + item.num_tokens):
         for head in range(item.first_head, item.first_head + item.num_heads):
             weight = np.float32(0.0)
             for lane in range(_LANES):
-                weight += load_float(scratch.total, m * _LANES + lane)
-            if item.part < 0:
-                target = o.address + _FLOAT_BYTES * (token * o.token_stride + head * o.head_stride)
-                scaled(scratch.output + row_bytes * m, target, head_dim, np.float32(1.0) / weight)
-            else:
-                copy(scratch.output + row_bytes * m, part + row_bytes * m, head_dim)
-                store_float(part, max_rows * head_dim + m, load_float(scratch.highest, m))
-                store_float(part, max_rows * (head_dim + 1) + m, weight)
+                weight += load_float(whole.total, m * _LANES + lane)
+            target = o.address + _FLOAT_BYTES * (token * o.token_stride + head * o.head_stride)
+            output = whole.output + _FLOAT_BYTES * sizes.head_dim * m
+            scaled(output, target, sizes.head_dim, np.float32(1.0) / weight)
             m += 1
 
 
 @kernel
-def combine_parts(work: Work, sizes: Sizes, o: Heads, member: int, members: int) -> None:
-    """Make one output of the parts of each context that was divided: this member's share of the items."""
+def add_divided(work: Work, sizes: Sizes, o: Heads, member: int, members: int) -> None:
+    """Make the outputs of the contexts that were divided: this member's share of them."""
     items = work.items
-    part_bytes = _FLOAT_BYTES * sizes.max_rows * (sizes.head_dim + 2)
     for i in range(member, len(items), members):
         item = items[i]
-        if item.part < 0 or item.key_start > 0:
-            continue
-        first, m = work.parts + item.part * part_bytes, 0
-        for token in range(item.first_token, item.first_token + item.num_tokens):
-            for head in range(item.first_head, item.first_head + item.num_heads):
-                target = o.address + _FLOAT_BYTES * (token * o.token_stride + head * o.head_stride)
-                combine_row(first, part_bytes, item.num_parts, m, sizes, target)
-                m += 1
-
-
-@kernel
-def combine_row(first: int, part_bytes: int, num_parts: int, m: int, sizes: Sizes, o: int) -> None:
-    """Query row m of the parts that follow each other from the address of the first, into o."""
-    head_dim, max_rows = sizes.head_dim, sizes.max_rows
-    highest, total = np.float32(-np.inf), np.float32(0.0)
-    for part in range(num_parts):
-        highest = max(highest, load_float(first + part * part_bytes, max_rows * head_dim + m))
-    fill(o, head_dim, np.float32(0.0))
-    for part in range(num_parts):
-        base = first + part * part_bytes
-        factor = simd.exp2_of(load_float(base, max_rows * head_dim + m) - highest)
-        total += factor * load_float(base, max_rows * (head_dim + 1) + m)
-        add_scaled(base + _FLOAT_BYTES * m * head_dim, o, head_dim, factor)
-    scaled(o, o, head_dim, np.float32(1.0) / total)
+        if item.sums_row >= 0 and item.key_start == 0:
+            whole = sums_of_part(work, sizes, item, 0)
+            for part in range(1, item.num_parts):
+                sums = sums_of_part(work, sizes, item, part)
+                add_part(sums, whole, item.num_tokens * item.num_heads, sizes.head_dim)
+            store_outputs(item, sizes, whole, o)

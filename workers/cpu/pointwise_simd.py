@@ -74,14 +74,14 @@ def _emit_scaled(builder: Any, source: Any, target: Any, count: Any, factor: Any
             store(builder, product, at(builder, target, i))
 
 
-def _emit_add_scaled(builder: Any, source: Any, target: Any, count: Any, factor: Any) -> None:
-    """target += factor * source."""
+def _emit_blend(builder: Any, source: Any, target: Any, count: Any, add: Any, keep: Any) -> None:
+    """target = keep * target + add * source."""
     for kind, first, last, step in _strips(builder, count):
-        factors = factor if kind is F32 else splat(builder, factor)
+        adds, keeps = (factor if kind is F32 else splat(builder, factor) for factor in (add, keep))
         with cgutils.for_range_slice(builder, first, last, step) as (i, _):
             into = at(builder, target, i)
-            value = load(builder, at(builder, source, i), kind)
-            store(builder, fma(builder, value, factors, load(builder, into, kind)), into)
+            kept = builder.fmul(load(builder, into, kind), keeps)
+            store(builder, fma(builder, load(builder, at(builder, source, i), kind), adds, kept), into)
 
 
 def _emit_fill(builder: Any, target: Any, count: Any, value: Any) -> None:
@@ -154,6 +154,6 @@ turn = define(_emit_turn, (INT, INT, INT, INT))
 copy = define(_emit_copy, (INT, INT, INT))
 best = define(_emit_best, (INT, INT), INT)
 scaled = define(_emit_scaled, (INT, INT, INT, FLOAT))
-add_scaled = define(_emit_add_scaled, (INT, INT, INT, FLOAT))
+blend = define(_emit_blend, (INT, INT, INT, FLOAT, FLOAT))
 fill = define(_emit_fill, (INT, INT, FLOAT))
 scatter = define(_emit_scatter, (INT, INT, INT, INT))

@@ -19,6 +19,7 @@ from headwise.workers.backends import BACKENDS, find_backend
 from headwise.workers.cpu import attention_plan
 from headwise.workers.cpu import attention_simd as simd
 from headwise.workers.cpu.attention import CpuAttention
+from headwise.workers.cpu.attention_plan import PART_KEYS
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
@@ -137,6 +138,49 @@ def test_backends_agree_with_dense_attention(case: Case, threads: int) -> None:
         assert_close(case.run(case.backend("cpu", threads)), expected)
 
 
+@st.composite
+def companies(draw: st.DrawFn) -> tuple[Case, list[tuple[int, int]]]:
+    """A case of whole rows, and for each the tokens of a step: (first, how many)."""
+    borders = [edge + n * PART_KEYS for n in (0, 1, 2) for edge in (1, 63, 64, 65, PART_KEYS - 1, PART_KEYS)]
+    contexts = draw(st.lists(st.sampled_from(borders) | st.integers(1, 3 * PART_KEYS), min_size=1, max_size=3))
+    groups = draw(st.lists(st.sampled_from([1, 2, 3, 7]), min_size=1, max_size=2))
+    head_dim, block_size = draw(st.sampled_from([8, 24, 64])), draw(st.sampled_from([16, 32]))
+    rows = [(context, context) for context in contexts]
+    case = Case(rows, tuple(np.cumsum([0, *groups]).tolist()), head_dim, block_size, draw(st.integers(0, 2**31)))
+    firsts = [draw(st.just(context - 1) | st.integers(0, context - 1)) for context in contexts]
+    return case, [(first, draw(st.integers(1, c - first))) for first, c in zip(firsts, contexts, strict=True)]
+
+
+@examples(60)
+@given(drawn=companies(), threads=st.integers(1, 3), parallel_cost=st.sampled_from([0, 10**12]))
+def test_a_row_has_the_same_bits_in_any_chunk_batch_and_number_of_threads(
+    drawn: tuple[Case, list[tuple[int, int]]], threads: int, parallel_cost: int
+) -> None:
+    case, steps = drawn
+    backend = case.backend("cpu", threads)
+    alone = case.backend("cpu")
+    with mock.patch.object(attention_plan, "_PARALLEL_COST", parallel_cost):
+        case.run(backend)  # all keys and values are in the cache now, also those that a step may not see
+        case.run(alone)
+        starts = np.cumsum([0, *(count for _, count in steps)], dtype=np.int32)
+        contexts = np.array([first + count for first, count in steps], np.int32)
+        backend.begin(AttentionBatch(starts, contexts, case.tables_BN.numpy()))
+        o_THD = backend.attend(
+            1, torch.cat([q[first:][:count] for q, (first, count) in zip(case.q, steps, strict=True)])
+        )
+    token = 0
+    for row, (first, count) in enumerate(steps):
+        for position in range(first, first + count):
+            table_1N, ends = case.tables_BN[row : row + 1].numpy(), np.array([0, 1], np.int32)
+            alone.begin(AttentionBatch(ends, np.array([position + 1], np.int32), table_1N))
+            assert torch.equal(bits(alone.attend(1, case.q[row][position : position + 1])[0]), bits(o_THD[token]))
+            token += 1
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32)
+
+
 @pytest.mark.parametrize("q_starts", [(0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 6, 9), (0, 100)])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_uneven_and_large_groups(q_starts: tuple[int, ...], threads: int) -> None:
@@ -150,7 +194,7 @@ def test_a_long_context_is_divided_over_threads(rows: list[tuple[int, int]]) -> 
     case = Case(rows, (0, 3), 64)
     backend, batch = case.backend("cpu", 2), case.batch()
     backend.begin(batch)
-    assert isinstance(backend, CpuAttention) and backend.work.num_parts > 1
+    assert isinstance(backend, CpuAttention) and backend.work.sums_rows > 0
     covered = int((backend.work.items["key_end"] - backend.work.items["key_start"]).sum())
     tiles = [(queries, context, token) for queries, context in rows for token in range(0, queries, 32)]
     assert covered == sum(context - queries + min(queries, token + 32) for queries, context, token in tiles)
