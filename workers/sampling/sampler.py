@@ -32,6 +32,9 @@ GREEDY_TEMPERATURE = 1e-5
 _CHUNK_LOGITS = 1 << 18
 """How many logits a CPU works on at a time: larger temporaries come from fresh pages and cost four times as much."""
 
+_MOST_LOGPROBS = 20
+"""The largest ``num_logprobs``."""
+
 _ONE = 2.0**40
 """The integer weight of the most likely token; 2**23 tokens of that weight still fit in an int64."""
 
@@ -309,7 +312,7 @@ class _Penalties:
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
-    """The log-probabilities of the rows that asked; K is the largest number that any of them asked for."""
+    """The log-probabilities of the rows that asked; K is _MOST_LOGPROBS, or the vocabulary if that is smaller."""
 
     counts: dict[int, int]
     finite_L: Tensor
@@ -332,7 +335,8 @@ def _report(logits_LV: Tensor, tokens_L: Tensor, finite_L: Tensor, counts: dict[
     logprobs_LV = logits_LV.log_softmax(-1)
     chosen_L1 = logprobs_LV.gather(1, tokens_L[:, None])
     rank_L = (logits_LV > logits_LV.gather(1, tokens_L[:, None])).sum(-1) + 1
-    top_LK, ids_LK = logprobs_LV.topk(min(max(counts.values()), logits_LV.shape[1]), dim=-1)
+    # Always as many, for which of equals come first depends on how many are asked for.
+    top_LK, ids_LK = logprobs_LV.topk(min(_MOST_LOGPROBS, logits_LV.shape[1]), dim=-1)
     return _Reported(counts, finite_L, chosen_L1[:, 0], rank_L, top_LK, ids_LK)
 
 

@@ -192,11 +192,14 @@ def run_batch(
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_a_row_does_not_depend_on_its_batch(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_row_does_not_depend_on_its_batch(ties: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab_size, count = 3001, 16
     monkeypatch.setattr(module, "_CHUNK_LOGITS", chunk * vocab_size)
     generator = torch.Generator().manual_seed(3)
     logits_BV = torch.randn((count, vocab_size), generator=generator) * 2
+    if ties:
+        logits_BV = (logits_BV / 2).round()
     sampling = mixed_rows(count, vocab_size)
     prompts = [[i, 2 * i, 7] for i in range(count)]
     generated = [[5] * i for i in range(count)]
@@ -207,10 +210,16 @@ def test_a_row_does_not_depend_on_its_batch(chunk: int, monkeypatch: pytest.Monk
     for i in range(count):
         token, _, alone = sample_one(logits_BV[i], sampling[i], prompts[i], generated[i])
         assert tokens[i] == token
-        assert (i in logprobs) == (alone is not None)
-        if alone is not None:
-            assert logprobs[i].rank == alone.rank
-            assert logprobs[i].chosen == pytest.approx(alone.chosen, abs=1e-6)
+        assert logprobs.get(i) == alone
+
+
+def test_which_of_equals_are_reported_does_not_depend_on_what_others_ask_for() -> None:
+    logits_V = torch.randn(3001, generator=torch.Generator().manual_seed(5)).round()
+    sampling = [RowSampling(num_logprobs=count) for count in (2, 20, 0, 1, 7)]
+    none: list[list[int]] = [[]] * len(sampling)
+    _, _, logprobs = run_batch(logits_V.expand(len(sampling), -1), sampling, none, none)
+    for row, s in enumerate(sampling):
+        assert logprobs[row] == sample_one(logits_V, s)[2]
 
 
 def draw_many(logits: list[float], s: RowSampling, count: int) -> list[int]:
