@@ -198,7 +198,9 @@ def test_a_long_context_is_divided_over_threads(rows: list[tuple[int, int]]) -> 
     covered = int((backend.work.items["key_end"] - backend.work.items["key_start"]).sum())
     tiles = [(queries, context, token) for queries, context in rows for token in range(0, queries, 32)]
     assert covered == sum(context - queries + min(queries, token + 32) for queries, context, token in tiles)
-    assert_close(case.run(backend, batch), case.dense())
+    o_THD = case.run(backend, batch)
+    assert_close(o_THD, case.dense())
+    assert torch.equal(bits(o_THD), bits(case.run(case.backend("cpu"))))
 
 
 def test_layers_and_steps_do_not_mix() -> None:
