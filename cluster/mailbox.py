@@ -10,6 +10,8 @@ import msgpack
 
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind, MessageTooLargeError
 from headwise.cluster.group import ShardGroupDied
+from headwise.workers import failpoints
+from headwise.workers.failpoints import Point
 
 CLOSED = "the group is closed"
 """The cause that somebody hears who uses a group after its end."""
@@ -39,6 +41,8 @@ class Mailbox:
         if self.death is not None:
             raise self.death
         for rank in range(len(self._nodes)):
+            if failpoints.ENABLED and kind == Kind.STEP and failpoints.hit(Point.CHANNEL_PLAN, rank):
+                continue
             try:
                 self._channel.send(rank, kind, payload)
             except MessageTooLargeError as error:

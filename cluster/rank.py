@@ -11,7 +11,9 @@ import msgpack
 
 from headwise.cluster.channel import Kind, ShardChannel
 from headwise.cluster.replies import encode_reply
+from headwise.workers import failpoints
 from headwise.workers.errors import PeerDiedError
+from headwise.workers.failpoints import Point
 from headwise.workers.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -129,7 +131,8 @@ class Rank:
 
         if kind == Kind.STEP:
             output = shard.step(decode_plan(payload))
-            if self._rank == 0:
+            dropped = failpoints.ENABLED and failpoints.hit(Point.RANK_REPLY, self._rank)
+            if self._rank == 0 and not dropped:
                 self._channel.send(Kind.OUTPUT, encode_output(output))
         elif kind == Kind.QUERY and payload.decode() in QUERIES:
             self._channel.send(Kind.REPLY, encode_reply(getattr(shard, payload.decode())))

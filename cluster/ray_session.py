@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from typing import Any
 
 import ray
 
 from headwise.cluster.group import GroupStartError
+from headwise.workers import failpoints
 from headwise.workers.machine import usable_cores
 
 OBJECT_STORE_BYTES = 100 << 20
@@ -17,6 +19,7 @@ OBJECT_STORE_BYTES = 100 << 20
 _lock = threading.Lock()
 _users = 0
 _started_here = False
+_inherited: dict[str, str] = {}
 
 
 def join(address: str | None) -> None:
@@ -26,7 +29,7 @@ def join(address: str | None) -> None:
     Raises:
         GroupStartError: no Ray answers there.
     """
-    global _users, _started_here
+    global _users, _started_here, _inherited
     with _lock:
         if not ray.is_initialized():
             target = address or os.environ.get("RAY_ADDRESS")
@@ -44,15 +47,22 @@ def join(address: str | None) -> None:
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
-                _started_here = True
+                _started_here, _inherited = True, failpoints.environment()
         _users += 1
 
 
 def leave() -> None:
     """The last to leave a Ray that was started here ends it."""
-    global _users, _started_here
+    global _users, _started_here, _inherited
     with _lock:
         _users -= 1
         if _users == 0 and _started_here:
-            _started_here = False
+            _started_here, _inherited = False, {}
             ray.shutdown()
+
+
+def rank_environment() -> dict[str, Any] | None:
+    """Ray's ``runtime_env`` of a rank: what failpoints need, where the Ray was started before they were on. Processes
+    with an environment of their own take longer to start."""
+    environment = failpoints.environment()
+    return {"env_vars": environment} if environment and environment != _inherited else None

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headwise.workers import failpoints
 from headwise.workers.collectives import Collectives
+from headwise.workers.failpoints import Point
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.model import Model, StepInput
 from headwise.workers.plan import RowAdmit, StepOutput, StepPlan
@@ -146,6 +148,8 @@ class Runner:
         started = time.perf_counter()
         step = self._build(rows_B, counts_B)
         self.seconds["build"] += time.perf_counter() - started
+        if failpoints.ENABLED:
+            failpoints.hit(Point.STEP_TOKEN, self._collectives.rank, lambda token: self._holds(rows_B, token))
         logits_BV = self._model.forward(step)
         started = time.perf_counter()
         self._computed_R[rows_B] += counts_B
@@ -154,6 +158,9 @@ class Runner:
         result = self._sample(logits_BV, sampled_B, rows) if rows else None
         self.seconds["sample"] += time.perf_counter() - started
         return rows, result
+
+    def _holds(self, rows_B: Ints, token: int) -> bool:
+        return any(bool((self._tokens_RL[row, : self._length_R[row]] == token).any()) for row in rows_B)
 
     def _build(self, rows_B: Ints, counts_B: Ints) -> StepInput:
         context_B = self._computed_R[rows_B] + counts_B

@@ -11,9 +11,11 @@ from typing import Any
 import msgpack
 import torch
 
+from headwise.workers import failpoints
 from headwise.workers.backends import find_backend
 from headwise.workers.collectives import Collectives
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
 from headwise.workers.kv.copier import Copier
 from headwise.workers.kv.handoff import HandoffJob
@@ -108,6 +110,8 @@ class Shard:
         """
         spec = self._spec
         assert self._model is not None, "load() comes first"
+        if failpoints.ENABLED:
+            failpoints.hit(Point.ALLOCATE, self._collectives.rank)
         self._kv_cache = self._make_cache(num_blocks)
         self._model.attach(self._kv_cache)
         if self._collectives.rank == 0:

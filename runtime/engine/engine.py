@@ -21,6 +21,8 @@ from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.pins import Pinned
 from headwise.runtime.output import FinishReason
+from headwise.workers import failpoints
+from headwise.workers.failpoints import Point
 from headwise.workers.plan import StepOutput
 
 TRANSFER_WAIT_S = 0.02
@@ -365,7 +367,11 @@ class Engine:
         self._seconds["schedule"] += scheduled - started
         if schedule is None:
             return False
+        if failpoints.ENABLED:
+            failpoints.hit(Point.ENGINE_SUBMIT)
         self.generation.group.submit(schedule.plan)
+        if failpoints.ENABLED:
+            failpoints.hit(Point.ENGINE_SUBMITTED)
         self._in_flight.append(schedule)
         self._seconds["submit"] += time.perf_counter() - scheduled
         return True
@@ -376,6 +382,8 @@ class Engine:
         self._awaited = time.monotonic(), num_tokens
         output = self.generation.group.collect()
         collected = time.perf_counter()
+        if failpoints.ENABLED:
+            failpoints.hit(Point.ENGINE_OUTPUT)
         self.pace.saw_step(time.monotonic() - self._awaited[0], num_tokens)
         self._awaited = None
         self._process(self._in_flight.popleft(), output)

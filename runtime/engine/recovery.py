@@ -15,6 +15,8 @@ from headwise.cluster.supervisor import GiveUp, Instruction, Supervisor
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory, ReadyGroup
 from headwise.runtime.engine.spare import Spare
+from headwise.workers import failpoints
+from headwise.workers.failpoints import Point
 
 LOOK_S = 0.25
 """How often it is looked whether shards that do nothing have died, or a step hangs."""
@@ -147,6 +149,8 @@ class Recovery:
             self._changed.wait_for(lambda: self._closing, after_s)
         group: ShardGroup | None = None
         try:
+            if failpoints.ENABLED:
+                failpoints.hit(Point.RECOVERY_START)
             group = self._spare.take() if self._spare is not None else None
             if group is None:
                 group = self._generations.new_group()
@@ -154,7 +158,10 @@ class Recovery:
                 group.load()
             else:
                 self._build(group)
-            self._go_on(self._generations.prepare(group))
+            ready = self._generations.prepare(group)
+            if failpoints.ENABLED:
+                failpoints.hit(Point.RECOVERY_RESUME)
+            self._go_on(ready)
         except Exception as error:
             if group is not None:
                 _closed(group)
@@ -205,5 +212,7 @@ def _closed(what: Generation | ShardGroup) -> None:
     """Closes it, whatever comes in between: nothing of it is used any more."""
     try:
         what.close()
+        if failpoints.ENABLED:
+            failpoints.hit(Point.RECOVERY_CLOSE)
     except Exception:
         _logger.exception("a shard group that was dead could not be closed")

@@ -31,7 +31,9 @@ from headwise.runtime.handoff.messages import (
 )
 from headwise.v1 import kv_transfer_pb2 as pb
 from headwise.v1.kv_transfer_pb2_grpc import KvHandoffServiceServicer
+from headwise.workers import failpoints
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.handoff import KvEndpoint
 
 A = TypeVar("A")
@@ -211,6 +213,8 @@ class HandoffService(KvHandoffServiceServicer):
 
         def commit(outbound: Outbound) -> Future[Status]:
             self._check([key], host)
+            if failpoints.ENABLED:
+                failpoints.hit(Point.HANDOFF_COMMIT)
             return outbound.commit(key)
 
         return _then(_flat(self._run(commit)), lambda status: pb.CommitResponse(status=status.message()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import ray
 
 from headwise.cluster import ray_session
 from headwise.cluster.group import GroupStartError
+from headwise.workers import failpoints
 from headwise.workers.machine import usable_cores
 
 
@@ -36,3 +38,24 @@ def test_a_ray_that_is_started_here_has_the_cores_that_may_be_used(monkeypatch: 
     ray_session.join(None)
     ray_session.leave()
     assert told["num_cpus"] == usable_cores()
+
+
+def test_ranks_have_failpoints_also_on_a_ray_that_was_started_before_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    tmp_path.chmod(0o700)
+    ray_session.join(None)
+    assert ray_session.rank_environment() is None
+    failpoints.use(tmp_path)
+    try:
+        assert ray_session.rank_environment() == {"env_vars": {failpoints.VARIABLE: str(tmp_path)}}
+        ray_session.leave()
+        ray_session.join(None)
+        assert ray_session.rank_environment() is None  # processes inherit them
+    finally:
+        failpoints.leave()
+        ray_session.leave()

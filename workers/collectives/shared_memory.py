@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise.workers import failpoints
 from headwise.workers.collectives import spin
 from headwise.workers.collectives.base import (
     CollectiveMismatchError,
@@ -22,6 +23,7 @@ from headwise.workers.collectives.base import (
     sum_in_rank_order,
 )
 from headwise.workers.errors import InvalidValueError, PeerDiedError
+from headwise.workers.failpoints import Point
 from headwise.workers.leftovers import SharedMemoryFile, shared_memory_folder
 from headwise.workers.machine import usable_cores
 
@@ -163,6 +165,8 @@ class SharedMemory(Collectives):
         """Show ``num_bytes`` in this rank's slot and wait until every rank has shown its own."""
         self._check_open()
         try:
+            if failpoints.ENABLED:
+                failpoints.hit(Point.COLLECTIVE_ENTER, self.rank)
             self._sequence += 1
             operation = (self._sequence, signature, address, num_bytes, num_sums, self._spins)
             outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, False)
@@ -172,6 +176,8 @@ class SharedMemory(Collectives):
                 self._check_open()
                 self._check_peers()
                 outcome = spin.step(self._address, self.rank, self.world_size, SLOT_BYTES, *operation, True)
+            if failpoints.ENABLED:
+                failpoints.hit(Point.COLLECTIVE_LEAVE, self.rank)
         except PeerDiedError as error:
             self._leave_to(error)
             raise

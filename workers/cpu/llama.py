@@ -9,12 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headwise.workers import failpoints
 from headwise.workers.collectives import Collectives
 from headwise.workers.cpu import layers as kernels
 from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.cpu.linear import SCRATCH_BYTES, PackedLinear, aligned_zeros, padded
 from headwise.workers.cpu.team import launching, team_bytes, usable_threads
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
 from headwise.workers.model.model import StepInput, rope_tables
@@ -105,14 +107,17 @@ class CpuLlama:
     def _run_phases(self, step: kernels.Step, tokens: int) -> None:
         run = kernels.run_phases_in_threads if self._threads > 1 else kernels.run_phases
         attention, phases = self._attention, 2 * len(self._layers) + 2
-        stretch = phases if self._collectives.world_size == 1 else 1
+        ranks = self._collectives.world_size
+        stretch = phases if ranks == 1 and not failpoints.ENABLED else 1
         for first in range(0, phases, stretch):
-            if first > 0:
+            if first > 0 and ranks > 1:
                 started = time.perf_counter()
                 self._collectives.all_reduce_(self._activations.delta_TE[:tokens])
                 self._all_reduce_seconds += time.perf_counter() - started
             with launching(self._threads):
                 run(first, first + stretch, self._shape, self._buffers, step, attention.work, attention.sizes)
+            if failpoints.ENABLED and 0 < first < phases - 1:
+                failpoints.hit(Point.STEP_ATTENTION if first % 2 else Point.STEP_MLP, self._collectives.rank)
 
     def _addresses(self) -> kernels.Buffers:
         return kernels.Buffers(

@@ -11,6 +11,8 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
+from headwise.workers import failpoints
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.store import DiskStore, HostStore
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
@@ -118,6 +120,8 @@ class Copier:
         if op == Op.DROP:
             self._drop(tier, key.digest)
             return True
+        if failpoints.ENABLED:
+            failpoints.hit(Point.KV_COPY)
         if op == Op.DEMOTE:
             return self._demote(key)
         if tier == Tier.HOST:

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from headwise.workers import failpoints
 from headwise.workers.errors import HeadwiseError, InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.chunk import PAYLOAD_BYTES, SHARED_BYTES, Chunk, ChunkError, Received, decode_chunk
 from headwise.workers.kv.handoff import TICKET_BYTES, Fence, Range
@@ -53,7 +55,7 @@ class Fences:
             rank: this one.
             shared_memory: whether chunks may be in shared memory.
         """
-        self._kv_cache, self._heads, self._rank, self.shared_memory = kv_cache, heads, rank, shared_memory
+        self._kv_cache, self._heads, self.rank, self.shared_memory = kv_cache, heads, rank, shared_memory
         self._lock = threading.Lock()
         self._open: dict[Key, _OpenFence] = {}
 
@@ -70,7 +72,7 @@ class Fences:
         if len(fence.ticket) != TICKET_BYTES:
             raise InvalidValueError("ticket", f"{len(fence.ticket)} bytes", f"must be {TICKET_BYTES} bytes")
         routes = head_routes(sources, self._heads)
-        mine = [(route.source, (route.start, route.stop)) for route in routes if route.destination == self._rank]
+        mine = [(route.source, (route.start, route.stop)) for route in routes if route.destination == self.rank]
         with self._lock:
             if _key(fence) in self._open:
                 raise InvalidValueError("fence", fence.number, "is open already")
@@ -80,7 +82,7 @@ class Fences:
                     limit = f"must be less than {self._kv_cache.num_blocks}, and written for one purpose only"
                     raise InvalidValueError("block", block, limit)
                 held.add(block)
-            first_head = self._heads[self._rank][0]
+            first_head = self._heads[self.rank][0]
             self._open[_key(fence)] = _OpenFence(fence, list(blocks), mine, self._kv_cache, first_head)
 
     def fill(self, fence: Fence, told: Told) -> None:
@@ -168,6 +170,8 @@ class FenceStream:
                 raise PushRefused(Refusal.WRONG, f"message {self._index} of the stream is another's, or out of order")
             if self._ended:
                 raise PushRefused(Refusal.WRONG, "the stream goes on after its last message")
+            if failpoints.ENABLED:
+                failpoints.hit(Point.HANDOFF_RECEIVE, self._fences.rank)
             self._fence.write(received, lambda: self._data(received))
         except ChunkError as error:
             raise self._refused(PushRefused(Refusal.DAMAGED, str(error))) from None

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from headwise.workers import failpoints
 from headwise.workers.errors import HeadwiseError, InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.chunk import Chunk
 from headwise.workers.kv.handoff import Fence, HandoffJob, HandoffSpec, KvEndpoint, Range
@@ -197,6 +199,8 @@ class Pusher:
         job = part.push.job
 
         def read(chunk: Chunk, out: memoryview) -> None:
+            if failpoints.ENABLED:
+                failpoints.hit(Point.HANDOFF_PUSH, self._rank)
             start, own = chunk.first - job.first, self._heads[self._rank][0]
             heads = chunk.heads[0] - own, chunk.heads[1] - own
             self._kv_cache.read_range(job.blocks[start : start + chunk.num_blocks], heads, chunk.layers, out)

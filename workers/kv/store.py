@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headwise.workers import failpoints
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.failpoints import Point
 from headwise.workers.kv.journal import FORMAT, Journal, StoredBlock, write_all
 from headwise.workers.kv.transfer import BlockKey
 from headwise.workers.private_files import make_private_folder, make_shared_parent, own_size, private
@@ -120,7 +122,7 @@ class DiskStore:
             InvalidValueError: the folder cannot be used, another user could use it, or another engine uses it.
         """
         self._identity = hashlib.sha256(identity).digest()
-        self._payload_bytes = payload_bytes
+        self._payload_bytes, self._rank = payload_bytes, rank
         self._mutex = threading.Lock()
         try:
             parent = Path(path).expanduser()
@@ -177,7 +179,11 @@ class DiskStore:
             with FileIO(temporary, "w", opener=private) as file:
                 for part in (header, payload, block.checksum):
                     write_all(file, part)
+                    if failpoints.ENABLED and part is header:
+                        failpoints.hit(Point.KV_WRITE, self._rank)
             os.replace(temporary, path)
+            if failpoints.ENABLED:
+                failpoints.hit(Point.KV_JOURNAL, self._rank)
             self._journal.append_stored(block)
         except OSError:
             _unlink(temporary)

@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from headwise.workers import failpoints
 from headwise.workers.errors import CheckpointError
+from headwise.workers.failpoints import Point
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import Range, ShardPartition
 from headwise.workers.model.safetensors_index import SafetensorsIndex, read_index
@@ -95,6 +97,8 @@ def load_shard(
         weights = ShardWeights(embed_VE, lm_head_VE, reader.whole("model.norm.weight"), [])
         for layer in range(config.num_layers):
             weights.layers.append(_load_layer(reader, f"model.layers.{layer}.", config, part))
+            if failpoints.ENABLED:
+                failpoints.hit(Point.LOAD_LAYER, part.rank)
             if progress is not None:
                 progress(layer + 1, config.num_layers)
     return weights
