@@ -386,13 +386,21 @@ class Engine:
             failpoints.hit(Point.ENGINE_OUTPUT)
         self.pace.saw_step(time.monotonic() - self._awaited[0], num_tokens)
         self._awaited = None
+        self._check_order(output)
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started
         self._seconds["emit"] += time.perf_counter() - collected
 
+    def _check_order(self, output: StepOutput) -> None:
+        """
+        Raises:
+            ShardGroupDied: an output is lost, and nobody knows what else is.
+        """
+        due = self._in_flight[0].plan.step
+        if output.step != due:
+            raise ShardGroupDied(None, None, f"the output of step {output.step} came where that of step {due} was due")
+
     def _process(self, schedule: Schedule, output: StepOutput) -> None:
-        if output.step != schedule.plan.step:
-            raise RuntimeError(f"the output of step {output.step} came where {schedule.plan.step}'s was due")
         self.num_steps += 1
         tokens, failed = dict(output.tokens), dict(output.failed)
         self._push_blocks(schedule, failed)

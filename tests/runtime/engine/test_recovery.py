@@ -44,6 +44,26 @@ class Mortal:
         raise AssertionError(f"still at work: {self.bench.engine.stats()}")
 
 
+def test_a_group_whose_output_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after it may be anything: the request goes on in another group."""
+    bench = Bench(12, 2, 30, 2)
+    mortal, request = Mortal(bench), make_request("a", [1, 2, 0], 8)
+    bench.add(request)
+    assert mortal.step()
+    collect = bench.group.collect
+
+    def lose_one() -> object:
+        collect()
+        return collect()
+
+    monkeypatch.setattr(bench.group, "collect", lose_one)
+    assert not mortal.step()
+    bench.resume()
+    mortal.run()
+    bench.check_idle()
+    assert bench.got[request.key] == alone(request)[0]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @examples(150)
 @given(data=st.data())
