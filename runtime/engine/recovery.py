@@ -132,6 +132,7 @@ class Recovery:
         old, has_stepped = engine.generation, engine.num_steps > self._steps_before
         todo = supervisor.died(time.monotonic(), old.epoch, death, has_stepped)
         _logger.warning("epoch %d: %s; the shards are started again", old.epoch, death)
+        old.group.give_up(death.cause)  # where the engine has found that it is of no more use, and the group has not
         old.group.hurry()
         _closed(old)
         while not self._closing:

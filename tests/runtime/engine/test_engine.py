@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine import engine as engine_module
 from headwise.runtime.engine import idle_check
 from headwise.runtime.engine.block_tables import BlockTables
@@ -277,7 +278,7 @@ def test_an_output_out_of_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     bench.add(make_request("a", [1], 8))
     bench.step()
     monkeypatch.setattr(bench.group, "collect", lambda: StepOutput(7))
-    with pytest.raises(RuntimeError, match="step 7"):
+    with pytest.raises(ShardGroupDied, match="step 7"):
         bench.engine.step()
 
 
