@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ class Supervisor:
         self.last_seconds: float | None = None
         self._max_failures, self._failures = max_failures, 0
         self._deaths: deque[Death] = deque(maxlen=MAX_DEATHS)
+        self._by_rank: Counter[str] = Counter()
         self._died_at = 0.0
 
     def died(self, now: float, epoch: int, death: ShardGroupDied, has_stepped: bool) -> Instruction:
@@ -76,6 +77,7 @@ class Supervisor:
         """
         self.num_deaths += 1
         self._deaths.append(Death(epoch, death.rank, death.node, death.cause))
+        self._by_rank["" if death.rank is None else str(death.rank)] += 1
         self._died_at = now
         if has_stepped:
             self._failures = 0
@@ -92,12 +94,14 @@ class Supervisor:
         self.last_seconds = now - self._died_at
 
     def stats(self) -> dict[str, Any]:
-        """``count`` of the groups that took another's place and the ``last_seconds`` it took; ``num_deaths``, and the
-        last of the ``deaths`` with epoch, rank, node and cause."""
+        """``count`` of the groups that took another's place and the ``last_seconds`` it took; ``num_deaths``, these
+        ``deaths_by_rank`` ("" where no rank is to blame), and the last of the ``deaths`` with epoch, rank, node and
+        cause."""
         return {
             "count": self.num_rebuilt,
             "last_seconds": self.last_seconds,
             "num_deaths": self.num_deaths,
+            "deaths_by_rank": dict(self._by_rank),
             "deaths": [asdict(death) for death in self._deaths],
         }
 

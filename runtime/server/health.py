@@ -11,7 +11,7 @@ from headwise.runtime.engine.loop import is_hung
 from headwise.runtime.server.errors import ENGINE_ENDED
 from headwise.runtime.server.sessions import Context, Sessions
 
-_INTERVAL_S = 0.5
+_INTERVAL_S = 0.2
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -39,14 +39,19 @@ class HealthMonitor:
         self.servicer.set(serving)
 
     def problem(self) -> str | None:
-        """Why clients should send no request now; None if they may."""
+        """Why clients should ask another server now; None if they need not."""
+        if self._sessions.llm.engine.rebuilding:
+            return "the shards are dead, and others are started"
+        return self.lasting_problem()
+
+    def lasting_problem(self) -> str | None:
+        """Why requests that come now will not be served here; None if they will be, be it after others were started in
+        the place of dead shards."""
         llm = self._sessions.llm
         if llm.failure is not None:
             return ENGINE_ENDED
         if self._sessions.draining:
             return "this server drains"
-        if llm.engine.rebuilding:
-            return "the shards are dead, and others are started"
         return "a step makes no progress" if is_hung(llm.engine) else None
 
 

@@ -94,8 +94,9 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("headwise_engine_up", "Whether the engine runs.", 1)
         yield GaugeMetricFamily("headwise_requests_running", "Requests that are computed.", stats["num_running"])
         yield GaugeMetricFamily("headwise_requests_waiting", "Requests that wait.", stats["num_waiting"])
-        used = 1 - stats["num_free_blocks"] / stats["num_blocks"]
-        yield GaugeMetricFamily("headwise_kv_usage_ratio", "Share of the KV blocks that requests hold.", used)
+        if stats["num_blocks"]:  # else the shards are dead, and others are started
+            used = 1 - stats["num_free_blocks"] / stats["num_blocks"]
+            yield GaugeMetricFamily("headwise_kv_usage_ratio", "Share of the KV blocks that requests hold.", used)
         blocks = GaugeMetricFamily("headwise_kv_blocks", "KV blocks by state.", labels=["state"])
         for state, count in cache["blocks"].items():
             blocks.add_metric([state], count)
@@ -107,6 +108,7 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, stats[key])
         yield from _cache_metrics(cache)
+        yield from _recovery_metrics(stats["epoch"], stats["recoveries"])
         # A server with a prefill engine of its own has both sides.
         handoffs = [side.get("handoff") for side in (stats, stats.get("prefill", {}))]
         yield from _handoff_metrics({side["role"]: side for side in handoffs if side})
@@ -132,6 +134,28 @@ def _cache_metrics(cache: dict[str, Any]) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "headwise_prefix_cache_integrity_checks", "Checks of the books passed.", cache["integrity_checks"]
     )
+
+
+def _recovery_metrics(epoch: int, recoveries: dict[str, Any]) -> Iterable[Metric]:
+    yield GaugeMetricFamily("headwise_epoch", "Number of the shards' generation; a later one has a larger.", epoch)
+    rebuilding = "Whether the shards are dead, and others are started."
+    yield GaugeMetricFamily("headwise_rebuilding", rebuilding, int(recoveries["rebuilding"]))
+    deaths = CounterMetricFamily(
+        "headwise_shard_deaths", "Shard groups that died, by the rank that died first.", labels=["rank"]
+    )
+    for rank, count in recoveries.get("deaths_by_rank", {}).items():
+        deaths.add_metric([rank], count)
+    yield deaths
+    yield CounterMetricFamily(
+        "headwise_recoveries", "Shard groups that took the place of one that died.", recoveries.get("count", 0)
+    )
+    if (seconds := recoveries.get("last_seconds")) is not None:
+        took = "From the last death until there were shards again."
+        yield GaugeMetricFamily("headwise_last_recovery_seconds", took, seconds)
+    spare = GaugeMetricFamily("headwise_warm_spare", "1 for the state of the spare shards.", labels=["state"])
+    for state in ("none", "loading", "ready"):
+        spare.add_metric([state], int(recoveries.get("spare", "none") == state))
+    yield spare
 
 
 _HANDOFF_COUNTERS = (

@@ -71,7 +71,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
                         await self._sessions.write(context, response)
 
     async def HealthCheck(self, request: Any, context: Context) -> vllm_engine_pb2.HealthCheckResponse:
-        problem = self._health.problem()
+        # While other shards are started, requests wait here; the gateway would refuse them.
+        problem = self._health.lasting_problem()
         return vllm_engine_pb2.HealthCheckResponse(healthy=problem is None, message=problem or "ok")
 
     async def Abort(self, request: vllm_engine_pb2.AbortRequest, context: Context) -> vllm_engine_pb2.AbortResponse:
@@ -124,13 +125,13 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             stats = await self._llm.stats()
         except Exception as error:
             await abort(context, error)
-        used = stats["num_blocks"] - stats["num_free_blocks"]
+        used = stats["num_blocks"] - stats["num_free_blocks"]  # of none while other shards are started
         cache = stats["prefix_cache"]
         load = vllm_engine_pb2.SchedulerLoad(
             num_running_reqs=stats["num_running"],
             num_waiting_reqs=stats["num_waiting"],
             num_total_reqs=stats["num_running"] + stats["num_waiting"],
-            token_usage=used / stats["num_blocks"],
+            token_usage=used / max(1, stats["num_blocks"]),
             cache_hit_rate=cache["hit_tokens"] / max(1, cache["queried_tokens"]) if sees_blocks else 0.0,
             max_running_requests=self._llm.config.max_num_seqs,
         )

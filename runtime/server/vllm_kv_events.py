@@ -23,35 +23,49 @@ from headwise.runtime.server.kv_messages import kv_messages
 async def kv_batches(llm: AsyncLLM, namespace: bytes) -> AsyncGenerator[common_pb2.KvEventBatch]:
     """Yields the blocks of a namespace that are on the device, as one batch, and then the changes.
 
-    Sequence numbers are those of ``runtime/kv/events.py`` plus one, because here they start at 1. A subscriber that
-    fell behind gets another snapshot.
+    A subscriber that fell behind gets another snapshot.
     """
     async with aclosing(kv_messages(llm)) as messages:
-        known = (0, 0)
+        known, numbers = (0, 0), _Numbers()
         async for kind, data in messages:
             if kind == "snapshot":
                 snapshot = decode_snapshot(data)
                 known = snapshot.epoch, snapshot.sequence
-                yield await _snapshot(llm, namespace, snapshot.sequence, snapshot.blocks["device"])
+                yield await _snapshot(llm, namespace, numbers.of(*known), snapshot.blocks["device"])
             elif ((message := decode_events(data)).epoch, message.sequence) > known:
-                yield await _batch(llm, namespace, message.sequence, message.events)
+                number = numbers.of(message.epoch, message.sequence)
+                yield await _batch(llm, namespace, number, message.events)
+
+
+class _Numbers:
+    """Sequence numbers for one subscriber. In ``runtime/kv/events.py`` those of each epoch start at 0. Here they start
+    at 1 and only grow, or the gateway would take what it is told of a later epoch for old."""
+
+    def __init__(self) -> None:
+        self._epoch = self._before = self._last = 0
+
+    def of(self, epoch: int, sequence: int) -> int:
+        if epoch != self._epoch:
+            self._epoch, self._before = epoch, self._last
+        self._last = self._before + sequence + 1
+        return self._last
 
 
 async def _snapshot(
-    llm: AsyncLLM, namespace: bytes, sequence: int, blocks: Mapping[bytes, bytes]
+    llm: AsyncLLM, namespace: bytes, number: int, blocks: Mapping[bytes, bytes]
 ) -> common_pb2.KvEventBatch:
     events: list[KvEvent] = [Cleared(None)]
     events += [Stored("device", (digest,), parent) for digest, parent in blocks.items()]
-    batch = await _batch(llm, namespace, sequence, events)
+    batch = await _batch(llm, namespace, number, events)
     stored = sum(len(event.stored.blocks) for event in batch.events)
     batch.snapshot.CopyFrom(common_pb2.KvSnapshotChunk(index=0, count=1, blocks=stored))
     return batch
 
 
-async def _batch(llm: AsyncLLM, namespace: bytes, sequence: int, events: Sequence[KvEvent]) -> common_pb2.KvEventBatch:
+async def _batch(llm: AsyncLLM, namespace: bytes, number: int, events: Sequence[KvEvent]) -> common_pb2.KvEventBatch:
     digests = [digest for event in events if isinstance(event, Stored) for digest in event.digests]
     tokens = await llm.run(lambda engine: _tokens(engine, namespace, digests)) if digests else {}
-    batch = common_pb2.KvEventBatch(sequence_number=sequence + 1, timestamp=time.time())
+    batch = common_pb2.KvEventBatch(sequence_number=number, timestamp=time.time())
     batch.events.extend(converted for event in events for converted in _convert(event, tokens))
     return batch
 

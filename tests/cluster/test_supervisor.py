@@ -42,4 +42,7 @@ def test_the_last_deaths_are_remembered() -> None:
     supervisor = Supervisor()
     for at in range(MAX_DEATHS + 5):
         supervisor.died(0.0, at, DEATH, has_stepped=True)
-    assert [death["epoch"] for death in supervisor.stats()["deaths"]] == list(range(5, MAX_DEATHS + 5))
+    supervisor.died(0.0, 99, ShardGroupDied(None, None, "Ray is gone"), has_stepped=True)
+    stats = supervisor.stats()
+    assert [death["epoch"] for death in stats["deaths"]] == [*range(6, MAX_DEATHS + 5), 99]
+    assert stats["deaths_by_rank"] == {"1": MAX_DEATHS + 5, "": 1}

@@ -26,7 +26,7 @@ from tests.runtime.server.test_service import PROMPT
 pytest.importorskip("smg_grpc_proto")
 from smg_grpc_proto.generated import vllm_engine_pb2
 
-from headwise.runtime.server import vllm_engine
+from headwise.runtime.server import vllm_engine, vllm_kv_events
 
 Serve = Callable[..., Running]
 SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -165,3 +165,9 @@ def test_a_handoff_of_a_gateways_choice_is_refused(serve: Serve) -> None:
     about = asyncio.run_coroutine_threadsafe(ask(), running.loop).result(DEADLINE_S)
     assert context.code is grpc.StatusCode.INVALID_ARGUMENT and not context.sent
     assert "kv_connector" not in about and "kv_role" not in about
+
+
+def test_numbers_of_batches_grow_from_epoch_to_epoch() -> None:
+    numbers = vllm_kv_events._Numbers()
+    told = [(7, 4), (7, 5), (7, 9), (8, 0), (8, 1), (30, 2)]
+    assert [numbers.of(*one) for one in told] == [5, 6, 10, 11, 12, 15]
