@@ -1,7 +1,8 @@
 """EngineWatch: a rank that outlives its engine's process ends, and what that process left with it.
 
 Ray ends the actors of a driver that is gone too, within seconds. It does not know of sockets and shared memory, and it
-cannot end a rank that hangs once its own processes are gone, as they are with the driver that started them.
+cannot end a rank that hangs once its own processes are gone, as they are with the driver that started them. Where Ray
+is faster and kills the ranks, the warden of workers/leftovers.py removes what is left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import tempfile
@@ -24,8 +24,6 @@ from headwise.workers.processes import ProcessId
 EXIT_CODE = 70
 """Of a rank whose engine is gone."""
 
-_LOOK_S = 0.5
-"""How often a rank looks for its engine where the system does not tell."""
 _RELEASE_S = 2.0
 """For processes that the engine has just forked to let go of what was open there."""
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +66,7 @@ class EngineWatch:
         self._peers = peers
 
     def _watch(self) -> None:
-        await_end(self._engine.process)
+        self._engine.process.await_end()
         try:
             self._end()
         finally:
@@ -83,30 +81,6 @@ class EngineWatch:
         for peer in self._peers:  # last, for these do the same to this one
             if peer.pid != os.getpid():
                 peer.kill()
-
-
-def await_end(process: ProcessId) -> None:
-    """Returns once a process that is here is gone."""
-    try:
-        descriptor = process.open()
-    except ProcessLookupError:
-        return
-    except OSError:  # an old kernel, or a container that forbids it
-        _look_for_end(process)
-        return
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    while not poll.poll():
-        pass
-    os.close(descriptor)
-
-
-def _look_for_end(process: ProcessId) -> None:
-    alive = True
-    while alive:
-        time.sleep(_LOOK_S)
-        with contextlib.suppress(OSError):
-            alive = process.is_alive()
 
 
 def _go_on_without_parent() -> None:

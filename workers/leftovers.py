@@ -3,6 +3,8 @@
 Whoever makes one keeps it locked as long as it is needed. What nobody has locked is left over, and :func:`sweep`
 removes it. The lock (flock) ends with its process, however that ends, and holds in other containers that see the same
 folder. No process id is needed, which another process may have by then.
+
+A process that has folders of sockets has a *warden*, too: a process of its own, which sweeps when the other is gone.
 """
 
 from __future__ import annotations
@@ -14,18 +16,25 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.processes import ProcessId
 
 _PREFIX = "headwise-"
 _NAME = re.compile(_PREFIX + "[a-z0-9_]{8}")
 """As the module tempfile makes them."""
 _MAX_SOCKET_FOLDER = 100
 """Bytes of its path. A Unix socket's path has at most 107; the file's name takes a few."""
+_SWEEP_S = 5.0
+"""For ranks to end once their engine is gone."""
 
 
 class SocketFolder:
@@ -45,6 +54,7 @@ class SocketFolder:
         while self._lock < 0:  # until it is locked before somebody takes it for left over
             self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
             self._lock = _lock(self.path, os.O_DIRECTORY, make=True)
+        _warden.enter()
 
     def close(self) -> None:
         """Removes the folder and what is in it. Idempotent."""
@@ -52,6 +62,7 @@ class SocketFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+            _warden.leave()
 
 
 class SharedMemoryFile:
@@ -103,6 +114,52 @@ def sweep(folders: Iterable[str] = ()) -> list[str]:
                     if _NAME.fullmatch(entry.name) and _sweep_one(Path(entry), parent):
                         swept.append(entry.path)
     return swept
+
+
+class _Warden:
+    """Runs ``python -m headwise.workers.leftovers`` as long as this process has folders of sockets."""
+
+    def __init__(self) -> None:
+        self._lock, self._folders = threading.RLock(), 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def enter(self) -> None:
+        with self._lock:
+            self._folders += 1
+            if self._folders > 1:
+                return
+            command = [sys.executable, "-m", "headwise.workers.leftovers", str(os.getpid())]
+            null = subprocess.DEVNULL
+            # Without one, as where there is no memory for it, ranks and the next engine sweep.
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._folders -= 1
+            process = self._process
+            if self._folders or process is None:
+                return
+            self._process = None
+        process.kill()
+        process.wait()
+
+
+_warden = _Warden()
+
+
+def _sweep_after(pid: int) -> None:
+    """Waits for the end of the process that started this one, and sweeps while others end that it takes with it."""
+    try:
+        parent = ProcessId.of(pid)
+        if os.getppid() == pid:
+            parent.await_end()
+    except ProcessLookupError:
+        pass
+    deadline = time.monotonic() + _SWEEP_S
+    while time.monotonic() < deadline:
+        sweep()
+        time.sleep(0.1)
 
 
 def _sweep_one(path: Path, parent: str) -> bool:
@@ -161,3 +218,7 @@ def _locked(descriptor: int, path: str | Path, make: bool = True) -> bool:
         return False
     except OSError as error:
         return make and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+if __name__ == "__main__":
+    _sweep_after(int(sys.argv[1]))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+_LOOK_S = 0.5
+"""How often it is looked for a process of whose end the system does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,21 @@ class ProcessId:
             undo.pop_all()
             return descriptor
 
+    def await_end(self) -> None:
+        """Returns once it is gone, of a process that :meth:`is_here`."""
+        try:
+            descriptor = self.open()
+        except ProcessLookupError:
+            return
+        except OSError:  # an old kernel, or a container that forbids it
+            self._look_for_end()
+            return
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not poll.poll():
+            pass
+        os.close(descriptor)
+
     def kill(self) -> None:
         """Ends it by force, wherever it hangs, if it is here."""
         if self.is_here():
@@ -69,6 +89,13 @@ class ProcessId:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                 finally:
                     os.close(descriptor)
+
+    def _look_for_end(self) -> None:
+        alive = True
+        while alive:
+            time.sleep(_LOOK_S)
+            with contextlib.suppress(OSError):
+                alive = self.is_alive()
 
 
 def _born(pid: int) -> int | None:

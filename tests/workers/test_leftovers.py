@@ -147,3 +147,25 @@ def test_a_folder_without_space_leaves_no_file(temporary: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="no space"):
         SharedMemoryFile(4096)
     assert list(temporary.iterdir()) == []
+
+
+def test_a_warden_sweeps_when_its_process_is_killed(tmp_path: Path) -> None:
+    """And ends with the last folder of a process that lives."""
+    one, two = SocketFolder(), SocketFolder()
+    warden = leftovers._warden._process
+    assert warden is not None
+    one.close()
+    assert warden.poll() is None
+    two.close()
+    assert warden.poll() is not None
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        folder, _ = process.stdout.readline().split()
+        process.kill()
+    deadline = time.monotonic() + DEADLINE_S
+    while os.path.exists(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

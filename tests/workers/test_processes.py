@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -32,3 +33,20 @@ def test_a_process_and_its_end() -> None:
             with pytest.raises(ProcessLookupError):
                 look()
         it.kill()
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_the_end_of_a_process_is_awaited(monkeypatch: pytest.MonkeyPatch, pidfds: bool) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(38, "this kernel has none")
+
+    if not pidfds:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        waiting = threading.Thread(target=ProcessId.of(process.pid).await_end, daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        process.kill()
+        waiting.join(DEADLINE_S)
+        assert not waiting.is_alive()
