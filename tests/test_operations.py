@@ -1,4 +1,5 @@
-"""docs/operations.md, as it stands: its commands and programs, one after another, in an empty folder."""
+"""docs/operations.md, as it stands: its commands and programs, one after another, in an empty folder; and the tests
+that its table of faults names."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 DEADLINE_S = 120.0
-PAGE = Path(__file__).parents[1] / "docs" / "operations.md"
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "operations.md"
 
 
 @contextmanager
@@ -36,6 +38,21 @@ def serving(command: str, folder: Path, environment: dict[str, str], drained: bo
         if not drained:
             process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE_S) == 0
+
+
+def check_faults(page: str) -> int:
+    """Checks that the tests are there that a page's table of faults names in its last column; returns its rows."""
+    rows = [line for line in page.splitlines() if line.startswith("|") and ".py `" in line]
+    for row in rows:
+        for file, names in re.findall(r"(test_\w+\.py) ((?:`\w+`(?:, )?)+)", row.split("|")[-2]):
+            text = "".join(path.read_text() for path in TESTS.rglob(file))
+            for name in re.findall(r"`(\w+)`", names):
+                assert f"def {name}(" in text, f"{file} has no {name}"
+    return len(rows)
+
+
+def test_the_faults_are_made_by_tests_that_are_there() -> None:
+    assert check_faults(PAGE.read_text()) >= 12
 
 
 @pytest.mark.slow
