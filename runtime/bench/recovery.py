@@ -70,7 +70,7 @@ class Seen:
         waits_s: of each stream and kill, from the kill to the stream's next token.
         rebuilt_s: of each kill, from when it was noticed until there were other shards.
         num_compared: streams that ended, with the tokens that they had to have.
-        spare_bytes: weights of the spare ranks.
+        spare_bytes: of the weights of the spare ranks.
     """
 
     waits_s: list[float] = field(default_factory=list)
@@ -120,8 +120,7 @@ def measure(llm: LLM, load: Load) -> Seen:
         finally:
             over.set()
         seen.num_compared = sum(run.result() for run in runs)
-    if llm.config.warm_spare:
-        seen.spare_bytes = sum(shard["weight_bytes"] for shard in llm.stats()["shards"])
+    seen.spare_bytes = llm.stats()["recoveries"]["spare_bytes"]
     return seen
 
 

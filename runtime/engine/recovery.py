@@ -82,8 +82,10 @@ class Recovery:
 
     def stats(self) -> dict[str, Any]:
         """As :meth:`Supervisor.stats <headwise.cluster.supervisor.Supervisor.stats>`; and the ``spare``: ``none``,
-        ``loading`` or ``ready``."""
-        return self._supervisor.stats() | {"spare": self._spare.state if self._spare is not None else "none"}
+        ``loading`` or ``ready``, and the ``spare_bytes`` of its weights."""
+        spare = self._spare
+        found = {"spare": spare.state, "spare_bytes": spare.num_bytes} if spare is not None else {"spare": "none"}
+        return self._supervisor.stats() | {"spare_bytes": 0} | found
 
     def hurry(self) -> None:
         """Has :meth:`close`, now or later, wait only a moment."""

@@ -25,12 +25,14 @@ class Spare:
 
     Attributes:
         group: that waits, or is loaded; None where there is none.
+        num_bytes: what the weights of the last one take, of all its ranks.
     """
 
     def __init__(self, generations: GenerationFactory) -> None:
         self._generations = generations
         self._lock = threading.Lock()
         self.group: ShardGroup | None = None
+        self.num_bytes = 0
         self._ready = self._closing = False
         self._thread: threading.Thread | None = None
         self._retry_at = 0.0
@@ -98,10 +100,11 @@ class Spare:
                     return
                 self.group = group
             group.load()
+            self.num_bytes = sum(shard["weight_bytes"] for shard in group.query("stats"))
             with self._lock:
                 if not self._closing:
                     self._ready = True
-                    _logger.info("spare shards are loaded, and wait")
+                    _logger.info("spare shards wait, with %.0f MiB of weights", self.num_bytes / 2**20)
                     return
         except Exception as error:
             if not self._closing:

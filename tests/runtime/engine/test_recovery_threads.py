@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,10 @@ class Group(PlainGroup):
             assert time.monotonic() < deadline
             threading.Event().wait(0.005)
         return super().collect()
+
+    def query(self, method: str) -> list[Any]:
+        self._live()
+        return [{"weight_bytes": 7}]
 
     def transferred(self, timeout_s: float) -> None:
         self._live()
@@ -271,7 +276,8 @@ def test_a_spare_takes_the_place_at_once_and_is_followed_by_another(setup: Setup
         setup.ask("a" * count)
         setup.check()
         assert setup.bench.engine.generation.group is spare
-        assert setup.bench.engine.stats()["recoveries"]["count"] == count
+        recoveries = setup.bench.engine.stats()["recoveries"]
+        assert (recoveries["count"], recoveries["spare_bytes"]) == (count, 7)
 
 
 def test_a_spare_that_dies_while_it_waits_is_replaced(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
