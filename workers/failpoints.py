@@ -17,6 +17,7 @@ import os
 import signal
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -173,13 +174,13 @@ def arm(folder: Path, point: Point, fault: Fault, rank: int | None = None) -> No
 def disarm(folder: Path) -> None:
     """No point is armed any more; what has fired stays known."""
     for path in folder.iterdir():
-        if _is_armed(path):
+        if _armed_name(path) is not None:
             path.unlink(missing_ok=True)
 
 
 def armed(folder: Path) -> list[str]:
     """The points that have not fired; with ``@rank`` where they are meant for one."""
-    return sorted(path.name for path in folder.iterdir() if _is_armed(path))
+    return sorted(name for path in folder.iterdir() if (name := _armed_name(path)) is not None)
 
 
 def fired(folder: Path) -> list[Fired]:
@@ -208,16 +209,19 @@ def hit(point: Point, rank: int | None = None, holds: Callable[[int], bool] = la
     for name in (_file_name(point, rank), point.value):
         fault = _take(_folder, name, holds)
         if fault is not None:
-            return _act(_folder, point, fault)
+            _record(_folder, point, fault, name)
+            return _act(point, fault)
     return False
 
 
-_FIRED, _UNDER_WAY = "fired-", "."
+_FIRED, _UNDER_WAY, _CLAIMED = "fired-", ".", ".claimed-"
 _numbers = itertools.count()
 
 
-def _is_armed(path: Path) -> bool:
-    return not path.name.startswith((_FIRED, _UNDER_WAY))
+def _armed_name(path: Path) -> str | None:
+    """What it was armed by, if this is the file of a point that has not fired, or is claimed and about to."""
+    name = path.name.removeprefix(_CLAIMED).partition("~")[0]
+    return None if name.startswith((_FIRED, _UNDER_WAY)) else name
 
 
 def _file_name(point: Point, rank: int | None) -> str:
@@ -227,7 +231,7 @@ def _file_name(point: Point, rank: int | None) -> str:
 def _take(folder: Path, name: str, holds: Callable[[int], bool]) -> Fault | None:
     """The fault, if the point is armed by this name and fires now. Its file is claimed by renaming it: of two processes
     one finds it."""
-    path, claimed = folder / name, folder / f"{_UNDER_WAY}claim-{os.getpid()}-{next(_numbers)}"
+    path, claimed = folder / name, _claim(folder, name)
     try:
         fault = _read(path)
         if fault.token is not None and not holds(fault.token):
@@ -237,11 +241,23 @@ def _take(folder: Path, name: str, holds: Callable[[int], bool]) -> Fault | None
         path.rename(claimed)
     except FileNotFoundError:
         return None
-    claimed.unlink()
     if not fault.skip:
         return fault
     _put(folder, name, json.dumps(asdict(fault) | {"skip": fault.skip - 1}))
+    claimed.unlink(missing_ok=True)
     return None
+
+
+def _claim(folder: Path, name: str) -> Path:
+    """The name that a thread gives to a file while it has it for itself."""
+    return folder / f"{_CLAIMED}{name}~{os.getpid()}-{threading.get_ident()}"
+
+
+def _record(folder: Path, point: Point, fault: Fault, name: str) -> None:
+    """Before it happens: the process may not be there afterwards. Then nobody is told any more that it is armed."""
+    pid = os.getpid()
+    _put(folder, f"{_FIRED}{pid}-{next(_numbers)}", json.dumps((point, fault.action, pid, time.monotonic())))
+    _claim(folder, name).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Fault:
@@ -249,10 +265,8 @@ def _read(path: Path) -> Fault:
     return Fault(**fields | {"action": Action(fields["action"])})
 
 
-def _act(folder: Path, point: Point, fault: Fault) -> bool:
+def _act(point: Point, fault: Fault) -> bool:
     pid = os.getpid()
-    record = json.dumps((point, fault.action, pid, time.monotonic()))
-    _put(folder, f"{_FIRED}{pid}-{next(_numbers)}", record)
     match fault.action:
         case Action.KILL:
             os.kill(pid, signal.SIGKILL)
