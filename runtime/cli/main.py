@@ -1,4 +1,4 @@
-"""The command line: ``headwise generate | chat | serve | warmup | bench``.
+"""The command line: ``headwise generate | chat | serve | warmup | bench | chaos``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 130 interrupted.
 """
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import typer
 
 from headwise.runtime.cli.bench import bench
+from headwise.runtime.cli.chaos import chaos
 from headwise.runtime.cli.chat import chat
 from headwise.runtime.cli.generate import generate
 from headwise.runtime.cli.options import FlagError
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, warmup):
+for command in (generate, chat, serve, warmup, chaos):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -133,6 +133,12 @@ class Engine:
         return self._scheduler.num_queued_tokens
 
     @property
+    def num_suspects(self) -> int:
+        """Requests that were computed when a shard group died, and have got no token since. May be read by other
+        threads."""
+        return self._scheduler.num_suspects
+
+    @property
     def num_paused(self) -> int:
         """Requests that nobody takes tokens of at present."""
         return self._num_paused

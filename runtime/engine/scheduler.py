@@ -199,6 +199,11 @@ class Scheduler:
         failed, self._tables.failed = self._tables.failed, []
         return failed
 
+    @property
+    def num_suspects(self) -> int:
+        """As :attr:`Engine.num_suspects`."""
+        return len(self._suspects)
+
     def check_integrity(self) -> None:
         """
         Raises:

@@ -34,6 +34,10 @@ class Suspects:
     def __init__(self) -> None:
         self._suspicions: dict[Request, _Suspicion] = {}
 
+    def __len__(self) -> int:
+        """Requests that are not free of suspicion."""
+        return len(self._suspicions)
+
     def died(self, in_flight: Collection[Request]) -> Request | None:
         """A group has died with steps in flight that compute these requests, which still have their seats. Returns the
         poisonous one, if it is found."""

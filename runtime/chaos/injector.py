@@ -1,0 +1,162 @@
+"""The injector: a thread that does to an engine what the schedule of faults says, and tells the history."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from headwise.runtime.chaos.faults import Injection, Kind
+from headwise.runtime.chaos.history import Event, History
+from headwise.runtime.llm import LLM
+from headwise.workers import failpoints
+from headwise.workers.errors import HeadwiseError
+from headwise.workers.failpoints import Action
+
+LOOK_S = 0.005
+FIRE_S = 10.0
+"""A failpoint that nobody has come to after so long is disarmed."""
+
+
+class Injector:
+    """
+    Attributes:
+        pids: of every rank that there was, by process id with the time of its creation.
+        problems: what must not be: an engine that does not come back.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        folder: Path,
+        schedule: Iterator[Injection],
+        history: History,
+        deadline_s: float,
+        told: Callable[[Event], None],
+    ) -> None:
+        """
+        Args:
+            folder: of the failpoints.
+            deadline_s: for requests to go on after a fault.
+            told: gets each fault, for people.
+        """
+        self._llm, self._folder, self._schedule = llm, folder, schedule
+        self._history, self._deadline_s, self._told = history, deadline_s, told
+        self._over = threading.Event()
+        self._fired = 0
+        self.pids: set[tuple[int, float]] = set()
+        self.problems: list[str] = []
+        self._threads = [
+            threading.Thread(target=target, name="chaos-injector", daemon=True) for target in (self._run, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def runs(self) -> bool:
+        """Whether there will be more faults."""
+        return self._threads[0].is_alive()
+
+    def stop(self) -> None:
+        """No fault comes after it, and none is left behind: what is armed is disarmed, who is stopped goes on."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        failpoints.disarm(self._folder)
+        self._note_fired()
+
+    def await_progress(self) -> bool:
+        """Whether, before the deadline, each request whose group has died has got a token of the next. Who never gets
+        one is taken for the reason of the deaths."""
+        engine, deadline = self._llm._loop.engine, time.monotonic() + self._deadline_s
+        while time.monotonic() < deadline and self._llm._loop.ended is None:
+            if not engine.rebuilding and not engine.num_suspects:
+                return True
+            time.sleep(LOOK_S)
+        return False
+
+    def _run(self) -> None:
+        for injection in self._schedule:
+            if not injection.hasty and not self.await_progress():
+                if self._llm._loop.ended is None:
+                    self.problems.append(f"requests did not go on within {self._deadline_s:g} s of a fault")
+                return
+            if self._over.wait(injection.wait_s):
+                return
+            self._inject(injection)
+            if self._llm._loop.ended is not None:
+                return
+
+    def _inject(self, injection: Injection) -> None:
+        ranks = self._ranks()
+        if injection.kind is Kind.POINT:
+            self._arm(injection, ranks)
+            return
+        chosen = [ranks[rank] for rank in injection.ranks if rank < len(ranks)]
+        if not chosen:
+            return  # the group is being rebuilt
+        kills = len(chosen) if injection.kind is Kind.KILL else 0
+        self._note(injection.name, kills, injection.ranks)
+        for process in chosen:
+            _send(process, psutil.Process.kill if kills else psutil.Process.suspend)
+        if not kills:
+            self._over.wait(injection.stopped_s)
+            for process in chosen:
+                _send(process, psutil.Process.resume)
+
+    def _arm(self, injection: Injection, ranks: list[psutil.Process]) -> None:
+        assert injection.point is not None and injection.fault is not None
+        rank = injection.ranks[0] if injection.ranks else None
+        failpoints.arm(self._folder, injection.point, injection.fault, rank)
+        if injection.kills and ranks:
+            self._note("kill", 1, (0,))
+            _send(ranks[0], psutil.Process.kill)
+        deadline = time.monotonic() + FIRE_S
+        while failpoints.armed(self._folder) and time.monotonic() < deadline and not self._over.wait(LOOK_S):
+            pass
+        failpoints.disarm(self._folder)
+        self._note_fired()
+
+    def _note_fired(self) -> None:
+        fired = failpoints.fired(self._folder)
+        for one in fired[self._fired :]:
+            kills = int(one.action in (Action.KILL, Action.EXIT))
+            name = f"{one.point} {one.action}"
+            self._told(self._history.add("fired", at=one.at, fault=name, kills=kills))
+        self._fired = len(fired)
+
+    def _note(self, name: str, kills: int, ranks: tuple[int, ...]) -> None:
+        self._told(self._history.add("fault", fault=name, kills=kills, ranks=list(ranks)))
+
+    def _ranks(self) -> list[psutil.Process]:
+        """The processes of the present group by rank; none while there is no group."""
+        try:
+            shards = self._llm._loop.submit(lambda engine: engine.query_shards("stats")).result(self._deadline_s)
+        except (HeadwiseError, TimeoutError):
+            return []
+        found = []
+        for shard in shards:
+            try:
+                found.append(psutil.Process(shard["pid"]))
+            except psutil.NoSuchProcess:
+                return []
+        self.pids |= {(process.pid, process.create_time()) for process in found}
+        return found
+
+    def _watch(self) -> None:
+        """Tells the history when a group is gone, and when requests go on."""
+        engine, down = self._llm._loop.engine, False
+        while not self._over.wait(LOOK_S):
+            if engine.rebuilding != down:
+                down = not down
+                self._history.add("down" if down else "up", epoch=engine.generation.epoch)
+
+
+def _send(process: psutil.Process, signal: Callable[[psutil.Process], None]) -> None:
+    """To a process that may be gone; another one that has its id now gets nothing."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        signal(process)
