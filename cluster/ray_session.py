@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import ray
+import ray._private.worker as ray_worker
 from ray._private.state import actors as actor_table  # there is no public way without a dashboard
 from ray.util import placement_group_table
 
@@ -17,6 +18,8 @@ from headwise.workers.machine import usable_cores
 
 OBJECT_STORE_BYTES = 100 << 20
 """Of a Ray started here. Headwise puts next to nothing into it: steps have a channel of their own."""
+
+_logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _users = 0
@@ -50,6 +53,7 @@ def join(address: str | None) -> None:
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
                 _started_here, _inherited = True, failpoints.environment()
+            _keep_from_stdout()
         _users += 1
 
 
@@ -61,6 +65,17 @@ def leave() -> None:
         if _users == 0 and _started_here:
             _started_here, _inherited = False, {}
             ray.shutdown()
+
+
+def _keep_from_stdout() -> None:
+    """Ray prints on stdout that a process of its own has died, also with log_to_driver=False; what a program prints
+    there is nobody else's. Whoever loses a process says so in the log."""
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        for line in data["lines"]:
+            _logger.debug("Ray: %s", line)
+
+    ray_worker.print_to_stdstream = log
 
 
 def living() -> list[str]:

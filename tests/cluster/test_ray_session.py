@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+import ray._private.worker as ray_worker
 
 from headwise.cluster import ray_session
 from headwise.cluster.group import GroupStartError
@@ -59,3 +60,17 @@ def test_ranks_have_failpoints_also_on_a_ray_that_was_started_before_them(
     finally:
         failpoints.leave()
         ray_session.leave()
+
+
+def test_what_ray_says_of_its_processes_is_kept_from_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_worker, "print_to_stdstream", ray_worker.print_to_stdstream)
+    ray_session.join(None)
+    ray_session.leave()
+    ray_worker.print_to_stdstream({"lines": ["a worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capsys.readouterr() == ("", "")
