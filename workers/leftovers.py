@@ -117,7 +117,7 @@ def sweep(folders: Iterable[str] = ()) -> list[str]:
 
 
 class _Warden:
-    """Runs ``python -m headwise.workers.leftovers`` as long as this process has folders of sockets."""
+    """Runs ``python -P -m headwise.workers.leftovers`` as long as this process has folders of sockets."""
 
     def __init__(self) -> None:
         self._lock, self._folders = threading.RLock(), 0
@@ -128,7 +128,7 @@ class _Warden:
             self._folders += 1
             if self._folders > 1:
                 return
-            command = [sys.executable, "-m", "headwise.workers.leftovers", str(os.getpid())]
+            command = [sys.executable, "-P", "-m", "headwise.workers.leftovers", str(os.getpid())]
             null = subprocess.DEVNULL
             # Without one, as where there is no memory for it, ranks and the next engine sweep.
             with contextlib.suppress(OSError):
