@@ -138,14 +138,10 @@ class Injector:
             shards = self._llm._loop.submit(lambda engine: engine.query_shards("stats")).result(self._deadline_s)
         except (HeadwiseError, TimeoutError):
             return []
-        found = []
-        for shard in shards:
-            try:
-                found.append(psutil.Process(shard["pid"]))
-            except psutil.NoSuchProcess:
-                return []
-        self.pids |= {(process.pid, process.create_time()) for process in found}
-        return found
+        found = [process for shard in shards if (process := rank_process(shard["pid"])) is not None]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.pids |= {(process.pid, process.create_time()) for process in found}
+        return found if len(found) == len(shards) else []
 
     def _watch(self) -> None:
         """Tells the history when a group is gone, and when requests go on."""
@@ -154,6 +150,16 @@ class Injector:
             if engine.rebuilding != down:
                 down = not down
                 self._history.add("down" if down else "up", epoch=engine.generation.epoch)
+
+
+def rank_process(pid: int) -> psutil.Process | None:
+    """The process of a rank on this host; None if there is none. A rank of another host has an id that may be anybody's
+    here, and threads of this program are no ranks to kill."""
+    try:
+        process = psutil.Process(pid)
+        return process if any("ShardActor" in word for word in process.cmdline()) else None
+    except psutil.Error:
+        return None
 
 
 def _send(process: psutil.Process, signal: Callable[[psutil.Process], None]) -> None:

@@ -16,13 +16,14 @@ from headwise.runtime.chaos.checker import Answer, Finding, check
 from headwise.runtime.chaos.clients import Clients
 from headwise.runtime.chaos.faults import Abilities, injections
 from headwise.runtime.chaos.history import Event, History
-from headwise.runtime.chaos.injector import Injector
+from headwise.runtime.chaos.injector import Injector, rank_process
 from headwise.runtime.chaos.verdict import Verdict, judge
 from headwise.runtime.chaos.workload import Question
 from headwise.runtime.config import engine_config
 from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
 from headwise.workers import failpoints
+from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.model_config import load_model_config
 
 DRAIN_S = 120.0
@@ -77,6 +78,7 @@ def _disturb(
 ) -> tuple[float, int, list[Finding], set[tuple[int, float]]]:
     """Returns for how many seconds there were faults, the recoveries, what was found, and the ranks' processes."""
     with LLM(model, **settings, quiet=load.quiet) as llm:
+        _check_place(llm)
         questions = _questions(llm, model, load.seed)
         _say(load, f"{len(questions)} questions, undisturbed")
         answers = ask_undisturbed(llm, questions)
@@ -103,6 +105,16 @@ def _disturb(
     clients.stop(BOOKS_S)
     findings += check(list(history.events), answers, load.deadline_s)
     return seconds, recoveries, findings, injector.pids if llm.config.executor == "ray" else set()
+
+
+def _check_place(llm: LLM) -> None:
+    """
+    Raises:
+        InvalidValueError: a rank is on another machine, where nobody can be killed from here.
+    """
+    if llm.config.executor == "ray" and not all(map(rank_process, llm.stats()["shard_pids"])):
+        limit = "has ranks on other machines; faults are made on this one alone"
+        raise InvalidValueError("address", llm.config.address, limit, "have every rank on this machine")
 
 
 def ask_undisturbed(llm: LLM, questions: Sequence[Question]) -> list[list[Answer]]:
