@@ -20,15 +20,16 @@ class ShardGroupDied(HeadwiseError):
 
     Attributes:
         rank, node: None where the group has ended for no rank's sake, as when it is closed.
+        own_error: whether the rank itself has met an error and said so; else something has ended it, or made it hang.
     """
 
-    def __init__(self, rank: int | None, node: str | None, cause: str) -> None:
-        self.rank, self.node, self.cause = rank, node, cause
+    def __init__(self, rank: int | None, node: str | None, cause: str, own_error: bool = False) -> None:
+        self.rank, self.node, self.cause, self.own_error = rank, node, cause, own_error
         who = "the shard group has ended" if rank is None else f"rank {rank} on node {node} died"
         super().__init__(f"{who}: {cause}")
 
-    def __reduce__(self) -> tuple[type[ShardGroupDied], tuple[int | None, str | None, str]]:
-        return type(self), (self.rank, self.node, self.cause)
+    def __reduce__(self) -> tuple[type[ShardGroupDied], tuple[int | None, str | None, str, bool]]:
+        return type(self), (self.rank, self.node, self.cause, self.own_error)
 
 
 class GroupStartError(HeadwiseError):

@@ -107,7 +107,11 @@ class LocalShardGroup(ChannelGroup):
         """A rank does not serve any more. As a rule it has told the engine why; if it could not, this does."""
         assert self._mailbox is not None, "load() comes first"
         error = run.exception()
-        self._mailbox.declare_dead(*((None, CLOSED) if error is None else death_of(rank, error)))
+        if error is None:
+            self._mailbox.declare_dead(None, CLOSED)
+            return
+        dead, cause = death_of(rank, error)
+        self._mailbox.declare_dead(dead, cause, own_error=dead == rank)
 
 
 class _RankThread:

@@ -70,7 +70,8 @@ class Mailbox:
                     raise self.death
                 return None
             if got[0] == Kind.ERROR:
-                self.declare_dead(*msgpack.unpackb(got[2]))
+                dead, cause = msgpack.unpackb(got[2])
+                self.declare_dead(dead, cause, own_error=dead == got[1])
             else:
                 self._received[got[0]].append((got[1], got[2]))
         return self._received[kind].popleft()
@@ -79,13 +80,14 @@ class Mailbox:
         """Lets a :meth:`poll` that waits, or else the next that would, return None. May be called on any thread."""
         self._channel.wake()
 
-    def declare_dead(self, rank: int | None, cause: str) -> ShardGroupDied:
+    def declare_dead(self, rank: int | None, cause: str, own_error: bool = False) -> ShardGroupDied:
         """Ends the group, unless a death is known already; returns the first. May be called on any thread.
 
         Args:
             rank: the one that died; None where none did.
+            own_error: whether the rank has said so itself.
         """
         if self.death is None:
-            self.death = ShardGroupDied(rank, None if rank is None else self._nodes[rank], cause)
+            self.death = ShardGroupDied(rank, None if rank is None else self._nodes[rank], cause, own_error)
         self._channel.wake()
         return self.death

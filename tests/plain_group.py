@@ -63,12 +63,20 @@ class PlainGroup(ShardGroup):
     """Follows plans as a shard does, as late as it may; a slot of a block remembers the tokens up to the one that was
     written to it. Blocks are copied to and from tiers at times that ``chance`` picks, and now and then not at all."""
 
-    def __init__(self, chance: random.Random | None = None, failing: float = 0.0, dying: float = 0.0) -> None:
+    def __init__(
+        self,
+        chance: random.Random | None = None,
+        failing: float = 0.0,
+        dying: float = 0.0,
+        explains: bool = True,
+    ) -> None:
         """
         Args:
             failing: the share of blocks that are not copied.
             dying: the share of calls in which the group dies.
+            explains: whether a rank says that it has met an error, where it dies of a deadly token.
         """
+        self.explains = explains
         self.dying, self.ended = dying, False
         self.dead: ShardGroupDied | None = None
         self.rows: dict[int, Row] = {}
@@ -114,19 +122,19 @@ class PlainGroup(ShardGroup):
         plan = decode_plan(self.plans.popleft())
         output = decode_output(encode_output(self._step(plan)))
         if any(DEADLY in self.rows[row].tokens for row, _ in plan.computes):
-            self.die("a deadly token")
+            self.die("a deadly token", own_error=self.explains)
         return output
 
     @property
     def death(self) -> ShardGroupDied | None:
         return self.dead
 
-    def die(self, cause: str) -> None:
+    def die(self, cause: str, own_error: bool = False) -> None:
         """
         Raises:
             ShardGroupDied: always, from now on.
         """
-        self.dead = self.dead or ShardGroupDied(0, "here", cause)
+        self.dead = self.dead or ShardGroupDied(0, "here", cause, own_error)
         raise self.dead
 
     def give_up(self, cause: str) -> None:

@@ -206,7 +206,7 @@ class Engine:
         self._end_failed()
         self._pinned = self.generation.pins.left()
         self.generation.abandon()
-        poisonous = self._scheduler.lose_seats(in_flight)
+        poisonous = self._scheduler.lose_seats(in_flight, death.own_error)
         if poisonous is not None:
             self._fail(poisonous, f"the shard group died whenever this request was computed, and of no other: {death}")
         for request in [live.request for live in self._live.values() if live.request.transfer is not None]:

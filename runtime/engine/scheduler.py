@@ -161,18 +161,19 @@ class Scheduler:
         if self._has_group:
             self._tables.forget(request)
 
-    def lose_seats(self, in_flight: Collection[Request]) -> Request | None:
+    def lose_seats(self, in_flight: Collection[Request], own_error: bool = False) -> Request | None:
         """The shard group is dead, and every seat with it. What ran waits again, in front of what waited, each in its
         order.
 
         Args:
             in_flight: the requests that the steps in flight compute, and that have not ended.
+            own_error: whether the group has died of an error that one of its ranks has met.
 
         Returns:
             The request that the group has died of, if it is found.
         """
         self.waiting.rewind()  # the group may have died while their turns were looked at
-        poisonous = self._suspects.died(in_flight)
+        poisonous = self._suspects.died(in_flight, own_error)
         for request in (*self.running, *self._leaving):
             request.seat = None
         for request in reversed(self.running):

@@ -16,6 +16,7 @@ import pytest
 from headwise.cluster import channel_group
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, Kind
+from headwise.cluster.engine_watch import EngineProcess
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.local_group import LocalGroupFactory
 from headwise.cluster.rank import death_of
@@ -23,6 +24,7 @@ from headwise.workers.errors import InvalidValueError, PeerDiedError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob
 from headwise.workers.machine import usable_cores
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan
+from headwise.workers.processes import ProcessId
 from tests.checkpoints import small_spec
 from tests.thread_group import ThreadShardGroup
 
@@ -197,7 +199,8 @@ def test_an_actor_has_no_more_threads_than_cores_whatever_ray_was_told(monkeypat
     pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     for name in pools:
         monkeypatch.setenv(name, "1")
-    ShardActor(0, small_spec(Path("nowhere")), 64)
+    engine = EngineProcess(ProcessId(1, 1, "another host"), "/tmp")  # whose end this process would follow
+    ShardActor(0, small_spec(Path("nowhere")), 64, engine)
     assert {os.environ[name] for name in pools} == {str(usable_cores())}
 
 

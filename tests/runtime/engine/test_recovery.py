@@ -34,13 +34,13 @@ class Mortal:
             return False
         return True
 
-    def run(self) -> None:
+    def run(self, explains: bool = True) -> None:
         """Until all is done; each group that dies is followed by one that may die of deadly tokens only."""
         for _ in range(5000):
             if not self.bench.engine.has_work:
                 return
             if not self.step():
-                self.bench.resume()
+                self.bench.resume(PlainGroup(explains=explains))
         raise AssertionError(f"still at work: {self.bench.engine.stats()}")
 
 
@@ -131,9 +131,11 @@ def test_who_waited_keeps_the_place() -> None:
     assert all((bench.got[request.key], bench.ended[request.key]) == alone(request) for request in bench.requests)
 
 
+@pytest.mark.parametrize(("explains", "deaths"), [(True, 3), (False, 4)])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_request_that_groups_die_of_fails_alone(depth: int) -> None:
-    bench = Bench(depth=depth)
+def test_a_request_that_groups_die_of_fails_alone(depth: int, explains: bool, deaths: int) -> None:
+    """Where a process is killed, which may be no fault of the request, it is tried once more."""
+    bench = Bench(depth=depth, group=PlainGroup(explains=explains))
     mortal = Mortal(bench)
     neighbours = [make_request(str(i), [i, 2, 3], 12, seed=i) for i in range(8)]
     for request in neighbours[:4]:
@@ -144,8 +146,8 @@ def test_a_request_that_groups_die_of_fails_alone(depth: int) -> None:
     bench.add(deadly)
     for request in neighbours[4:]:
         bench.add(request)
-    mortal.run()
-    assert mortal.deaths == 3
+    mortal.run(explains)
+    assert mortal.deaths == deaths
     assert bench.ended[deadly.key] is FinishReason.ERROR and "died whenever" in str(deadly.error)
     assert all((bench.got[request.key], bench.ended[request.key]) == alone(request) for request in neighbours)
     bench.check_idle()
