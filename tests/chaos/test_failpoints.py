@@ -17,6 +17,7 @@ from headwise.runtime.chaos import books
 from headwise.runtime.chaos.books import check_engine, leftovers
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.kv.blocks import Use
 from headwise.runtime.output import FinishReason
 from headwise.workers import failpoints
 from headwise.workers.failpoints import Action, Point
