@@ -189,6 +189,8 @@ class Shard:
             self._disk.close()  # a copier's thread that has not ended would use what was closed under it
         if self._grammars is not None:
             self._grammars.close()
+        if self._kv_cache is not None:
+            self._kv_cache.close()
         self._handoff = self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()

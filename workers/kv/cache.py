@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import Range
+from headwise.workers.kv.pages import PageTaker
 from headwise.workers.machine import free_host_memory
 
 Buffer = bytes | bytearray | memoryview
@@ -60,11 +60,19 @@ class KVCache:
         key_block = (head_dim, block_size) if transposed_keys else (block_size, head_dim)
         self.keys = _zeros((num_layers, num_blocks, num_kv_heads, *key_block), dtype, self.device)
         self.values = _zeros(sizes, dtype, self.device)
+        self._pages: PageTaker | None = None
+        if self.device.type == "cpu":
+            self._pages = PageTaker([x.view(-1).view(torch.uint8).numpy() for x in (self.keys, self.values)])
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if self.device.type == "cuda":
             # Of the steps, which is the current one where the memory is made, and of copies beside them.
             beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._streams = torch.cuda.current_stream(self.device), beside
+
+    def close(self) -> None:
+        """Call it before the cache is given up, so that its memory is free then. Idempotent."""
+        if self._pages is not None:
+            self._pages.close()
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
@@ -244,7 +252,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # NumPy asks for huge pages and torch does not; blocks lie scattered, so with small ones each is a TLB miss.
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    memory[:: mmap.PAGESIZE] = 0  # take the pages now: later each would hold up the step that first writes to it
     return torch.from_numpy(memory).view(dtype).view(shape)
 
 

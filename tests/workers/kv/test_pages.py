@@ -1,0 +1,46 @@
+"""Pages that are taken beside steps: all of them, without a byte changed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headwise.workers.kv import pages
+from headwise.workers.kv.pages import PageTaker
+
+DEADLINE_S = 60.0
+MIB = 1 << 20
+
+
+def resident() -> int:
+    """Bytes of this process that have pages."""
+    fields = Path("/proc/self/smaps_rollup").read_text().split()
+    return int(fields[fields.index("Rss:") + 1]) << 10
+
+
+def test_all_pages_are_taken_and_what_is_written_meanwhile_stays() -> None:
+    arrays = [np.zeros(200 * MIB + 5, np.uint8), np.zeros(3, np.uint8), np.zeros(0, np.uint8)]
+    before = resident()
+    taker = PageTaker(arrays)
+    for at in range(0, arrays[0].nbytes, 999_983):
+        arrays[0][at] = 7
+    assert taker.join(DEADLINE_S)
+    assert resident() - before > 190 * MIB
+    assert (arrays[0][::999_983] == 7).all() and int(arrays[0].sum()) == 7 * len(arrays[0][::999_983])
+
+
+def test_where_the_system_cannot_do_that_they_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_POPULATE_WRITE", 9999)
+    array, before = np.zeros(64 * MIB, np.uint8), resident()
+    assert PageTaker([array]).join(0.0)
+    assert resident() - before > 60 * MIB and not array.any()
+
+
+def test_it_ends_when_it_is_closed() -> None:
+    taker = PageTaker([np.zeros(512 * MIB, np.uint8)])
+    taker.close()
+    taker.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "headwise-pages"]
