@@ -75,16 +75,20 @@ class BlockTables:
         """The waiting requests have their turns, the first of them next."""
         self._somebody_waits = False
 
-    def admit(self, request: Request, row: int) -> Admission:
+    def admit(self, request: Request, row: int, alone: bool = False) -> Admission:
         """Gives a request a seat, if it can have one now, with blocks for all its tokens and the next one. Its first
-        blocks come from the cache where they are there; at least one token is left to compute."""
+        blocks come from the cache where they are there; at least one token is left to compute.
+
+        Args:
+            alone: no other request is computed meanwhile, so that there is none to wait for.
+        """
         search = self._searches.get(request) or self._searches.setdefault(request, _Search())
-        if search.restoring or (search.awaits is not None and self._is_coming(search.awaits)):
+        if search.restoring or (search.awaits is not None and self._is_coming(search.awaits, alone)):
             return Admission.LATER
         if self.inbound is not None and search.reserve and not self._may_reserve(self.inbound, search.reserve):
             return Admission.LATER
         limit = self._match(request, search.chain)
-        if self._waits_for_another(request, search, limit):
+        if self._waits_for_another(request, search, limit, alone):
             return Admission.LATER
         chain = search.chain
         # For all tokens at once, so that no prefill is preempted half-way by a later one.
@@ -197,18 +201,19 @@ class BlockTables:
         self.cache.match(request.token_blocks, limit, chain)
         return limit
 
-    def _waits_for_another(self, request: Request, search: _Search, limit: int) -> bool:
+    def _waits_for_another(self, request: Request, search: _Search, limit: int, alone: bool) -> bool:
         """Whether the block after the chain is on its way for another request."""
         blocks, length = request.token_blocks, len(search.chain)
         if blocks is None or length >= limit:
             return False
         search.awaits = blocks.digests[length]
-        return self._is_coming(search.awaits)
+        return self._is_coming(search.awaits, alone)
 
-    def _is_coming(self, digest: bytes) -> bool:
-        """Whether a request computes or restores a block. One that is paused may never come to compute it."""
+    def _is_coming(self, digest: bytes, alone: bool = False) -> bool:
+        """Whether a request computes or restores a block. One that is paused may never come to compute it, and one
+        that has to wait for another that is computed ``alone`` does not either."""
         owner = self._coming.get(digest)
-        return owner is not None and (not owner.paused or self._is_restoring(owner))
+        return owner is not None and (not (owner.paused or alone) or self._is_restoring(owner))
 
     def _is_restoring(self, request: Request) -> bool:
         search = self._searches.get(request)

@@ -263,13 +263,16 @@ class Scheduler:
         if any(seat_of(request).num_in_flight for request in others):
             return
         if suspect.state is RequestState.RUNNING:
+            self.running.remove(suspect)
+            self.running.insert(0, suspect)  # whoever gives up blocks for it, it is another
             self._compute(suspect, draft)
             return
         if suspect.seat is not None:
             return
         self._tables.begin_round()
         while True:
-            admission = self._tables.admit(suspect, self._free_rows[-1]) if self._free_rows else Admission.NO_ROOM
+            row = self._free_rows[-1] if self._free_rows else None
+            admission = self._tables.admit(suspect, row, alone=True) if row is not None else Admission.NO_ROOM
             if admission is Admission.SEATED:
                 self.waiting.remove(suspect)
                 self._begin(suspect, draft)

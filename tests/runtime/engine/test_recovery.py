@@ -198,6 +198,54 @@ def test_a_suspect_that_nobody_reads_holds_nobody_up() -> None:
     assert bench.ended[deadly.key] is FinishReason.ERROR and mortal.deaths == 3
 
 
+def test_a_suspect_waits_for_nobody_who_is_not_computed_meanwhile() -> None:
+    """Another computes the prompt that both begin with, and is stopped half-way."""
+    bench = Bench(budget=4, depth=2)
+    mortal = Mortal(bench)
+    suspect, same = (make_request(name, [1] * 13, 8) for name in ("suspect", "same"))
+    bench.add(suspect)
+    for _ in range(2):
+        assert mortal.step()
+        bench.engine.lose_group(ShardGroupDied(0, "here", "for the test"))
+        bench.resume()
+    bench.engine.pause("suspect", True)
+    bench.add(same)
+    assert mortal.step()
+    bench.engine.pause("suspect", False)
+    mortal.run()
+    assert all((bench.got[request.key], bench.ended[request.key]) == alone(request) for request in (suspect, same))
+    bench.check_idle()
+
+
+@pytest.mark.parametrize("seed", [1902, 2295, 7630])
+def test_a_suspect_does_not_give_up_its_own_blocks(seed: int) -> None:
+    """It was paused until others had all the blocks that were left; now nobody else is computed, who could give some
+    back."""
+    chance = random.Random(seed)
+    bench = Bench(chance.randint(8, 12), rows=4, budget=chance.choice([3, 40]), depth=2)
+    mortal, paused = Mortal(bench), set[str]()
+    for name in "01":
+        prompt = [chance.randint(0, 5) for _ in range(chance.randint(4, 13))]
+        bench.add(make_request(name, prompt, chance.randint(8, 14), seed=int(name)))
+    for _ in range(2):
+        for _ in range(chance.randint(1, 3)):
+            assert mortal.step()
+        bench.engine._submit_next()
+        bench.engine.lose_group(ShardGroupDied(0, "here", "for the test"))
+        bench.resume()
+    for _ in range(40):
+        if chance.random() < 0.3:
+            name = chance.choice("01")
+            bench.engine.pause(name, name not in paused)
+            paused ^= {name}
+        if bench.engine.has_work:
+            assert mortal.step()
+    for name in paused:
+        bench.engine.pause(name, False)
+    mortal.run()
+    assert all((bench.got[request.key], bench.ended[request.key]) == alone(request) for request in bench.requests)
+
+
 def test_a_group_with_less_memory_ends_what_does_not_fit() -> None:
     bench = Bench(blocks=20)
     small, large = make_request("small", [1] * 8, 8), make_request("large", [2] * 8, 40)
