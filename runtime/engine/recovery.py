@@ -48,11 +48,12 @@ class Recovery:
             warm_spare: whether a group that has its weights waits to take the place of one that dies.
         """
         self._engine, self._generations, self._recovers = engine, generations, recovers
-        self._supervisor = Supervisor()
+        self._supervisor = Supervisor(time.monotonic())
         self._spare = Spare(generations) if warm_spare and recovers else None
         self._changed = threading.Condition()
         self._closing = False
         self._lost: ShardGroupDied | None = None
+        self._was_idle = False  # when it died
         self._steps_before = engine.num_steps  # when the group that runs now was started
         self._building: ShardGroup | None = None
         self._thread: threading.Thread | None = None
@@ -74,9 +75,10 @@ class Recovery:
         """
         if not self._recovers or self._closing:
             return False
+        was_idle = not self._engine.has_work
         self._engine.lose_group(death)
         with self._changed:
-            self._lost = death
+            self._lost, self._was_idle = death, was_idle
             self._changed.notify_all()
         return True
 
@@ -132,7 +134,7 @@ class Recovery:
     def _rebuild(self, death: ShardGroupDied) -> None:
         engine, supervisor = self._engine, self._supervisor
         old, has_stepped = engine.generation, engine.num_steps > self._steps_before
-        todo = supervisor.died(time.monotonic(), old.epoch, death, has_stepped)
+        todo = supervisor.died(time.monotonic(), old.epoch, death, has_stepped, self._was_idle)
         _logger.warning("epoch %d: %s; the shards are started again", old.epoch, death)
         old.group.give_up(death.cause)  # where the engine has found that it is of no more use, and the group has not
         old.group.hurry()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 from headwise.cluster.group import ShardGroupDied
-from headwise.cluster.supervisor import MAX_DEATHS, MAX_FAILURES, GiveUp, Rebuild, Supervisor
+from headwise.cluster.supervisor import MAX_DEATHS, MAX_FAILURES, SOUND_S, GiveUp, Rebuild, Supervisor
 
 DEATH = ShardGroupDied(1, "here", "killed")
 
 
 def test_a_group_that_has_finished_a_step_is_replaced_at_once_however_often_it_dies() -> None:
-    supervisor = Supervisor()
+    supervisor = Supervisor(0.0)
     for at in range(3 * MAX_FAILURES):
         assert supervisor.died(float(at), at, DEATH, has_stepped=True) == Rebuild(0.0)
         supervisor.rebuilt(at + 0.5)
@@ -19,7 +22,7 @@ def test_a_group_that_has_finished_a_step_is_replaced_at_once_however_often_it_d
 
 
 def test_groups_that_finish_no_step_wait_longer_each_time_and_are_given_up() -> None:
-    supervisor = Supervisor()
+    supervisor = Supervisor(0.0)
     waits = []
     for at in range(MAX_FAILURES):
         failing = supervisor.died(0.0, at, DEATH, has_stepped=False) if at % 2 else supervisor.failed("no room")
@@ -29,7 +32,7 @@ def test_groups_that_finish_no_step_wait_longer_each_time_and_are_given_up() -> 
 
 
 def test_a_finished_step_begins_a_new_row() -> None:
-    supervisor = Supervisor(max_failures=3)
+    supervisor = Supervisor(0.0, max_failures=3)
     for _ in range(2):
         assert isinstance(supervisor.failed("no room"), Rebuild)
     assert supervisor.died(0.0, 1, DEATH, has_stepped=True) == Rebuild(0.0)
@@ -39,10 +42,43 @@ def test_a_finished_step_begins_a_new_row() -> None:
 
 
 def test_the_last_deaths_are_remembered() -> None:
-    supervisor = Supervisor()
+    supervisor = Supervisor(0.0)
     for at in range(MAX_DEATHS + 5):
         supervisor.died(0.0, at, DEATH, has_stepped=True)
     supervisor.died(0.0, 99, ShardGroupDied(None, None, "Ray is gone"), has_stepped=True)
     stats = supervisor.stats()
     assert [death["epoch"] for death in stats["deaths"]] == [*range(6, MAX_DEATHS + 5), 99]
     assert stats["deaths_by_rank"] == {"1": MAX_DEATHS + 5, "": 1}
+
+
+def test_groups_that_have_lived_with_nothing_to_do_are_replaced_however_many_die() -> None:
+    supervisor = Supervisor(0.0)
+    for at in range(1, 3 * MAX_FAILURES):
+        assert supervisor.died(at * (SOUND_S + 1), at, DEATH, has_stepped=False, idle=True) == Rebuild(0.0)
+        supervisor.rebuilt(at * (SOUND_S + 1) + 1)
+    at = supervisor.num_deaths * (SOUND_S + 1) + 2
+    assert supervisor.died(at, 99, DEATH, has_stepped=False, idle=True) == Rebuild(0.5)
+    assert supervisor.died(at + 2 * SOUND_S, 99, DEATH, has_stepped=False) == Rebuild(1.0)  # its first step hung
+
+
+def test_deaths_may_be_read_while_others_are_added() -> None:
+    supervisor, over, errors = Supervisor(0.0), threading.Event(), list[RuntimeError]()
+
+    def read() -> None:
+        while not over.is_set():
+            try:
+                supervisor.stats()
+            except RuntimeError as error:
+                errors.append(error)
+
+    before, thread = sys.getswitchinterval(), threading.Thread(target=read)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for at in range(5000):
+            supervisor.died(0.0, at, DEATH, has_stepped=True)
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not errors
