@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class Mailbox:
         self._channel, self._nodes = channel, nodes
         self._received: defaultdict[Kind, deque[tuple[int, bytes]]] = defaultdict(deque)
         self.death: ShardGroupDied | None = None
+        self._declaring = threading.Lock()
 
     def send_all(self, kind: Kind, payload: bytes) -> None:
         """
@@ -87,7 +89,8 @@ class Mailbox:
             rank: the one that died; None where none did.
             own_error: whether the rank has said so itself.
         """
-        if self.death is None:
-            self.death = ShardGroupDied(rank, None if rank is None else self._nodes[rank], cause, own_error)
+        death = ShardGroupDied(rank, None if rank is None else self._nodes[rank], cause, own_error)
+        with self._declaring:
+            self.death = self.death or death
         self._channel.wake()
         return self.death

@@ -25,14 +25,15 @@ class ProcessWatch:
         """
         self._report = report
         self._wake_in, self._wake_out = os.pipe()
-        self._stopping = False
+        self._stopping, self._lock = False, threading.Lock()
         self._thread = threading.Thread(target=self._watch, args=(processes,), name="headwise-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Call it before the processes are ended. Idempotent."""
-        if not self._stopping:
-            self._stopping = True
+        with self._lock:  # once: the descriptor's number may be another's by then
+            stopping, self._stopping = self._stopping, True
+        if not stopping:
             os.close(self._wake_out)  # which the other end notices
 
     def join(self) -> None:

@@ -105,9 +105,10 @@ class RayRanks:
         return self._runs
 
     def stopped(self) -> int | None:
-        """The first rank whose process is stopped, as by SIGSTOP, of those on this host; None if there is none."""
+        """The first rank whose process is stopped, as by SIGSTOP, of those on this host; None if there is none, or it
+        cannot be told, as where too many files are open."""
         for rank, place in enumerate(self._places):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(Exception):
                 if place["node_id"] == self._here() and psutil.Process(place["pid"]).status() == psutil.STATUS_STOPPED:
                     return rank
         return None

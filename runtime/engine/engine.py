@@ -216,7 +216,11 @@ class Engine:
         self._deliver()
 
     def resume(self, generation: Generation) -> None:
-        """There is another shard group, and its books are open."""
+        """There is another shard group, and its books are open.
+
+        Raises:
+            ShardGroupDied: it is dead by now. The engine still has none, and waits for the next.
+        """
         generation.count_on(self.generation)
         self.generation = generation
         self._scheduler.resume(generation.tables)
@@ -224,10 +228,10 @@ class Engine:
         self._end_unfit(list(self._live.values()), self._capacity)
         for tell in self.on_resume:
             tell(generation)
-        self.rebuilding = False
         if self._reset_wanted:
+            self._reset()  # which may find that this group is dead, too
             self._reset_wanted = False
-            self.reset_prefix_cache()
+        self.rebuilding = False
         for pinned in self._pinned:
             repin(self, pinned, next(self._pin_numbers))
         self._pinned = []
@@ -300,11 +304,7 @@ class Engine:
         if self.rebuilding:  # the disk has what it had
             self._pinned, self._reset_wanted = [], True
             return
-        self.generation.pins.clear()
-        self.generation.cache.clear()
-        if self.generation.tiers is not None:
-            self.generation.tiers.clear()
-        self.events.flush()
+        self._reset()
 
     def check_integrity(self) -> None:
         """
@@ -312,6 +312,13 @@ class Engine:
             IntegrityError: the books of the KV blocks do not add up.
         """
         self._scheduler.check_integrity()
+
+    def _reset(self) -> None:
+        self.generation.pins.clear()
+        self.generation.cache.clear()
+        if self.generation.tiers is not None:
+            self.generation.tiers.clear()
+        self.events.flush()
 
     def _check_idle(self) -> None:
         """Checks the books while there is nothing else to do."""

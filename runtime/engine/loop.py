@@ -179,9 +179,7 @@ class EngineLoop:
         try:
             return function(self._engine)
         except ShardGroupDied as death:
-            if self._recovery is None or self._engine.rebuilding:
-                raise
-            if death is not self._engine.generation.group.death or not self._goes_on(death):
+            if self._recovery is None or self._engine.rebuilding or not self._goes_on(death):
                 raise
         return function(self._engine)
 

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from headwise.cluster.group import ShardGroup, ShardGroupDied
 from headwise.cluster.supervisor import GiveUp, Instruction, Supervisor
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory, ReadyGroup
-from headwise.runtime.engine.spare import Spare
+from headwise.runtime.engine.spare import Spare, join
 from headwise.workers import failpoints
 from headwise.workers.failpoints import Point
+
+T = TypeVar("T")
 
 LOOK_S = 0.25
 """How often it is looked whether shards that do nothing have died, or a step hangs."""
@@ -28,7 +30,7 @@ _logger = logging.getLogger(__name__)
 class Loop(Protocol):
     """The engine's thread."""
 
-    def submit(self, function: Callable[[Engine], None]) -> Future[None]: ...
+    def submit(self, function: Callable[[Engine], T]) -> Future[T]: ...
 
     def post(self, function: Callable[[Engine], None]) -> None: ...
 
@@ -51,7 +53,8 @@ class Recovery:
         self._supervisor = Supervisor(time.monotonic())
         self._spare = Spare(generations) if warm_spare and recovers else None
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing, self._hurried = False, threading.Event()
+        self._problem = ""
         self._lost: ShardGroupDied | None = None
         self._was_idle = False  # when it died
         self._steps_before = engine.num_steps  # when the group that runs now was started
@@ -91,9 +94,11 @@ class Recovery:
 
     def hurry(self) -> None:
         """Has :meth:`close`, now or later, wait only a moment."""
-        for group in (self._building, self._spare.group if self._spare is not None else None):
-            if group is not None:
-                group.hurry()
+        self._hurried.set()
+        if (building := self._building) is not None:
+            building.hurry()
+        if self._spare is not None:
+            self._spare.hurry()
 
     def close(self) -> None:
         """Ends what is being started. The group that runs is the engine's to close. Idempotent."""
@@ -106,19 +111,35 @@ class Recovery:
         if building is not None:
             building.close()
         if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join(_END_S)
+            join(self._thread, _END_S, self._hurried)
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._lost is not None, LOOK_S)
-                lost, self._lost = self._lost, None
-                if self._closing:
-                    return
-            if lost is not None and self._engine.rebuilding:
-                self._rebuild(lost)
-            else:
-                self._look()
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self._lost is not None, LOOK_S)
+                    lost, self._lost = self._lost, None
+                    if self._closing:
+                        return
+                if lost is not None and self._engine.rebuilding:
+                    self._rebuild(lost)
+                else:
+                    self._try_to_look()
+        except BaseException as error:  # without this thread, the next death would be a pause without an end
+            _logger.exception("nobody looks after the shards any more")
+            failure = RuntimeError("nobody looks after the shards any more")
+            failure.__cause__ = error
+            self._loop.post(partial(_give_up, failure))
+
+    def _try_to_look(self) -> None:
+        """Looks, and soon again if that fails, as where too many files are open."""
+        try:
+            self._look()
+            self._problem = ""
+        except Exception as error:
+            if self._problem != (problem := f"{type(error).__name__}: {error}"):
+                _logger.warning("the shards could not be looked after: %s", problem)
+            self._problem = problem
 
     def _look(self) -> None:
         """Notices a group that has died while nobody waited for it, and one whose step hangs."""
@@ -136,9 +157,7 @@ class Recovery:
         old, has_stepped = engine.generation, engine.num_steps > self._steps_before
         todo = supervisor.died(time.monotonic(), old.epoch, death, has_stepped, self._was_idle)
         _logger.warning("epoch %d: %s; the shards are started again", old.epoch, death)
-        old.group.give_up(death.cause)  # where the engine has found that it is of no more use, and the group has not
-        old.group.hurry()
-        _closed(old)
+        _ended(old, death.cause)
         while not self._closing:
             if isinstance(todo, GiveUp):
                 error = ShardGroupDied(death.rank, death.node, f"{death.cause}; {todo.reason}")
@@ -151,7 +170,8 @@ class Recovery:
     def _try(self, after_s: float) -> Instruction | None:
         """Starts a group after so many seconds; returns what is to be done if that fails."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, after_s)
+            if self._changed.wait_for(lambda: self._closing, after_s):
+                return None
         group: ShardGroup | None = None
         try:
             if failpoints.ENABLED:
@@ -189,13 +209,26 @@ class Recovery:
             self._building = group
 
     def _go_on(self, ready: ReadyGroup) -> None:
-        def resume(engine: Engine) -> None:
+        opened: list[Generation] = []
+
+        def resume(engine: Engine) -> Exception | None:
             engine.events.new_epoch(max(time.time_ns(), engine.events.epoch + 1))
-            engine.resume(self._generations.open(ready))
+            try:
+                opened.append(self._generations.open(ready))
+            except Exception as error:  # such as too many open files: nothing of the engine has changed
+                return error
+            engine.resume(opened[0])
             self._supervisor.rebuilt(time.monotonic())  # here, so that whoever gets a token sees it counted
+            return None
 
         self._steps_before = self._engine.num_steps
-        self._loop.submit(resume).result()
+        try:
+            if (error := self._loop.submit(resume).result()) is not None:
+                raise error
+        except Exception:
+            for generation in opened:
+                _closed(generation)
+            raise
         seconds = self._supervisor.last_seconds
         _logger.info("epoch %d: the shards are there again after %.2f s", self._engine.events.epoch, seconds)
 
@@ -209,8 +242,18 @@ def _meet_death(engine: Engine) -> None:
         raise engine.generation.group.death
 
 
-def _give_up(error: ShardGroupDied, engine: Engine) -> None:
+def _give_up(error: Exception, engine: Engine) -> None:
     raise error
+
+
+def _ended(old: Generation, cause: str) -> None:
+    """Closes a generation without waiting for what its ranks are at."""
+    try:
+        old.group.give_up(cause)  # where the engine has found that it is of no more use, and the group has not
+        old.group.hurry()
+    except Exception:
+        _logger.exception("a shard group that was dead could not be given up")
+    _closed(old)
 
 
 def _closed(what: Generation | ShardGroup) -> None:

@@ -14,6 +14,7 @@ RETRY_S = 10.0
 DELAY_S = 3.0
 """After a spare was taken: the requests that waited for it go first."""
 _END_S = 30.0
+_MOMENT_S = 0.1
 
 _logger = logging.getLogger(__name__)
 
@@ -30,10 +31,11 @@ class Spare:
 
     def __init__(self, generations: GenerationFactory) -> None:
         self._generations = generations
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a forgotten engine may be collected, and closed, on any thread
         self.group: ShardGroup | None = None
         self.num_bytes = 0
         self._ready = self._closing = False
+        self._hurried = threading.Event()
         self._thread: threading.Thread | None = None
         self._retry_at = 0.0
 
@@ -50,8 +52,9 @@ class Spare:
             if self._closing or self._ready or (self._thread is not None and self._thread.is_alive()):
                 return
             self._retry_at = time.monotonic() + RETRY_S
-            self._thread = threading.Thread(target=self._load, name="headwise-spare", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._load, name="headwise-spare", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def take(self) -> ShardGroup | None:
         """The group that waits, loaded first if need be; None if there is none that lives."""
@@ -81,6 +84,12 @@ class Spare:
         if self.group is None and time.monotonic() >= self._retry_at:
             self.load()
 
+    def hurry(self) -> None:
+        """Has :meth:`close`, now or later, wait only a moment."""
+        self._hurried.set()
+        if (group := self.group) is not None:
+            group.hurry()
+
     def close(self) -> None:
         """Ends the group. Idempotent."""
         with self._lock:
@@ -89,7 +98,7 @@ class Spare:
         if group is not None:
             _end(group)
         if (thread := self._thread) is not None and thread is not threading.current_thread():
-            thread.join(_END_S)
+            join(thread, _END_S, self._hurried)
 
     def _load(self) -> None:
         group: ShardGroup | None = None
@@ -114,6 +123,14 @@ class Spare:
         with self._lock:
             if self.group is group:
                 self.group = None
+
+
+def join(thread: threading.Thread, timeout_s: float, hurried: threading.Event) -> None:
+    """Waits for a thread's end at most so long, and only a moment more once somebody is in a hurry."""
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < deadline and not hurried.is_set():
+        thread.join(_MOMENT_S)
+    thread.join(_MOMENT_S)
 
 
 def _end(group: ShardGroup) -> None:

@@ -13,6 +13,7 @@ from headwise.runtime.kv.events import Cleared, decode_events, decode_snapshot
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import BlockKey, Tier
 from tests.effort import examples
 from tests.plain_group import BLOCK, DEADLY, POISON, VOCAB, Bench, PlainGroup, alone, make_request
 
@@ -327,6 +328,27 @@ def test_a_reset_while_there_are_no_shards_is_done_once_there_are() -> None:
     bench.resume()
     mortal.run()
     assert bench.engine.stats()["prefix_cache"]["cached_blocks"] == 0 and cleared == [0]
+
+
+def test_a_reset_and_pins_outlive_a_group_that_dies_before_they_are_done() -> None:
+    bench = Bench(tiers=(0, 12))
+    mortal = Mortal(bench)
+    bench.add(make_request("a", [1] * 8, 2))
+    mortal.run()
+    bench.engine.lose_group(ShardGroupDied(0, "here", "for the test"))
+    bench.engine.reset_prefix_cache()
+    pinned = make_request("pinned", [5] * 11, 1).token_blocks
+    assert pinned is not None and bench.engine.pin(pinned, 11, 1000.0) == 2 * BLOCK
+    dead = PlainGroup()
+    generation = bench.generation(dead, 64)
+    generation.ledger.drop(Tier.DISK, [BlockKey(b"0" * 32, b"", b"", [1] * BLOCK)])
+    dead.give_up("for the test")
+    with pytest.raises(ShardGroupDied):
+        bench.engine.resume(generation)
+    assert bench.engine.rebuilding
+    bench.resume()
+    mortal.run()
+    assert bench.engine.stats()["prefix_cache"]["pinned_blocks"] == 2
 
 
 def test_counts_go_on() -> None:

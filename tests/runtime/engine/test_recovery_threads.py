@@ -318,5 +318,148 @@ def test_a_spare_that_cannot_be_loaded_is_tried_again(setup: Setup) -> None:
     assert len(setup.generations.made) == 2
 
 
+def test_an_output_that_is_lost_during_a_call_costs_the_group_and_not_the_engine(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.start()
+    collect = setup.first.collect
+
+    def query(engine: Engine) -> None:
+        if engine.generation.group is setup.first and not engine.rebuilding:
+            setup.bench.add(make_request("a", [1, 2, 3], 8))
+            assert engine._submit_next() and engine._submit_next()
+            monkeypatch.setattr(setup.first, "collect", lambda: (collect(), collect())[1])
+        engine.query_shards("stats")
+
+    setup.run(query)
+    setup.check()
+    [death] = setup.bench.engine.stats()["recoveries"]["deaths"]
+    assert death["cause"] == "the output of step 1 came where that of step 0 was due"
+
+
+def test_whoever_looks_after_the_shards_looks_again_if_that_fails(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter([OSError(24, "Too many open files")] * 3)
+    give_up = setup.first.give_up
+
+    def fail(cause: str) -> None:
+        for error in failures:
+            raise error
+        give_up(cause)
+
+    monkeypatch.setattr(setup.first, "give_up", fail)
+    setup.bench.engine.pace._step_timeout_s = 0.1
+    setup.start()
+    setup.first.hangs.set()
+    setup.ask("a")
+    setup.check()
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_an_engine_whose_shards_nobody_looks_after_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    loop = setup.start()
+    assert setup.recovery is not None
+    monkeypatch.setattr(setup.recovery._supervisor, "died", fail)
+    setup.run(kill)
+    setup.ask("a")
+    error = setup.failures.get(timeout=DEADLINE_S)
+    assert isinstance(error, EngineStoppedError) and "RuntimeError" in str(error)
+    with pytest.raises(EngineStoppedError):
+        loop.run(lambda engine: None, DEADLINE_S)
+    setup.first.close()
+
+
+def test_books_that_cannot_be_opened_cost_a_group_and_not_the_engine(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwise.cluster.supervisor.BACKOFF_S", 0.001)
+    opened, failures = setup.generations.open, iter([OSError(24, "Too many open files")])
+
+    def open_books(ready: ReadyGroup) -> Generation:
+        for error in failures:
+            raise error
+        return opened(ready)
+
+    monkeypatch.setattr(setup.generations, "open", open_books)
+    setup.start()
+    setup.run(kill)
+    setup.ask("a")
+    setup.check()
+    assert [group.ended for group in setup.generations.made] == [True, False]
+
+
+def test_a_generation_that_cannot_go_on_is_closed(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connections to prefill engines, too."""
+    monkeypatch.setattr("headwise.cluster.supervisor.BACKOFF_S", 0.001)
+    opened, made, closed = setup.generations.open, list[Generation](), list[Generation]()
+
+    def open_books(ready: ReadyGroup) -> Generation:
+        made.append(opened(ready))
+        return made[-1]
+
+    def tell(generation: Generation) -> None:
+        if generation is made[0]:
+            raise ShardGroupDied(0, "here", "for the test")
+
+    monkeypatch.setattr(setup.generations, "open", open_books)
+    monkeypatch.setattr(Generation, "close", lambda self: (closed.append(self), self.group.close()))
+    setup.bench.engine.on_resume.append(tell)
+    setup.start()
+    setup.run(kill)
+    setup.ask("a")
+    setup.check()
+    assert len(made) == 2 and made[0] in closed and made[1] not in closed
+
+
+def test_a_spare_whose_thread_cannot_be_started_is_tried_again(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, failures = threading.Thread.start, iter([RuntimeError("can't start new thread")])
+
+    def try_to_start(thread: threading.Thread) -> None:
+        if thread.name == "headwise-spare":
+            for error in failures:
+                raise error
+        start(thread)
+
+    setup.start(warm_spare=True)
+    setup.wait(lambda: setup.bench.engine.stats()["recoveries"]["spare"] == "ready")
+    monkeypatch.setattr(threading.Thread, "start", try_to_start)
+    setup.generations.made[0].give_up("killed")
+    setup.wait(lambda: len(setup.generations.made) == 2)
+    setup.run(kill)
+    setup.ask("a")
+    setup.check()
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_who_is_in_a_hurry_waits_a_moment_for_shards_that_are_started(setup: Setup, spare: bool) -> None:
+    loop = setup.start(warm_spare=spare)
+    assert setup.recovery is not None
+    loading, go = threading.Event(), threading.Event()
+
+    def load(group: Group) -> None:
+        loading.set()
+        assert go.wait(DEADLINE_S)
+        group._live()
+
+    setup.wait(lambda: not spare or setup.bench.engine.stats()["recoveries"]["spare"] == "ready")
+    setup.generations.before = load
+    if spare:
+        setup.generations.made[0].give_up("killed")
+    else:
+        setup.run(kill)
+    assert loading.wait(DEADLINE_S)
+    loop.close(DEADLINE_S)
+    setup.recovery.hurry()
+    started = time.monotonic()
+    setup.recovery.close()
+    assert time.monotonic() - started < 5.0
+    setup.generations.made[-1].give_up("closed")
+    go.set()
+
+
 def assert_(condition: object) -> None:
     assert condition
