@@ -248,6 +248,8 @@ class BlockTables:
             return False
         chosen = inbound.choose(blocks, request.num_tokens, first, limit, self.load())
         if chosen is None:
+            if inbound.awaits_peers(blocks, request.num_tokens, first, limit):
+                return True
             if reason := inbound.forbids(blocks, request.num_tokens, first, limit):
                 self.failed.append((request, reason))
             return bool(reason)

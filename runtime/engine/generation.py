@@ -31,6 +31,9 @@ from headwise.workers.kv.transfer import BlockKey
 
 MIXED_TOKENS = 64
 """Prompts with fewer tokens are never worth a handoff, unless max_mixed_prefill_tokens says otherwise."""
+MEET_S = 20.0
+"""How long the requests of shards that have died wait for prefill engines to be connected to the next, where a handoff
+must not fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class GenerationFactory:
         """
         self._config, self._groups, self._max_model_len = config, groups, max_model_len
         self._sizes, self._events, self._identity = sizes, events, identity
+        self._meet_s = 0.0  # of the first generation: no stream goes on that would break off
 
     def make(self, progress: Progress | None = None) -> Generation:
         """Starts a group, and opens its books; what its disks hold from before is in the prefix cache.
@@ -245,7 +249,9 @@ class GenerationFactory:
             lease_s=handoff.lease_s,
             max_reserved=spare,
             must_succeed=handoff.on_failure == "fail",
+            meet_s=self._meet_s,
         )
+        self._meet_s = MEET_S
         inbound.on_event = group.wake
         return inbound
 

@@ -8,6 +8,7 @@ until the next :meth:`Inbound.pump`.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -165,16 +166,20 @@ class Inbound:
         lease_s: float,
         max_reserved: int,
         must_succeed: bool = False,
+        meet_s: float = 0.0,
     ) -> None:
         """
         Args:
             max_reserved: most blocks that may be reserved at once, so that running requests find room.
+            meet_s: how long prompts that must not be computed here wait for the first peer to be connected.
         """
         self.peers, self.cost, self.must_succeed = peers, cost, must_succeed
         self._cache, self._ledger, self._epoch = cache, ledger, epoch
         self._lease_s, self._max_reserved = lease_s, max_reserved
         self._running: dict[int, Handoff] = {}  # by the fence's number
         self._reserved = 0
+        self._meet_by = time.monotonic() + meet_s if meet_s else -math.inf
+        self._somebody_waits = False
         self._next_fence = 0
         self._events: SimpleQueue[Callable[[float], None]] = SimpleQueue()
         self._counts: Counter[str] = Counter()
@@ -184,8 +189,8 @@ class Inbound:
 
     @property
     def busy(self) -> bool:
-        """Whether a handoff is on its way, or its blocks wait to be free."""
-        return bool(self._running)
+        """Whether a handoff is on its way, or its blocks wait to be free; or a prompt waits for peers."""
+        return bool(self._running) or (self._somebody_waits and self._meets)
 
     def choose(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int, load: LocalLoad) -> Chosen | None:
         """Who is to compute a prompt's blocks from ``first`` to ``stop``; None if they are better computed here."""
@@ -196,6 +201,14 @@ class Inbound:
         if chosen is None:
             return None
         return Chosen(next(peer for peer in self.peers if peer.name == chosen.address), chosen, prompt)
+
+    def awaits_peers(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int) -> bool:
+        """Whether a prompt that nobody was chosen for, and that must not be computed here, is to wait until peers are
+        connected, which they were not yet."""
+        prompt = self._prompt(blocks, num_tokens, first, stop)
+        waits = self.must_succeed and self._meets and self.cost.is_handed_over(prompt)
+        self._somebody_waits |= waits
+        return waits
 
     def forbids(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int) -> str:
         """Why a prompt that nobody was chosen for must not be computed here; empty if it may be."""
@@ -303,6 +316,10 @@ class Inbound:
         """Leaves the prefill engines, once the engine's thread has ended or uses another generation. Idempotent."""
         for peer in self.peers:
             peer.close()
+
+    @property
+    def _meets(self) -> bool:
+        return time.monotonic() < self._meet_by and all(peer.session is None for peer in self.peers)
 
     def _prompt(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int) -> Prompt:
         size = self._cache.block_size

@@ -322,6 +322,21 @@ def test_where_a_handoff_must_not_fail_its_request_has_one_clear_error(
         sides.settle()
 
 
+def test_where_a_handoff_must_not_fail_requests_wait_for_prefill_after_a_death(
+    checkpoint: Callable[..., Path], alone: Alone
+) -> None:
+    """The next group of decode has to meet prefill first."""
+    with two_sides(checkpoint("uneven"), on_handoff_failure="fail") as (sides, _):
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(ask, sides, prompt(seed), f"request {seed}") for seed in range(4)]
+            sides.kill_decode_ranks()
+            found = [answer.result(DEADLINE_S) for answer in asked]
+        assert [one.error for one in found] == [None] * 4
+        assert [one.tokens for one in found] == [alone(prompt(seed)) for seed in range(4)]
+        assert sides.llm._loop.engine.stats()["recoveries"]["count"] == 1
+        sides.settle()
+
+
 @pytest.mark.parametrize("where", ["at the sender", "at the receiver"])
 def test_what_is_late_does_not_touch_the_next_owner_of_the_blocks(
     checkpoint: Callable[..., Path], alone: Alone, where: str, monkeypatch: pytest.MonkeyPatch
