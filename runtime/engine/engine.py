@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.generation import Generation
 from headwise.runtime.engine.idle_check import IdleCheck
-from headwise.runtime.engine.pace import Pace
-from headwise.runtime.engine.repinning import repin
+from headwise.runtime.engine.pace import MIN_STEP_TIMEOUT_S, Pace
+from headwise.runtime.engine.repinning import is_pin, repin
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
@@ -27,6 +27,9 @@ from headwise.workers.plan import StepOutput
 
 TRANSFER_WAIT_S = 0.02
 """How long a step that has nothing to compute waits for blocks on their way."""
+
+SILENCE_S = MIN_STEP_TIMEOUT_S
+"""How long ranks may say nothing of the blocks that they move, until they are asked whether they live."""
 
 Sink = Callable[[list[Delta]], None]
 """Gets what is new of its requests since the last time, in order."""
@@ -314,6 +317,8 @@ class Engine:
         self._scheduler.check_integrity()
 
     def _reset(self) -> None:
+        for request_id in [request_id for request_id in self._samples if is_pin(request_id)]:
+            self.abort(request_id)
         self.generation.pins.clear()
         self.generation.cache.clear()
         if self.generation.tiers is not None:
@@ -346,6 +351,9 @@ class Engine:
             generation.outbound.tick()
         busy = generation.ledger.busy or generation.handing_over
         generation.ledger.poll(TRANSFER_WAIT_S if wait and busy else 0.0)
+        if wait and generation.ledger.silent_s > SILENCE_S:
+            generation.group.query("stats")  # a rank that hangs does not answer; whose disk is slow, does
+            generation.ledger.heard()
         return busy or handing_over
 
     def _end_failed(self) -> bool:
@@ -460,8 +468,9 @@ class Engine:
             if not samples:
                 del self._samples[live.request.request_id]
             self._num_paused -= live.request.paused
-            self._scheduler.finish(live.request)
         self._new.setdefault(live.sink, []).append(delta)
+        if delta.finished:  # last: what is on its way for the request is ended, and the group may be found dead
+            self._scheduler.finish(live.request)
 
     def _deliver(self) -> None:
         new, self._new = self._new, {}

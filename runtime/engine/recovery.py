@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from headwise.cluster.group import ShardGroup, ShardGroupDied
+from headwise.cluster.group import GroupStartError, ShardGroup, ShardGroupDied
 from headwise.cluster.supervisor import GiveUp, Instruction, Supervisor
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory, ReadyGroup
@@ -184,6 +184,8 @@ class Recovery:
             else:
                 self._build(group)
             ready = self._generations.prepare(group)
+            if not ready.num_blocks:  # as while others have the memory: no request would fit
+                raise GroupStartError("kv_memory (--kv-memory) does not pay for one KV block now")
             if failpoints.ENABLED:
                 failpoints.hit(Point.RECOVERY_RESUME)
             self._go_on(ready)

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from headwise.runtime.engine.own_requests import own_request
+from headwise.runtime.engine.own_requests import own_name, own_request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.pins import Pinned
@@ -16,7 +16,14 @@ from headwise.workers.errors import InvalidValueError
 if TYPE_CHECKING:
     from headwise.runtime.engine.engine import Engine
 
+_NAME = "pin "
+
 _logger = logging.getLogger(__name__)
+
+
+def is_pin(request_id: str) -> bool:
+    """Whether a request computes what was pinned."""
+    return request_id.startswith(own_name(_NAME))
 
 
 def repin(engine: Engine, pinned: Pinned, number: int) -> None:
@@ -34,12 +41,13 @@ def repin(engine: Engine, pinned: Pinned, number: int) -> None:
             if not delta.finished or left_s <= 0:
                 continue
             try:
-                if delta.request.finish_reason is not FinishReason.ERROR:
+                if delta.request.finish_reason is FinishReason.LENGTH:
                     engine.pin(blocks, blocks.num_tokens, left_s)
+                if delta.request.finish_reason is not FinishReason.ERROR:  # or aborted, as by a reset of the cache
                     continue
                 reason = delta.request.error
             except InvalidValueError as error:
                 reason = str(error)
             _logger.warning("%d tokens that were pinned are not any more: %s", blocks.num_tokens, reason)
 
-    engine.add(own_request(f"pin {number}", blocks), None, pin)
+    engine.add(own_request(f"{_NAME}{number}", blocks), None, pin)

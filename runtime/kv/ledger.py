@@ -93,6 +93,16 @@ class Ledger:
         self._jobs: dict[int, _Job] = {}  # by the number of each message
         self._drops: dict[Tier, list[BlockKey]] = {}  # not sent yet
         self._next_id = 0
+        self._heard = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long jobs have been in flight without a rank's result; 0 if none are."""
+        return time.monotonic() - self._heard if self._jobs else 0.0
+
+    def heard(self) -> None:
+        """The ranks are known to live now."""
+        self._heard = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -116,6 +126,8 @@ class Ledger:
         """
         if drops := self._drops.pop(tier, None):
             self.start(Op.DROP, tier, drops)
+        if not self._jobs:
+            self.heard()
         starts = range(0, len(keys), MAX_KEYS)
         job = _Job(done, len(starts) * self._num_ranks)
         for at in starts:
@@ -133,6 +145,8 @@ class Ledger:
             done: called once every rank is done with it.
             on_error: called when the first rank has failed, which others may not know yet.
         """
+        if not self._jobs:
+            self.heard()
         self._jobs[self._next_id] = _Job(done, self._num_ranks, on_error=on_error)
         self._send(replace(job, id=self._next_id))
         self._next_id += 1
@@ -153,6 +167,7 @@ class Ledger:
         dropped."""
         while (self._jobs or timeout_s) and (result := self._receive(timeout_s)) is not None:
             timeout_s = 0.0
+            self.heard()
             job = self._jobs[result.id]
             job.add(result)
             if not job.missing:

@@ -351,6 +351,41 @@ def test_a_reset_and_pins_outlive_a_group_that_dies_before_they_are_done() -> No
     assert bench.engine.stats()["prefix_cache"]["pinned_blocks"] == 2
 
 
+def test_a_reset_forgets_the_pins_that_are_still_to_be_set_again() -> None:
+    bench = Bench()
+    mortal = Mortal(bench)
+    prompt = make_request("pinned", [5] * 11, 1)
+    bench.add(prompt)
+    mortal.run()
+    assert prompt.token_blocks is not None
+    bench.engine.pin(prompt.token_blocks, 11, 1000.0)
+    bench.engine.lose_group(ShardGroupDied(0, "here", "for the test"))
+    bench.resume()
+    bench.engine.reset_prefix_cache()
+    mortal.run()
+    assert bench.engine.stats()["prefix_cache"]["pinned_blocks"] == 0
+    bench.check_idle()
+
+
+def test_whoever_is_aborted_hears_of_it_if_the_group_dies_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a handoff is to be ended on ranks that are dead."""
+    bench = Bench(rows=1)
+    mortal = Mortal(bench)
+    running, waiting = make_request("running", [1, 2, 3], 4), make_request("waiting", [1, 2], 4)
+    bench.add(running)
+    bench.add(waiting)
+    assert mortal.step()
+    monkeypatch.setattr(bench.engine._scheduler._tables, "forget", lambda request: bench.group.die("for the test"))
+    with pytest.raises(ShardGroupDied) as death:
+        bench.engine.abort("waiting")
+    bench.engine.lose_group(death.value)
+    bench.engine.abort("waiting")
+    assert bench.ended[waiting.key] is FinishReason.ABORT
+    bench.resume()
+    mortal.run()
+    assert (bench.got[running.key], bench.ended[running.key]) == alone(running)
+
+
 def test_counts_go_on() -> None:
     bench = Bench(tiers=(6, 0))
     mortal = Mortal(bench)

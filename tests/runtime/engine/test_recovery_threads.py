@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
+from headwise.runtime.engine import engine as engine_module
 from headwise.runtime.engine import recovery as recovery_module
 from headwise.runtime.engine import spare as spare_module
 from headwise.runtime.engine.engine import Engine
@@ -19,8 +20,9 @@ from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError
 from headwise.runtime.engine.recovery import Recovery
 from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.transfer import BlockKey, Op, Tier
 from headwise.workers.plan import StepOutput
-from tests.plain_group import Bench, PlainGroup, alone, make_request
+from tests.plain_group import BLOCK, Bench, PlainGroup, alone, make_request
 
 DEADLINE_S = 20.0
 
@@ -459,6 +461,46 @@ def test_who_is_in_a_hurry_waits_a_moment_for_shards_that_are_started(setup: Set
     assert time.monotonic() - started < 5.0
     setup.generations.made[-1].give_up("closed")
     go.set()
+
+
+def test_a_group_without_memory_is_followed_by_another(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could compute nothing, and every request would fail."""
+    monkeypatch.setattr("headwise.cluster.supervisor.BACKOFF_S", 0.001)
+    prepare, empty = setup.generations.prepare, iter([0])
+
+    def prepare_group(group: ShardGroup) -> ReadyGroup:
+        for num_blocks in empty:
+            return ReadyGroup(group, num_blocks, ([], []), [])
+        return prepare(group)
+
+    monkeypatch.setattr(setup.generations, "prepare", prepare_group)
+    setup.start()
+    setup.run(kill)
+    setup.ask("a")
+    setup.wait(lambda: setup.bench.engine.stats()["recoveries"]["count"] == 1)
+    setup.check()
+    assert [group.ended for group in setup.generations.made] == [True, False]
+
+
+def test_ranks_that_hang_while_nothing_but_blocks_is_moved_are_noticed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request waits for blocks from a tier, and no step is made that could hang."""
+    monkeypatch.setattr(engine_module, "SILENCE_S", 0.01)
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def query(method: str) -> list[Any]:
+        asked.put(method)
+        return setup.first.die("no answer") if asked.qsize() > 2 else []
+
+    monkeypatch.setattr(setup.first, "query", query)
+    setup.start()
+    key = BlockKey(b"0" * 32, b"", b"", [1] * BLOCK)
+    setup.run(lambda engine: engine.generation.ledger.start(Op.LOAD, Tier.HOST, [key], [0]))
+    setup.wait(lambda: setup.bench.engine.stats()["recoveries"]["count"] == 1)
+    setup.ask("a")
+    setup.check()
+    assert asked.qsize() == 3
 
 
 def assert_(condition: object) -> None:
