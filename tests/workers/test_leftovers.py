@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -128,9 +129,16 @@ def test_one_that_is_swept_before_it_is_locked_is_made_again(temporary: Path, mo
     os.unlink(file.path)
 
 
-def test_where_nothing_can_be_locked_nothing_is_swept(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EBADF])  # the latter is what NFS says
+def test_where_nothing_can_be_locked_nothing_is_swept(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refusals: list[int] = []
+
     def refuse(*_: Any) -> None:
-        raise OSError(95, "not supported")
+        refusals.append(number)
+        assert len(refusals) < 10, "folders are made without end"
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     folder = SocketFolder()
