@@ -206,7 +206,7 @@ def hit(point: Point, rank: int | None = None, holds: Callable[[int], bool] = la
         FailpointError, OSError: as armed.
     """
     assert _folder is not None, "ENABLED comes first"
-    for name in (_file_name(point, rank), point.value):
+    for name in dict.fromkeys((_file_name(point, rank), point.value)):
         fault = _take(_folder, name, holds)
         if fault is not None:
             _record(_folder, point, fault, name)

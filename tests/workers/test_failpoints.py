@@ -65,6 +65,11 @@ def test_a_point_can_wait_for_a_rank_and_for_a_hit(folder: Path) -> None:
     assert raised(Point.STEP_MLP, 7)
 
 
+def test_a_hit_of_nobody_in_particular_counts_once(folder: Path) -> None:
+    arm(folder, Point.ENGINE_SUBMIT, Fault(Action.RAISE, skip=4))
+    assert [raised(Point.ENGINE_SUBMIT) for _ in range(6)] == [False] * 4 + [True, False]
+
+
 def test_a_point_can_stay_until_it_is_disarmed(folder: Path) -> None:
     arm(folder, Point.STEP_TOKEN, Fault(Action.RAISE, token=7, stays=True))
     for _ in range(2):
