@@ -74,13 +74,17 @@ def _check_request(seen: _Seen, answers: Sequence[Sequence[Answer]], deadline_s:
         found.append(Finding("hung", f"took {seconds:.1f} s, more than {deadline_s:g} s", request))
     if over["event"] == "failed":
         found.append(Finding("error", over["error"], request))
+    due = set()
     for position, question in enumerate(seen.asked["questions"]):
         for sample, answer in enumerate(answers[question]):
+            due.add((position, sample))
             deltas = seen.deltas.get((position, sample), [])
             problem = _compare(deltas, answer, over["event"], seen.asked["way"])
             if problem is not None:
                 rule, detail = problem
                 found.append(Finding(rule, f"question {question}, sample {sample}: {detail}", request))
+    for position, sample in sorted(seen.deltas.keys() - due):
+        found.append(Finding("unasked", f"got something of sample {sample} of its question {position}", request))
     return found
 
 
@@ -88,8 +92,7 @@ def _compare(deltas: list[Event], answer: Answer, over: str, way: str) -> tuple[
     """The rule that is broken, and how; None if none is."""
     tokens = [token for delta in deltas for token in delta["tokens"]]
     finish = deltas[-1]["finish"] if deltas else None
-    texts = [delta["text"] for delta in deltas if delta["text"] is not None]
-    text = "".join(texts) if texts else None
+    text = "".join(delta["text"] or "" for delta in deltas)
     if any(delta["finish"] is not None for delta in deltas[:-1]):
         return "after the end", "more came after its last increment"
     if finish == "error":
@@ -98,7 +101,7 @@ def _compare(deltas: list[Event], answer: Answer, over: str, way: str) -> tuple[
     part = finish is None if over in ("left", "failed") else way == Way.ABORT and finish == "abort"
     if (problem := difference(tokens, answer.tokens, part)) is not None:
         return problem
-    if text is not None and answer.text is not None:
+    if answer.text is not None:
         # Where a request is aborted in the middle of a character, its text ends in the sign for a broken one.
         fits = answer.text.startswith(text.rstrip("\ufffd")) if part else text == answer.text
         if not fits:

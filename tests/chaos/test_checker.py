@@ -90,6 +90,15 @@ def test_a_wrong_text_an_end_and_what_comes_after_it_are_found() -> None:
     assert rules(asked(), *deltas(WANT), *deltas([11]), over()) == ["after the end"]
 
 
+def test_a_text_that_is_lost_is_found() -> None:
+    assert rules(asked(), *deltas(WANT, text=None), over()) == ["text"]
+
+
+def test_what_nobody_asked_for_is_found() -> None:
+    assert rules(asked(), *deltas(WANT), *deltas(WANT, sample=1), over()) == ["unasked"]
+    assert rules(asked(), *deltas(WANT), *deltas(WANT, question=1), over()) == ["unasked"]
+
+
 def test_errors_and_requests_without_an_end_are_found() -> None:
     assert rules(asked(), *deltas(WANT[:2], None), over("failed", error="ShardGroupDied: rank 1")) == ["error"]
     assert rules(asked(), *deltas(WANT[:2], "error", error="the shard group died"), over()) == ["error"]
