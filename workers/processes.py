@@ -82,13 +82,25 @@ class ProcessId:
 
     def kill(self) -> None:
         """Ends it by force, wherever it hangs, if it is here."""
-        if self.is_here():
-            with contextlib.suppress(OSError):
+        self.send(signal.SIGKILL)
+
+    def send(self, number: int) -> None:
+        """Sends it a signal, if it is here. Whoever has its id by now gets none."""
+        if not self.is_here():
+            return
+        with contextlib.suppress(OSError):
+            try:
                 descriptor = self.open()
-                try:
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                finally:
-                    os.close(descriptor)
+            except ProcessLookupError:
+                return
+            except OSError:  # an old kernel, or a container that forbids it
+                if self.is_alive():
+                    os.kill(self.pid, number)
+                return
+            try:
+                signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)
 
     def _look_for_end(self) -> None:
         alive = True

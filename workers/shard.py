@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from headwise.workers.model.model import Model
 from headwise.workers.model.model_config import load_model_config
 from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
+from headwise.workers.processes import ProcessId
 from headwise.workers.runner import Runner
 from headwise.workers.sampling.grammar import Grammars
 from headwise.workers.sampling.sampler import Sampler
@@ -62,6 +64,7 @@ class Shard:
         self._ranks_on_host = [collectives.rank] if ranks_on_host is None else ranks_on_host
         self._on_transfer, self._on_failure = on_transfer, on_failure
         self._telling = threading.Lock()
+        self._process = asdict(ProcessId.of(os.getpid()))
         self._device = torch.device(spec.device)
         self._dtype = DTYPES[spec.dtype]
         self._config = load_model_config(Path(spec.model_dir))
@@ -157,11 +160,12 @@ class Shard:
         return [(key.digest, key.namespace, key.parent, key.tokens) for key in keys[-self._max_stored_blocks() :]]
 
     def stats(self) -> dict[str, Any]:
-        """This rank's place and memory: pid, rank, heads (global half-open ranges), bytes, blocks on disk, and seconds
-        of its steps by part since the start, as far as they are measured."""
+        """This rank's place and memory: pid, process (the fields of ProcessId), rank, heads (global half-open ranges),
+        bytes, blocks on disk, and seconds of its steps by part since the start, as far as they are measured."""
         heads = self._partition.heads
         return {
             "pid": os.getpid(),
+            "process": self._process,
             "rank": self._collectives.rank,
             "query_heads": (heads.q_start, heads.q_stop),
             "kv_heads": (heads.kv_start, heads.kv_stop),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -22,6 +20,7 @@ from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.processes import ProcessId
 
 AGAIN, SPARE = CASES = ("started again", "warm spare")
 SCHEMA = {
@@ -210,10 +209,10 @@ def _await(condition: Callable[[], bool], runs: Sequence[Future[int]]) -> None:
 
 def _kill(llm: LLM, number: int, after_s: float, runs: Sequence[Future[int]]) -> float:
     """Kills the next rank after a while; returns when."""
-    pids = llm.stats()["shard_pids"]
+    shards = llm.stats()["shards"]
     due = time.monotonic() + after_s
     _await(lambda: time.monotonic() >= due, runs)
-    os.kill(pids[number % len(pids)], signal.SIGKILL)
+    ProcessId(**shards[number % len(shards)]["process"]).kill()
     return time.monotonic()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 import psutil
 
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.llm import LLM
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.failpoints import VARIABLE
+from headwise.workers.processes import ProcessId
 
 _LOOK_S = 0.05
 _PREFIX = "headwise-"
@@ -34,18 +37,17 @@ def check_engine(llm: LLM, deadline_s: float) -> list[str]:
         time.sleep(_LOOK_S)
 
 
-def check_processes(llm: LLM, pids: Iterable[tuple[int, float]], spares: int, deadline_s: float) -> list[str]:
+def check_processes(llm: LLM, processes: Iterable[ProcessId], spares: int, deadline_s: float) -> list[str]:
     """Ranks of earlier groups that are still there.
 
     Args:
-        pids: of all ranks that there were, with the times of their creation.
+        processes: of all ranks that there were.
         spares: ranks that wait to take over.
     """
     if llm.config.executor == "local":
         return []
-    now = set(llm.stats()["shard_pids"])
-    old = [(pid, born) for pid, born in pids if pid not in now]
-    problems = _alive(old, deadline_s)
+    now = {ProcessId(**shard["process"]) for shard in llm.stats()["shards"]}
+    problems = _alive(set(processes) - now, deadline_s)
     expected = llm.config.tensor_parallel_size + spares
     actors = [one for one in in_ray() if one.startswith("actor")]
     if len(actors) > expected:
@@ -53,17 +55,17 @@ def check_processes(llm: LLM, pids: Iterable[tuple[int, float]], spares: int, de
     return problems
 
 
-def check_closed(pids: Iterable[tuple[int, float]], before: set[str], deadline_s: float) -> list[str]:
+def check_closed(folder: Path, before: set[str], deadline_s: float) -> list[str]:
     """What an engine that is closed has left behind.
 
     Args:
+        folder: of the failpoints; every process that the engine has started has it in its environment.
         before: what :func:`leftovers` gave before it was started.
     """
-    problems = _alive(pids, deadline_s)
     deadline = time.monotonic() + deadline_s
-    while (left := (leftovers() - before) | set(in_ray())) and time.monotonic() < deadline:
+    while (left := (leftovers() - before) | set(in_ray()) | _with(folder)) and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
-    return problems + [f"{one} is left" for one in sorted(left)]
+    return [f"{one} is left" for one in sorted(left)]
 
 
 def in_ray() -> list[str]:
@@ -85,6 +87,8 @@ def leftovers() -> set[str]:
 
 
 def _problems(engine: Engine) -> list[str]:
+    if engine.rebuilding:  # it has no books
+        return ["the shards are dead, and others are started"]
     engine.generation.pins.expire()
     stats, problems = engine.stats(), []
     pinned = stats["prefix_cache"]["pinned_blocks"]
@@ -100,14 +104,18 @@ def _problems(engine: Engine) -> list[str]:
     return problems
 
 
-def _alive(pids: Iterable[tuple[int, float]], deadline_s: float) -> list[str]:
-    found: list[Any] = []
-    for pid, born in pids:
-        try:
-            process = psutil.Process(pid)
-            if process.create_time() == born:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    _, alive = psutil.wait_procs(found, timeout=deadline_s)
-    return [f"process {process.pid} of a rank is still there" for process in alive]
+def _alive(processes: Iterable[ProcessId], deadline_s: float) -> list[str]:
+    deadline = time.monotonic() + deadline_s
+    while (alive := [one.pid for one in processes if one.is_alive()]) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    return [f"process {pid} of a rank is still there" for pid in alive]
+
+
+def _with(folder: Path) -> set[str]:
+    """The processes that were started with these failpoints."""
+    mark, found = f"{VARIABLE}={folder}\0".encode(), set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.add(f"process {process.pid} ({process.name()})")
+    return found

@@ -88,7 +88,7 @@ def injections(seed: int, able: Abilities) -> Iterator[Injection]:
     chance = random.Random(f"{seed}-faults")
     hasty = False
     while True:
-        hasty = not hasty and chance.random() < 0.15  # never two in a row: five deaths without a step are the end
+        hasty = not hasty and chance.random() < 0.15  # never two in a row: ten deaths without a step are the end
         wait_s = round(chance.uniform(0.05, 1.5) if hasty else chance.uniform(0.5, 6.0), 3)
         yield _draw(chance, able, wait_s, hasty)
 

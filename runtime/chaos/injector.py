@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
-
+from headwise.runtime.chaos.checker import Finding
 from headwise.runtime.chaos.faults import Injection, Kind
 from headwise.runtime.chaos.history import Event, History
 from headwise.runtime.llm import LLM
 from headwise.workers import failpoints
 from headwise.workers.errors import HeadwiseError
 from headwise.workers.failpoints import Action
+from headwise.workers.processes import ProcessId
 
 LOOK_S = 0.005
 FIRE_S = 10.0
@@ -25,8 +25,8 @@ FIRE_S = 10.0
 class Injector:
     """
     Attributes:
-        pids: of every rank that there was, by process id with the time of its creation.
-        problems: what must not be: an engine that does not come back.
+        processes: of every rank that there was.
+        findings: what must not be: an engine that does not come back, or faults that cannot be made to happen.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class Injector:
         self._history, self._deadline_s, self._told = history, deadline_s, told
         self._over = threading.Event()
         self._fired = 0
-        self.pids: set[tuple[int, float]] = set()
-        self.problems: list[str] = []
+        self.processes: set[ProcessId] = set()
+        self.findings: list[Finding] = []
         self._threads = [
-            threading.Thread(target=target, name="chaos-injector", daemon=True) for target in (self._run, self._watch)
+            threading.Thread(target=self._tell_of_errors, args=(work,), name="chaos-injector", daemon=True)
+            for work in (self._run, self._watch)
         ]
         for thread in self._threads:
             thread.start()
@@ -72,18 +73,29 @@ class Injector:
     def await_progress(self) -> bool:
         """Whether, before the deadline, each request whose group has died has got a token of the next. Who never gets
         one is taken for the reason of the deaths."""
+        return self._await_progress(lambda: False)
+
+    def _await_progress(self, over: Callable[[], bool]) -> bool:
         engine, deadline = self._llm._loop.engine, time.monotonic() + self._deadline_s
-        while time.monotonic() < deadline and self._llm._loop.ended is None:
+        while time.monotonic() < deadline and self._llm._loop.ended is None and not over():
             if not engine.rebuilding and not engine.num_suspects:
                 return True
             time.sleep(LOOK_S)
         return False
 
+    def _tell_of_errors(self, work: Callable[[], None]) -> None:
+        """Without faults nothing would be found."""
+        try:
+            work()
+        except Exception as error:
+            self.findings.append(Finding("faults", f"no more could be made: {type(error).__name__}: {error}"))
+
     def _run(self) -> None:
         for injection in self._schedule:
-            if not injection.hasty and not self.await_progress():
-                if self._llm._loop.ended is None:
-                    self.problems.append(f"requests did not go on within {self._deadline_s:g} s of a fault")
+            if not injection.hasty and not self._await_progress(self._over.is_set):
+                if self._llm._loop.ended is None and not self._over.is_set():
+                    text = f"requests did not go on within {self._deadline_s:g} s of a fault"
+                    self.findings.append(Finding("hung", text))
                 return
             if self._over.wait(injection.wait_s):
                 return
@@ -102,19 +114,19 @@ class Injector:
         kills = len(chosen) if injection.kind is Kind.KILL else 0
         self._note(injection.name, kills, injection.ranks)
         for process in chosen:
-            _send(process, psutil.Process.kill if kills else psutil.Process.suspend)
+            process.send(signal.SIGKILL if kills else signal.SIGSTOP)
         if not kills:
             self._over.wait(injection.stopped_s)
             for process in chosen:
-                _send(process, psutil.Process.resume)
+                process.send(signal.SIGCONT)
 
-    def _arm(self, injection: Injection, ranks: list[psutil.Process]) -> None:
+    def _arm(self, injection: Injection, ranks: list[ProcessId]) -> None:
         assert injection.point is not None and injection.fault is not None
         rank = injection.ranks[0] if injection.ranks else None
         failpoints.arm(self._folder, injection.point, injection.fault, rank)
         if injection.kills and ranks:
             self._note("kill", 1, (0,))
-            _send(ranks[0], psutil.Process.kill)
+            ranks[0].kill()
         deadline = time.monotonic() + FIRE_S
         while failpoints.armed(self._folder) and time.monotonic() < deadline and not self._over.wait(LOOK_S):
             pass
@@ -132,16 +144,14 @@ class Injector:
     def _note(self, name: str, kills: int, ranks: tuple[int, ...]) -> None:
         self._told(self._history.add("fault", fault=name, kills=kills, ranks=list(ranks)))
 
-    def _ranks(self) -> list[psutil.Process]:
+    def _ranks(self) -> list[ProcessId]:
         """The processes of the present group by rank; none while there is no group."""
         try:
-            shards = self._llm._loop.submit(lambda engine: engine.query_shards("stats")).result(self._deadline_s)
+            found = processes(self._llm, self._deadline_s)
         except (HeadwiseError, TimeoutError):
             return []
-        found = [process for shard in shards if (process := rank_process(shard["pid"])) is not None]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.pids |= {(process.pid, process.create_time()) for process in found}
-        return found if len(found) == len(shards) else []
+        self.processes.update(found)
+        return found
 
     def _watch(self) -> None:
         """Tells the history when a group is gone, and when requests go on."""
@@ -152,17 +162,12 @@ class Injector:
                 self._history.add("down" if down else "up", epoch=engine.generation.epoch)
 
 
-def rank_process(pid: int) -> psutil.Process | None:
-    """The process of a rank on this host; None if there is none. A rank of another host has an id that may be anybody's
-    here, and threads of this program are no ranks to kill."""
-    try:
-        process = psutil.Process(pid)
-        return process if any("ShardActor" in word for word in process.cmdline()) else None
-    except psutil.Error:
-        return None
+def processes(llm: LLM, timeout_s: float) -> list[ProcessId]:
+    """Those of an engine's ranks, in rank order; none while its shards are being replaced.
 
-
-def _send(process: psutil.Process, signal: Callable[[psutil.Process], None]) -> None:
-    """To a process that may be gone; another one that has its id now gets nothing."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        signal(process)
+    Raises:
+        HeadwiseError: the engine has ended, or its shards have died meanwhile.
+        TimeoutError: it did not answer in time.
+    """
+    shards = llm._loop.submit(lambda engine: engine.query_shards("stats")).result(timeout_s)
+    return [ProcessId(**shard["process"]) for shard in shards]

@@ -16,7 +16,7 @@ from headwise.runtime.chaos.checker import Answer, Finding, check
 from headwise.runtime.chaos.clients import Clients
 from headwise.runtime.chaos.faults import Abilities, injections
 from headwise.runtime.chaos.history import Event, History
-from headwise.runtime.chaos.injector import Injector, rank_process
+from headwise.runtime.chaos.injector import Injector, processes
 from headwise.runtime.chaos.verdict import Verdict, judge
 from headwise.runtime.chaos.workload import Question
 from headwise.runtime.config import engine_config
@@ -30,6 +30,8 @@ DRAIN_S = 120.0
 """For what was asked to be answered once no fault comes any more."""
 BOOKS_S = 15.0
 """For blocks, processes and files to be given back."""
+IDLE_S = 60.0
+"""So long a run may be without any fault, by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ def run(model: str, load: Load, settings: dict[str, Any]) -> Verdict:
     try:
         failpoints.use(folder)
         with History(load.history) as history:
-            seconds, recoveries, findings, pids = _disturb(model, load, settings, history, folder)
-            findings += _books("closed", books.check_closed(pids, before, BOOKS_S))
+            seconds, recoveries, findings = _disturb(model, load, settings, history, folder)
+            findings += _books("closed", books.check_closed(folder, before, BOOKS_S))
             return judge(load.seed, seconds, history.events, recoveries, findings)
     finally:
         failpoints.leave()
@@ -75,10 +77,10 @@ def run(model: str, load: Load, settings: dict[str, Any]) -> Verdict:
 
 def _disturb(
     model: str, load: Load, settings: dict[str, Any], history: History, folder: Path
-) -> tuple[float, int, list[Finding], set[tuple[int, float]]]:
-    """Returns for how many seconds there were faults, the recoveries, what was found, and the ranks' processes."""
+) -> tuple[float, int, list[Finding]]:
+    """Returns for how many seconds there were faults, the recoveries, and what was found."""
     with LLM(model, **settings, quiet=load.quiet) as llm:
-        _check_place(llm)
+        _check_place(llm, load)
         questions = _questions(llm, model, load.seed)
         _say(load, f"{len(questions)} questions, undisturbed")
         answers = ask_undisturbed(llm, questions)
@@ -88,33 +90,25 @@ def _disturb(
         clients = Clients(llm, questions, history, load.seed, load.streams)
         schedule = injections(load.seed, _abilities(llm))
         injector = Injector(llm, folder, schedule, history, load.deadline_s, lambda event: _say(load, _line(event)))
-        while time.monotonic() - history.began < load.seconds and llm._loop.ended is None and injector.runs:
-            time.sleep(0.1)
-        injector.stop()
+        try:
+            while time.monotonic() - history.began < load.seconds and llm._loop.ended is None and injector.runs:
+                time.sleep(0.1)
+        finally:
+            injector.stop()
         seconds = time.monotonic() - history.began
         _say(load, "no more faults")
         if llm._loop.ended is None and injector.await_progress():
             clients.stop(DRAIN_S)
             findings += _books("drained", books.check_engine(llm, BOOKS_S))
-            findings += _books("drained", books.check_processes(llm, injector.pids, _spares(llm), BOOKS_S))
+            findings += _books("drained", books.check_processes(llm, injector.processes, _spares(llm), BOOKS_S))
         else:
             findings.append(Finding("ended", f"the engine has ended, or does not come back: {llm._loop.ended}"))
-        findings += [Finding("hung", problem) for problem in injector.problems]
+        findings += injector.findings
         recoveries = _recoveries(llm)
     # A client that still waits hears now that the engine is closed, which is the same to the checker as no end.
     clients.stop(BOOKS_S)
     findings += check(list(history.events), answers, load.deadline_s)
-    return seconds, recoveries, findings, injector.pids if llm.config.executor == "ray" else set()
-
-
-def _check_place(llm: LLM) -> None:
-    """
-    Raises:
-        InvalidValueError: a rank is on another machine, where nobody can be killed from here.
-    """
-    if llm.config.executor == "ray" and not all(map(rank_process, llm.stats()["shard_pids"])):
-        limit = "has ranks on other machines; faults are made on this one alone"
-        raise InvalidValueError("address", llm.config.address, limit, "have every rank on this machine")
+    return seconds, recoveries, findings + _check_faults(history, seconds)
 
 
 def ask_undisturbed(llm: LLM, questions: Sequence[Question]) -> list[list[Answer]]:
@@ -122,6 +116,23 @@ def ask_undisturbed(llm: LLM, questions: Sequence[Question]) -> list[list[Answer
     prompts, params = [list(one.prompt) for one in questions], [one.params for one in questions]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [[Answer(one.token_ids, one.text, one.finish_reason) for one in output.outputs] for output in outputs]
+
+
+def _check_place(llm: LLM, load: Load) -> None:
+    """
+    Raises:
+        InvalidValueError: a rank is where nothing can be done to it.
+    """
+    if not all(process.is_here() for process in processes(llm, load.deadline_s)):
+        limit = "has ranks on other hosts; chaos sends signals to processes of this one"
+        raise InvalidValueError("address", llm.config.address, limit, "have room for all ranks on this host")
+
+
+def _check_faults(history: History, seconds: float) -> list[Finding]:
+    """A run in which nothing happened to the engine says nothing about it."""
+    if seconds < IDLE_S or any(event["event"] in ("fault", "fired") for event in history.events):
+        return []
+    return [Finding("faults", f"none has happened in {seconds:.0f} s")]
 
 
 def _questions(llm: LLM, model: str, seed: int) -> list[Question]:
