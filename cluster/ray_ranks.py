@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from headwise.cluster import ray_session
 from headwise.cluster.actor import ShardActor
 from headwise.cluster.channel import ChannelError, EngineChannel, Kind
 from headwise.cluster.engine_watch import EngineProcess
@@ -75,7 +76,11 @@ class RayRanks:
             # The bundle keeps the CPUs for them. An actor that took them would wait until Ray has noticed that those
             # of a group before it are free.
             actor = ray.remote(ShardActor).options(
-                num_cpus=0, num_gpus=int(bundle.get("GPU", 0)), max_restarts=0, scheduling_strategy=place
+                num_cpus=0,
+                num_gpus=int(bundle.get("GPU", 0)),
+                max_restarts=0,
+                scheduling_strategy=place,
+                runtime_env=ray_session.rank_environment(),
             )
             with self._making():
                 self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"])), EngineProcess.own()))

@@ -25,6 +25,7 @@ _lock = threading.Lock()
 _users = 0
 _started_here = False
 _inherited: dict[str, str] = {}
+_print = ray_worker.print_to_stdstream
 
 
 def join(address: str | None) -> None:
@@ -69,13 +70,23 @@ def leave() -> None:
 
 def _keep_from_stdout() -> None:
     """Ray prints on stdout that a process of its own has died, also with log_to_driver=False; what a program prints
-    there is nobody else's. Whoever loses a process says so in the log."""
+    there is nobody else's. Whoever loses a process says so in the log. A Ray that the program itself starts later
+    prints what it likes."""
+    connection = _connection()
 
     def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if _connection() != connection:
+            _print(data, ignore_prefix)
+            return
         for line in data["lines"]:
             _logger.debug("Ray: %s", line)
 
     ray_worker.print_to_stdstream = log
+
+
+def _connection() -> bytes | None:
+    """Tells one of this process's connections to a Ray from another; None while there is none."""
+    return getattr(ray_worker.global_worker, "worker_id", None)
 
 
 def living() -> list[str]:
@@ -84,7 +95,9 @@ def living() -> list[str]:
         return []
     job = ray.get_runtime_context().get_job_id()
     actors = [one for one in actor_table().values() if one["JobID"] == job and one["State"] != "DEAD"]
-    groups = [one for one in placement_group_table().values() if one["state"] != "REMOVED"]
+    # The id of a placement group ends in that of its program, which is not told otherwise.
+    own = [one for one in placement_group_table().values() if one["placement_group_id"].endswith(job)]
+    groups = [one for one in own if one["state"] != "REMOVED"]
     return [f"actor {one['ActorClassName']} (pid {one['Pid']}, {one['State']})" for one in actors] + [
         f"placement group {one['placement_group_id']} ({one['state']})" for one in groups
     ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +77,70 @@ def test_what_ray_says_of_its_processes_is_kept_from_stdout(
     ray_session.leave()
     ray_worker.print_to_stdstream({"lines": ["a worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_ray_that_the_program_starts_later_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_worker, "print_to_stdstream", ray_worker.print_to_stdstream)
+    connections = iter([b"ours", b"theirs"])
+    monkeypatch.setattr(ray_session, "_connection", lambda: next(connections))
+    ray_session.join(None)
+    ray_session.leave()
+    said = {"lines": ["hello"], "pid": "raylet", "ip": "127.0.0.1", "job": None, "is_err": False}
+    ray_worker.print_to_stdstream(said, ignore_prefix=True)
+    assert "hello" in capsys.readouterr().out
+
+
+@pytest.mark.thorough
+def test_on_a_ray_of_somebody_elses(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    """Ranks have the failpoints, and the placement groups of others are not taken for this program's."""
+    run = subprocess.run(
+        [sys.executable, "-c", GUEST, str(tmp_path / "points"), str(checkpoint())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["load.layer", "theirs"]
+
+
+GUEST = """
+import subprocess, sys
+from pathlib import Path
+import ray
+ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+from headwise.cluster import ray_session
+from headwise.runtime import LLM
+from headwise.workers import failpoints
+from headwise.workers.failpoints import Action, Fault, Point
+
+folder, model = Path(sys.argv[1]), sys.argv[2]
+folder.mkdir(mode=0o700)
+failpoints.use(folder)
+failpoints.arm(folder, Point.LOAD_LAYER, Fault(Action.RAISE))
+try:
+    LLM(model, kv_memory="8MiB", max_model_len=64, quiet=True, cpus_per_rank=1)
+except failpoints.FailpointError:
+    print(failpoints.fired(folder)[0].point)
+other = '''
+import ray, sys
+from ray.util import placement_group
+ray.init(address=sys.argv[1], log_to_driver=False)
+assert placement_group([{"CPU": 1}]).wait(30)
+print("there", flush=True)
+input()
+'''
+address = ray.get_runtime_context().gcs_address
+with subprocess.Popen(
+    [sys.executable, "-c", other, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+) as process:
+    assert process.stdout.readline() == "there\\n"
+    print("theirs" if not ray_session.living() else ray_session.living())
+    process.stdin.close()
+ray.shutdown()
+"""
