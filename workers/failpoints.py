@@ -11,15 +11,15 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import fcntl
 import itertools
 import json
 import os
 import signal
 import stat
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,19 +168,20 @@ def arm(folder: Path, point: Point, fault: Fault, rank: int | None = None) -> No
         raise InvalidValueError("action", fault.action, f"there is no message at {point}")
     if (fault.token is None) == (point is Point.STEP_TOKEN):
         raise InvalidValueError("token", fault.token, f"belongs to {Point.STEP_TOKEN}, and to no other point")
-    _put(folder, _file_name(point, rank), json.dumps(asdict(fault)))
+    with _lock(folder):
+        _put(folder, _file_name(point, rank), json.dumps(asdict(fault)))
 
 
 def disarm(folder: Path) -> None:
     """No point is armed any more; what has fired stays known."""
-    for path in folder.iterdir():
-        if _armed_name(path) is not None:
-            path.unlink(missing_ok=True)
+    with _lock(folder):
+        for name in armed(folder):
+            (folder / name).unlink()
 
 
 def armed(folder: Path) -> list[str]:
     """The points that have not fired; with ``@rank`` where they are meant for one."""
-    return sorted(name for path in folder.iterdir() if (name := _armed_name(path)) is not None)
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith((_FIRED, _HIDDEN)))
 
 
 def fired(folder: Path) -> list[Fired]:
@@ -207,57 +208,49 @@ def hit(point: Point, rank: int | None = None, holds: Callable[[int], bool] = la
     """
     assert _folder is not None, "ENABLED comes first"
     for name in dict.fromkeys((_file_name(point, rank), point.value)):
-        fault = _take(_folder, name, holds)
+        fault = _take(_folder, point, name, holds)
         if fault is not None:
-            _record(_folder, point, fault, name)
             return _act(point, fault)
     return False
 
 
-_FIRED, _UNDER_WAY, _CLAIMED = "fired-", ".", ".claimed-"
+_FIRED, _HIDDEN = "fired-", "."
 _numbers = itertools.count()
-
-
-def _armed_name(path: Path) -> str | None:
-    """What it was armed by, if this is the file of a point that has not fired, or is claimed and about to."""
-    name = path.name.removeprefix(_CLAIMED).partition("~")[0]
-    return None if name.startswith((_FIRED, _UNDER_WAY)) else name
 
 
 def _file_name(point: Point, rank: int | None) -> str:
     return point.value if rank is None else f"{point.value}@{rank}"
 
 
-def _take(folder: Path, name: str, holds: Callable[[int], bool]) -> Fault | None:
-    """The fault, if the point is armed by this name and fires now. Its file is claimed by renaming it: of two processes
-    one finds it."""
-    path, claimed = folder / name, _claim(folder, name)
-    try:
-        fault = _read(path)
+def _take(folder: Path, point: Point, name: str, holds: Callable[[int], bool]) -> Fault | None:
+    """The fault, if the point is armed by this name and fires now. That is noted before it happens, for the process may
+    not be there afterwards."""
+    path = folder / name
+    if not path.exists():  # as a rule
+        return None
+    with _lock(folder):
+        try:
+            fault = _read(path)
+        except FileNotFoundError:  # since it was looked for
+            return None
         if fault.token is not None and not holds(fault.token):
             return None
-        if fault.stays and not fault.skip:
-            return fault
-        path.rename(claimed)
-    except FileNotFoundError:
-        return None
-    if not fault.skip:
+        if fault.skip:
+            _put(folder, name, json.dumps(asdict(fault) | {"skip": fault.skip - 1}))
+            return None
+        pid = os.getpid()
+        _put(folder, f"{_FIRED}{pid}-{next(_numbers)}", json.dumps((point, fault.action, pid, time.monotonic())))
+        if not fault.stays:
+            path.unlink()
         return fault
-    _put(folder, name, json.dumps(asdict(fault) | {"skip": fault.skip - 1}))
-    claimed.unlink(missing_ok=True)
-    return None
 
 
-def _claim(folder: Path, name: str) -> Path:
-    """The name that a thread gives to a file while it has it for itself."""
-    return folder / f"{_CLAIMED}{name}~{os.getpid()}-{threading.get_ident()}"
-
-
-def _record(folder: Path, point: Point, fault: Fault, name: str) -> None:
-    """Before it happens: the process may not be there afterwards. Then nobody is told any more that it is armed."""
-    pid = os.getpid()
-    _put(folder, f"{_FIRED}{pid}-{next(_numbers)}", json.dumps((point, fault.action, pid, time.monotonic())))
-    _claim(folder, name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps all others, also of other processes, from what is armed. It ends with the process, if that is killed."""
+    with open(folder / f"{_HIDDEN}lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> Fault:
@@ -287,7 +280,7 @@ def _act(point: Point, fault: Fault) -> bool:
 
 def _put(folder: Path, name: str, text: str) -> None:
     """Under another name first: whoever reads it finds all of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{_UNDER_WAY}new-", dir=folder)
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{_HIDDEN}new-", dir=folder)
     try:
         with open(descriptor, "w") as file:
             file.write(text)

@@ -98,6 +98,27 @@ def test_of_many_who_come_at_once_one_is_hit(folder: Path) -> None:
     assert sum(found) == 1
 
 
+def test_what_is_disarmed_stays_so_whoever_is_at_the_point(folder: Path) -> None:
+    over = threading.Event()
+
+    def come() -> None:
+        while not over.is_set():
+            hit(Point.STEP_MLP)
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    try:
+        for _ in range(200):
+            arm(folder, Point.STEP_MLP, Fault(Action.RAISE, skip=1_000_000))
+            time.sleep(0.001)  # in which it is hit
+            disarm(folder)
+            thread.join(0.001)
+            assert armed(folder) == []
+    finally:
+        over.set()
+        thread.join(DEADLINE_S)
+
+
 def test_a_full_disk_a_slow_one_and_a_lost_message(folder: Path) -> None:
     arm(folder, Point.KV_WRITE, Fault(Action.NO_SPACE))
     with pytest.raises(OSError, match=r"No space left.*kv\.write") as full:
