@@ -146,7 +146,8 @@ def _serving(path: Path, settings: dict[str, Any]) -> Iterator[str]:
         if value is not None
         for part in (flags.get(name, f"--{name.replace('_', '-')}"), str(value))
     ]
-    command = [sys.executable, "-m", "headwise.runtime.cli", "serve", "--model", str(path), "--port", "0", "--json"]
+    python = [sys.executable, "-P", "-m", "headwise.runtime.cli"]
+    command = [*python, "serve", "--model", str(path), "--port", "0", "--json"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None

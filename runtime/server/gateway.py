@@ -57,7 +57,7 @@ class Gateway:
         self._host, self.port = host, port or _free_port(host)
         self._tls = _unverified() if tls is not None else None
         self._command = [
-            *(sys.executable, "-m", "smg", "launch"),
+            *(sys.executable, "-P", "-m", "smg", "launch"),  # not what is called smg in the working directory
             *("--host", host, "--port", str(self.port)),
             *("--worker-urls", f"grpc://127.0.0.1:{engine_port}", "--log-level", "warn"),
             *("--model-path", str(model_path)),

@@ -31,7 +31,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France? Answer i
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[dict[str, Any]]:
+def serving(model: Path, *options: str, folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """``headwise serve --openai-port`` as a process of its own, as users start it."""
     command = [
         *(sys.executable, "-m", "headwise.runtime.cli", "serve", "--model", str(model), "--name", "smollm2"),
@@ -40,7 +40,7 @@ def serving(model: Path, *options: str) -> Iterator[dict[str, Any]]:
         *options,
     ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder) as process:
         try:
             assert process.stdout is not None
             yield json.loads(process.stdout.readline())
@@ -50,8 +50,11 @@ def serving(model: Path, *options: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def server(smollm2: Path) -> Iterator[dict[str, Any]]:
-    with serving(smollm2) as about:
+def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """In a folder where somebody has put another gateway."""
+    folder = tmp_path_factory.mktemp("working-directory")
+    (folder / "smg.py").write_text("raise SystemExit('this is not the gateway')")
+    with serving(smollm2, folder=folder) as about:
         yield about
 
 
