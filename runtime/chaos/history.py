@@ -61,8 +61,10 @@ class History:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        with self._lock:  # who still waits for an answer may add to it later
+            file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def read(path: Path) -> list[Event]:

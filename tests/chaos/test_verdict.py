@@ -70,4 +70,5 @@ def test_a_history_is_read_as_it_was_written(tmp_path: Path) -> None:
         history.add("asked", request="0-0", client=0, way="stream", questions=[1])
         history.add("fired", at=history.began + 2, fault="step.mlp kill", kills=1)
     assert read(tmp_path / "history") == history.events
+    history.add("done", request="0-0")  # by somebody who still waited
     assert history.events[1]["at"] == 2 and history.events[0]["at"] < 1
