@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from headwise.runtime.chaos.history import History
 from headwise.runtime.chaos.workload import Ask, Question, Way, asks
 from headwise.runtime.llm import LLM, OutputDelta
+from headwise.workers.errors import InvalidValueError
 
 PIN_S = 3.0
 
@@ -58,7 +60,8 @@ class Clients:
         question = self._questions[ask.questions[0]]
         prompt = list(question.prompt)
         if ask.way is Way.PIN:
-            self._llm.pin_prefix(prompt, PIN_S, cache_salt=ask.salt)
+            with contextlib.suppress(InvalidValueError):  # the others have pinned as much as may be
+                self._llm.pin_prefix(prompt, PIN_S, cache_salt=ask.salt)
         stream = self._llm.stream(prompt, question.params, request_id=f"chaos-{request}", cache_salt=ask.salt)
         for number, delta in enumerate(stream, start=1):
             self._note(request, delta)

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from headwise.runtime import LLM
+from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.chaos import books, run
+from headwise.runtime.chaos.clients import Clients
 from headwise.runtime.chaos.faults import Injection, Kind
 from headwise.runtime.chaos.history import History
 from headwise.runtime.chaos.injector import Injector
 from headwise.runtime.chaos.run import Load
+from headwise.runtime.chaos.workload import Ask, Question, Way
 from headwise.workers import failpoints
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.processes import ProcessId
@@ -102,6 +104,20 @@ def test_an_injector_that_waits_for_requests_can_be_stopped(tmp_path: Path) -> N
         stopping.start()
         stopping.join(DEADLINE_S)
         assert not stopping.is_alive() and injector.findings == []
+
+
+def test_a_pin_that_there_is_no_room_for_is_no_finding() -> None:
+    """Nor would an undisturbed engine have any."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise InvalidValueError("prompt", "7 blocks", "52 blocks would be pinned, at most 47 may be")
+
+    delta = SimpleNamespace(index=0, token_ids=[5], text=None, finish_reason="length", error=None)
+    llm: Any = SimpleNamespace(pin_prefix=refuse, stream=lambda *args, **options: iter([delta]))
+    with History() as history:
+        clients = Clients(llm, [Question((1,), SamplingParams())], history, seed=1, count=0)
+        assert not clients._ask("0-0", Ask((0,), Way.PIN, ""))
+        assert [event["tokens"] for event in history.events] == [[5]]
 
 
 def test_a_run_without_faults_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
