@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,33 @@ def test_a_process_and_its_end() -> None:
             with pytest.raises(ProcessLookupError):
                 look()
         it.kill()
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_a_signal_is_for_one_process_also_without_pidfds(monkeypatch: pytest.MonkeyPatch, pidfds: bool) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(38, "this kernel has none")
+
+    if not pidfds:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        it = ProcessId.of(process.pid)
+        dataclasses.replace(it, born=it.born + 1).kill()
+        assert process.poll() is None
+        it.kill()
+        assert process.wait(DEADLINE_S) == -signal.SIGKILL
+
+
+def test_a_sandbox_that_hides_the_id_of_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.read_text
+
+    def read(path: Path, *args: Any, **options: Any) -> str:
+        if path.name == "boot_id":
+            raise FileNotFoundError(path)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert ProcessId.of(os.getpid()).is_here()
 
 
 @pytest.mark.parametrize("pidfds", [True, False])
