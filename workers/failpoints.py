@@ -64,7 +64,7 @@ class Point(enum.StrEnum):
     KV_COPY = "kv.copy"
     """A rank is about to copy a block between its device and a tier, or from tier to tier."""
     KV_WRITE = "kv.write"
-    """The disk tier has written half of a block's file, which has not its name yet."""
+    """The disk tier has written the head of a block's file, which has not its name yet, and no keys and values."""
     KV_JOURNAL = "kv.journal"
     """The disk tier has written a block's file, and no record of it."""
     HANDOFF_PUSH = "handoff.push"

@@ -12,7 +12,8 @@ from headwise.runtime.structured_outputs import StructuredOutputsParams
 
 NUM_QUESTIONS = 24
 """Each is asked again and again; what its answer has to be is computed once, undisturbed."""
-MAX_PROMPT, MAX_OUTPUT = 160, 64
+MAX_PROMPT, MAX_OUTPUT = 320, 64
+"""In tokens; so that attention divides some contexts into parts, and others not."""
 
 SCHEMA = {
     "type": "object",

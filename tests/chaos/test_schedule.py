@@ -9,6 +9,7 @@ import pytest
 
 from headwise.runtime.chaos.faults import Abilities, Injection, Kind, injections
 from headwise.runtime.chaos.workload import NUM_QUESTIONS, Way, asks, questions
+from headwise.workers.cpu.attention_plan import PART_KEYS
 from headwise.workers.failpoints import DROPPABLE, Action, Point, arm
 
 RANKS = Abilities(ranks=2, processes=True, tiers=True, disk=True, hangs_s=8.0)
@@ -35,6 +36,14 @@ def test_questions_are_of_every_kind_and_fit_the_model(structured: bool) -> None
     for one in asked:
         assert one.params.max_tokens is not None and len(one.prompt) + one.params.max_tokens <= 128
         assert one.prompt and all(0 <= token < 256 for token in one.prompt)
+
+
+def test_some_contexts_are_divided_and_some_grow_until_they_are() -> None:
+    for seed in range(5):
+        asked = questions(seed, 256, 1024, True)
+        ends = [len(one.prompt) + (one.params.max_tokens or 0) for one in asked]
+        assert 3 <= sum(end > PART_KEYS for end in ends) < NUM_QUESTIONS - 3
+        assert any(len(one.prompt) < PART_KEYS < end for one, end in zip(asked, ends, strict=True))
 
 
 def test_clients_ask_in_every_way() -> None:
