@@ -43,6 +43,14 @@ class _Live(NamedTuple):
     sink: Sink
 
 
+class _Awaited(NamedTuple):
+    """A step that is waited for: since when, what it computes, and how many grammars may have to be compiled for it."""
+
+    since: float
+    num_tokens: int
+    num_grammars: int
+
+
 class Engine:
     """Runs requests on the shard group of a generation; when the group dies, on that of the next.
 
@@ -89,7 +97,7 @@ class Engine:
         self._cpu_seconds = 0.0
         self._check = IdleCheck(scheduler.checks)
         self._num_paused = 0
-        self._awaited: tuple[float, int] | None = None  # since when a step is waited for, and its tokens
+        self._awaited: _Awaited | None = None
         self._capacity: int | None = None  # tokens that fit the KV memory, once another group has it
         self._pinned: list[Pinned] = []  # when the group died
         self._reset_wanted = False
@@ -103,15 +111,15 @@ class Engine:
     def step_limit_s(self) -> float:
         """How long the step that is waited for may take, or any other. May be read by other threads."""
         awaited = self._awaited
-        return self.pace.limit_s(awaited[1] if awaited is not None else 0)
+        return self.pace.limit_s(awaited.num_tokens, awaited.num_grammars) if awaited else self.pace.limit_s(0)
 
     @property
     def hang(self) -> str | None:
         """Which step makes no progress; None: none. May be read by other threads."""
         if (awaited := self._awaited) is None:
             return None
-        since, num_tokens = awaited
-        limit_s = self.pace.limit_s(num_tokens)
+        since, num_tokens, num_grammars = awaited
+        limit_s = self.pace.limit_s(num_tokens, num_grammars)
         if time.monotonic() - since <= limit_s:
             return None
         return f"a step with {num_tokens} tokens has made no progress in {limit_s:.3g} s (--step-timeout)"
@@ -399,13 +407,12 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
-        num_tokens = sum(count for _, count in self._in_flight[0].plan.computes)
-        self._awaited = time.monotonic(), num_tokens
+        self._awaited = awaited = _awaited(self._in_flight[0])
         output = self.generation.group.collect()
         collected = time.perf_counter()
         if failpoints.ENABLED:
             failpoints.hit(Point.ENGINE_OUTPUT)
-        self.pace.saw_step(time.monotonic() - self._awaited[0], num_tokens)
+        self.pace.saw_step(time.monotonic() - awaited.since, awaited.num_tokens)
         self._awaited = None
         self._check_order(output)
         self._process(self._in_flight.popleft(), output)
@@ -476,3 +483,10 @@ class Engine:
         new, self._new = self._new, {}
         for sink, deltas in new.items():
             sink(deltas)
+
+
+def _awaited(schedule: Schedule) -> _Awaited:
+    counts = dict(schedule.plan.computes)
+    # A row that computes several tokens and samples has just been seated: its grammar may not be compiled yet.
+    new = [row.request.sampling.grammar for row in schedule.rows if row.samples and counts[row.seat.row] > 1]
+    return _Awaited(time.monotonic(), sum(counts.values()), len({grammar for grammar in new if grammar}))

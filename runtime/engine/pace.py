@@ -12,6 +12,8 @@ SLOW_STEPS = 4
 """So many times the slowest recent step is a step that hangs."""
 SLOW_TOKENS = 8
 """So many times what its tokens should take, too."""
+GRAMMAR_S = 0.5
+"""What a step may wait for a grammar to be compiled: five times what is let through, for the core may be another's."""
 FIRST_STEP_TIMEOUT_S = 600.0
 """Of a step while none was measured: a large model on a slow machine computes a long prompt."""
 STEP_HALF_LIFE_S = 3600.0
@@ -48,12 +50,13 @@ class Pace:
         """A step computed so many tokens of prompts, and hardly anything else."""
         self.token_s = running_mean(self.token_s, seconds / num_tokens)
 
-    def limit_s(self, num_tokens: int) -> float:
-        """How long a step with so many tokens may take. Steps that generate tokens tell what those of a prompt take at
-        most, until one that computes a prompt was measured."""
+    def limit_s(self, num_tokens: int, num_grammars: int = 0) -> float:
+        """How long a step may take with so many tokens, which waits for so many grammars. Steps that generate tokens
+        tell what those of a prompt take at most, until one that computes a prompt was measured."""
         if self._step_timeout_s is not None:
             return self._step_timeout_s
         if not self._most_s:
             return FIRST_STEP_TIMEOUT_S
         tokens_s = num_tokens * (self._most_s if self.token_s is None else self.token_s)
-        return max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * self.slowest_step_s, SLOW_TOKENS * tokens_s)
+        steps_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * self.slowest_step_s, SLOW_TOKENS * tokens_s)
+        return steps_s + GRAMMAR_S * num_grammars

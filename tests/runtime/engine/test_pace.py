@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headwise.runtime.engine import pace as pace_module
 from headwise.runtime.engine.pace import FIRST_STEP_TIMEOUT_S, MIN_STEP_TIMEOUT_S, Pace
+from headwise.workers.plan import StepOutput
+from tests.plain_group import Bench, make_request
 
 
 def test_nothing_is_known_before_the_first_step() -> None:
@@ -41,3 +45,25 @@ def test_a_slow_step_counts_less_as_time_goes_by(monkeypatch: pytest.MonkeyPatch
 def test_a_setting_holds_for_every_step() -> None:
     pace = Pace(2.5)
     assert pace.limit_s(1) == pace.limit_s(100_000) == 2.5
+
+
+def test_a_step_may_wait_for_grammars() -> None:
+    pace = Pace()
+    pace.saw_step(0.02, 1)
+    assert pace.limit_s(1, 60) == MIN_STEP_TIMEOUT_S + 30.0
+    bench = Bench(depth=2)
+    group, seen = bench.group, list[float]()
+    bench.engine.pace.saw_step(0.001, 1)
+    for number in range(6):
+        request = make_request(str(number), [1, 2, number], 3)
+        request.sampling = replace(request.sampling, grammar=f"grammar {number % 3}")
+        bench.add(request)
+    collect = group.collect
+
+    def look() -> StepOutput:
+        seen.append(bench.engine.step_limit_s)
+        return collect()
+
+    group.collect = look  # type: ignore[method-assign]
+    bench.run()
+    assert seen == [MIN_STEP_TIMEOUT_S + number * pace_module.GRAMMAR_S for number in (3, 1, 0, 0)]
