@@ -218,9 +218,10 @@ class RayRanks:
         for ref in (*self._refs, *self._runs):  # Ray logs an error that nobody asked for
             with contextlib.suppress(Exception):
                 ray.get(ref, timeout=CLOSE_TIMEOUT_S)
-        if self._rendezvous is not None:
-            Rendezvous(**self._rendezvous).close()  # ranks killed before all had met leave a file, if it is here
-        self._actors, self._runs, self._refs, self._rendezvous = [], [], [], None
+        rendezvous, self._rendezvous = self._rendezvous, None  # which another thread may be ending, too
+        if rendezvous is not None:
+            Rendezvous(**rendezvous).close()  # ranks killed before all had met leave a file, if it is here
+        self._actors, self._runs, self._refs = [], [], []
         places, self._places = self._places, []
         self._await_processes(places)
 
