@@ -99,7 +99,8 @@ class BlockTables:
         if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing)) is not None:
             self.cache.release(chain, Use.COMPUTE)
             return answer
-        if self.inbound is not None and self._is_handed_over(self.inbound, request, search, limit):
+        asks = self.inbound is not None and (not alone or self.inbound.must_succeed)  # others wait for who is alone
+        if asks and self.inbound is not None and self._is_handed_over(self.inbound, request, search, limit):
             self.cache.release(chain, Use.COMPUTE)
             return Admission.LATER
         del self._searches[request]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headwise.runtime.engine.loop import EngineLoop
+from headwise.runtime.engine.suspects import ALONE_AFTER
 from headwise.runtime.handoff import inbound as inbound_module
 from headwise.runtime.handoff import outbound as outbound_module
 from headwise.runtime.handoff.errors import RefusedError
@@ -209,6 +210,19 @@ def test_a_prompt_that_must_not_be_computed_here_is_not_where_no_peer_is_connect
     assert pair.decode.ended[request.key] is FinishReason.ERROR and request.generated == []
     assert request.error is not None and request.error.startswith("no engine that computes prompts can be reached")
     assert pair.decode.ended[short.key] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("must_succeed", [False, True])
+def test_who_is_computed_alone_is_computed_here_if_that_is_allowed(pair: Pair, must_succeed: bool) -> None:
+    """A group may die of the prompt, and so would that of prefill; and nobody else is computed meanwhile."""
+    inbound_of(pair).must_succeed = must_succeed
+    request = make_request("suspect", PROMPT, 3)
+    for _ in range(ALONE_AFTER):
+        pair.decode.engine._scheduler._suspects.died([request], False)
+    pair.decode.add(request)
+    pair.settle()
+    assert request.generated == alone(request)[0]
+    assert inbound_of(pair).stats()["started"] == must_succeed
 
 
 def test_no_more_blocks_come_than_a_quota_lets_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
