@@ -46,7 +46,7 @@ class Injector:
         """
         self._llm, self._folder, self._schedule = llm, folder, schedule
         self._history, self._deadline_s, self._told = history, deadline_s, told
-        self._over = threading.Event()
+        self._over, self._closed = threading.Event(), threading.Event()
         self._fired = 0
         self.processes: set[ProcessId] = set()
         self.findings: list[Finding] = []
@@ -63,12 +63,17 @@ class Injector:
         return self._threads[0].is_alive()
 
     def stop(self) -> None:
-        """No fault comes after it, and none is left behind: what is armed is disarmed, who is stopped goes on."""
+        """No fault comes after it, and none is left behind: what is armed is disarmed, who is stopped goes on. The
+        history is still told when requests go on, until :meth:`close`."""
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._threads[0].join()
         failpoints.disarm(self._folder)
         self._note_fired()
+
+    def close(self) -> None:
+        """Tells the history of nothing more; call it after :meth:`stop`."""
+        self._closed.set()
+        self._threads[1].join()
 
     def await_progress(self) -> bool:
         """Whether, before the deadline, each request whose group has died has got a token of the next. Who never gets
@@ -156,7 +161,7 @@ class Injector:
     def _watch(self) -> None:
         """Tells the history when a group is gone, and when requests go on."""
         engine, down = self._llm._loop.engine, False
-        while not self._over.wait(LOOK_S):
+        while not self._closed.wait(LOOK_S):
             if engine.rebuilding != down:
                 down = not down
                 self._history.add("down" if down else "up", epoch=engine.generation.epoch)

@@ -103,6 +103,7 @@ def _disturb(
             findings += _books("drained", books.check_processes(llm, injector.processes, _spares(llm), BOOKS_S))
         else:
             findings.append(Finding("ended", f"the engine has ended, or does not come back: {llm._loop.ended}"))
+        injector.close()
         findings += injector.findings
         recoveries = _recoveries(llm)
     # A client that still waits hears now that the engine is closed, which is the same to the checker as no end.

@@ -63,6 +63,7 @@ def inject(tmp_path: Path, llm: Any, schedule: Iterator[Injection], faults: int)
         injector = Injector(llm, tmp_path, schedule, history, DEADLINE_S, told.append)
         wait_until(lambda: len(told) >= faults and not injector.runs)
         injector.stop()
+        injector.close()
     return injector
 
 
@@ -104,6 +105,10 @@ def test_an_injector_that_waits_for_requests_can_be_stopped(tmp_path: Path) -> N
         stopping.start()
         stopping.join(DEADLINE_S)
         assert not stopping.is_alive() and injector.findings == []
+        wait_until(lambda: [event["event"] for event in history.events] == ["down"])
+        llm._loop.engine.rebuilding = False
+        wait_until(lambda: [event["event"] for event in history.events] == ["down", "up"])  # or the pause was lost
+        injector.close()
 
 
 def test_a_pin_that_there_is_no_room_for_is_no_finding() -> None:
