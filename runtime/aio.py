@@ -13,13 +13,12 @@ from typing import Any, Literal, TypeVar, get_args
 
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.engine.engine import Engine
-from headwise.runtime.engine.loop import EngineLoop
 from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.engine.waiting import share
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.processor import InputProcessor, check_request_id
-from headwise.runtime.start import handoff_service, start_engine
+from headwise.runtime.start import handoff_service, run_engine, start_engine
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class AsyncLLM:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
         self._lanes = {lane: ThreadPoolExecutor(1, f"headwise-{lane}") for lane in get_args(Lane)}
-        self._loop = EngineLoop(self._started.engine, self._fail, self._started.recovery)
+        self._loop = run_engine(self._started, self._fail)
 
     @property
     def engine(self) -> Engine:

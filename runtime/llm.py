@@ -26,7 +26,7 @@ from headwise.runtime.kv.events import KvEvents, Subscription
 from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.sides import handoff_settings
-from headwise.runtime.start import Started, start_engine
+from headwise.runtime.start import Started, run_engine, start_engine
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
 
@@ -164,7 +164,7 @@ class LLM:
         self._numbers = itertools.count()
         self._queues: set[queue.SimpleQueue[list[Delta] | BaseException]] = set()
         self._prefill = started.prefill
-        self._loop = EngineLoop(started.engine, _FailAll(self._queues, started.engine.events), started.recovery)
+        self._loop = run_engine(started, _FailAll(self._queues, started.engine.events))
         self._finalizer = weakref.finalize(self, _close, self._loop, started)
         # At exit before Ray's own shutdown, which was registered when the group imported Ray. weakref's hook may have
         # been registered long ago, and would find Ray gone.

@@ -92,6 +92,15 @@ class Started:
             self.prefill.hurry()
 
 
+def run_engine(started: Started, on_failure: Callable[[BaseException], None]) -> EngineLoop:
+    """Gives an engine its thread; ends the engine if that fails."""
+    try:
+        return EngineLoop(started.engine, on_failure, started.recovery)
+    except BaseException:
+        started.close()
+        raise
+
+
 class PrefillSide:
     """An engine that computes prompts for another engine of this program."""
 

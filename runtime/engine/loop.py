@@ -53,7 +53,11 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._work, name="headwise-engine", daemon=True)
         self._thread.start()
         if recovery is not None:
-            recovery.start(self)
+            try:
+                recovery.start(self)
+            except BaseException:  # such as no more threads
+                self.close()
+                raise
 
     @property
     def engine(self) -> Engine:

@@ -21,6 +21,7 @@ from headwise.runtime.config import EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineStoppedError
+from headwise.runtime.engine.recovery import Recovery
 from headwise.runtime.engine.scheduler import Scheduler
 from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from headwise.workers.errors import InvalidValueError
@@ -555,3 +556,15 @@ def test_what_fails_once_the_shards_are_there_ends_them(
     with pytest.raises(ZeroDivisionError):
         LLM(checkpoint("gqa"), executor="local", cpus_per_rank=1, kv_memory="16MiB")
     assert closed == ["Generation", "GenerationFactory"]
+
+
+def test_an_engine_that_cannot_be_looked_after_is_ended(spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Recovery, loop: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Recovery, "start", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        LLM(spoken, executor="local", cpus_per_rank=1, kv_memory="16MiB", quiet=True)
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not left & {"headwise-engine", "headwise-shard"}
