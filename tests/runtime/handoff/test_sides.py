@@ -11,12 +11,13 @@ import pytest
 
 from headwise.runtime import start
 from headwise.runtime.config import EngineConfig, HandoffConfig
-from headwise.runtime.engine.generation import GenerationFactory
+from headwise.runtime.engine.generation import GenerationFactory, ReadyGroup
 from headwise.runtime.engine.tier_sizes import TierSizes
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.llm import LLM
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.handoff import KvEndpoint
 from tests.plain_group import PlainGroup
 from tests.runtime.handoff.engines import IDENTITY
 
@@ -49,13 +50,6 @@ def test_a_prefill_engine_that_cannot_be_asked_leaves_no_thread(
     assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("headwise")] == []
 
 
-class Endpoints(PlainGroup):
-    """A group of one rank that takes KV."""
-
-    def query(self, method: str) -> list[Any]:
-        return [(0, 1, "127.0.0.1:1", b"")]
-
-
 def test_a_peer_that_must_not_be_called_leaves_no_connection_to_those_before_it() -> None:
     peers = ("127.0.0.1:1", "192.0.2.1:5")  # where the token would go in clear text
     handoff = HandoffConfig(role="decode", peers=peers, token="token-0123456789abcdef")
@@ -63,7 +57,7 @@ def test_a_peer_that_must_not_be_called_leaves_no_connection_to_those_before_it(
     groups: Any = None
     factory = GenerationFactory(config, groups, 64, TierSizes(0, 0), KvEvents(1), IDENTITY)
     with pytest.raises(InvalidValueError, match="token"):
-        factory._open_books(Endpoints(), 8)
+        factory.open(ReadyGroup(PlainGroup(), 8, ([], []), [KvEndpoint((0, 1), "127.0.0.1:1", b"")]))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("headwise-link")]
 
 
