@@ -38,6 +38,8 @@ _TASK_TIMEOUT_S = 10.0
 """How long Ray gets to start a process on another node."""
 SILENCE_TIMEOUT_S = 600.0
 """How long ranks may take to start without one of them being done, or another layer loaded."""
+STOPPED_TIMEOUT_S = 8.0
+"""The same where a rank's process is stopped, as by SIGSTOP."""
 
 
 class RayRanks:
@@ -169,6 +171,7 @@ class RayRanks:
 
         Raises:
             GroupStartError: nothing was heard of any rank for SILENCE_TIMEOUT_S.
+            ShardGroupDied: nor for STOPPED_TIMEOUT_S, and a rank's process is stopped.
         """
         self._refs += refs
         waiting, heard = list(refs), time.monotonic()
@@ -181,7 +184,10 @@ class RayRanks:
                 if got[0] == Kind.PROGRESS:
                     progress(*msgpack.unpackb(got[2]))
                     heard = time.monotonic()
-            if waiting and time.monotonic() - heard > SILENCE_TIMEOUT_S:
+            silent_s = time.monotonic() - heard
+            if waiting and silent_s > STOPPED_TIMEOUT_S and (stopped := self.stopped()) is not None:
+                raise self._death(stopped, f"its process is stopped, and no rank was heard of for {silent_s:.0f} s")
+            if waiting and silent_s > SILENCE_TIMEOUT_S:
                 silent = [rank for rank, ref in enumerate(refs) if ref in waiting]
                 raise GroupStartError(
                     f"ranks {silent} of {self._spec.tensor_parallel_size} have not started, and nothing was heard of "

@@ -244,6 +244,24 @@ def test_ranks_of_which_nothing_is_heard_do_not_start_for_ever(monkeypatch: pyte
     assert loaded == list(range(1, 13)) and now == 400 * 12 + 700
 
 
+def test_a_rank_that_is_stopped_while_it_starts_is_as_good_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def wait(refs: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        nonlocal now
+        now += 1.0
+        return [], refs
+
+    monkeypatch.setattr(ray_ranks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(RayRanks, "stopped", lambda self: 1)
+    ranks = RayRanks(small_spec(Path("/models/big"), tensor_parallel_size=2), None, 1.0)
+    ranks._places = [{"address": "here"}, {"address": "there"}]
+    with pytest.raises(ShardGroupDied, match=r"rank 1 on node there died: its process is stopped"):
+        ranks._wait(["rank 0", "rank 1"])
+    assert now == 9.0
+
+
 def test_each_rank_knows_which_ranks_are_on_its_host() -> None:
     ranks = RayRanks(small_spec(Path("nowhere")), None, 1.0)
     ranks._places = [{"address": address} for address in ("10.0.0.1", "10.0.0.2", "10.0.0.1")]
