@@ -52,7 +52,7 @@ def chaos(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Kill shards and break other things while requests run, and check every token.
+    """Kill shards while requests run, and check every token.
 
     An engine is started for it. Its answers to a set of questions are taken first, undisturbed; then clients ask them
     while ranks are killed, stopped and made to fail. Printed are the faults, the pauses of the streams, and what was

@@ -215,8 +215,9 @@ class GenerationFactory:
         config, needed = self._config, -(-self._max_model_len // self._config.block_size)
         if num_blocks >= needed:
             return
-        limit = f"pays for {num_blocks} KV blocks of {config.block_size} tokens on each rank"
-        limit += f", one request of max_model_len={self._max_model_len} tokens needs {needed}"
+        size = self._sizes.block_bytes
+        limit = f"pays for {num_blocks} KV blocks of {config.block_size} tokens on each rank, {num_blocks * size} bytes"
+        limit += f"; one request of max_model_len={self._max_model_len} tokens needs {needed * size} bytes"
         if config.num_blocks is not None and num_blocks == config.num_blocks:
             limit = f"holds {num_blocks * config.block_size} tokens, max_model_len={self._max_model_len} needs more"
             raise InvalidValueError("num_blocks", num_blocks, limit)

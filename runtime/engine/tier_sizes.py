@@ -14,10 +14,12 @@ from headwise.workers.shard import DTYPES
 
 
 class TierSizes(NamedTuple):
-    """How many blocks each rank keeps in host memory and on disk; the same on all of them."""
+    """How many blocks each rank keeps in host memory and on disk, the same on all of them; and what a block takes in
+    memory, in bytes, on the rank with the most KV heads."""
 
     host: int
     disk: int
+    block_bytes: int
 
 
 def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSizes:
@@ -26,9 +28,8 @@ def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSize
     Raises:
         InvalidValueError: a budget is none, or less than one block, or the prefix cache is off.
     """
-    if config.host_kv_memory is None and config.disk_kv_path is None:
-        return TierSizes(0, 0)
-    if not config.enable_prefix_caching:
+    has_tiers = config.host_kv_memory is not None or config.disk_kv_path is not None
+    if has_tiers and not config.enable_prefix_caching:
         name = "host_kv_memory" if config.host_kv_memory is not None else "disk_kv_path"
         raise InvalidValueError(name, getattr(config, name), "needs enable_prefix_caching=True, whose blocks it holds")
     heads = [part.heads for part in partition_model(model, config.tensor_parallel_size)]
@@ -42,7 +43,7 @@ def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSize
     host = _blocks("host_kv_memory", config.host_kv_memory, block) if config.host_kv_memory is not None else 0
     file = disk_block_bytes(block, config.block_size)
     disk = _blocks("disk_kv_limit", config.disk_kv_limit, file) if config.disk_kv_path is not None else 0
-    return TierSizes(host, disk)
+    return TierSizes(host, disk, block)
 
 
 def _blocks(field: str, text: str | int, block_bytes: int) -> int:

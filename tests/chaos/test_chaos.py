@@ -28,6 +28,7 @@ def load(seconds: float, **changes: Any) -> Load:
     return Load(**{"seed": 41, "seconds": seconds, "streams": 3, "deadline_s": 60.0, "quiet": True} | changes)
 
 
+@pytest.mark.slow  # CI has a run of chaos beside the tests
 def test_a_run_finds_nothing_and_says_what_it_did(headwise: Run, model: Path, tmp_path: Path) -> None:  # noqa: F811
     arguments = ["--executor", "local", "--tp", "1", "--kv-memory", "8MiB", "--max-model-len", "256", "--streams", "3"]
     history = tmp_path / "history"
@@ -62,7 +63,7 @@ def test_a_token_that_comes_twice_is_found(model: Path, monkeypatch: pytest.Monk
     assert {"doubled"} <= {finding.rule for finding in verdict.findings}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_ranks_that_are_processes_are_killed_and_nobody_notices(model: Path, tmp_path: Path) -> None:
     ranks = {"executor": "ray", "tensor_parallel_size": 2, "cpus_per_rank": 0.5}
     tiers = {"num_blocks": 64, "disk_kv_path": str(tmp_path / "disk")}

@@ -165,7 +165,7 @@ def test_of_a_driver_that_joined_a_ray(checkpoint: Callable[..., Path], shared_r
 
 @pytest.mark.parametrize(
     "moment",
-    ["meeting", *map(thorough, ("step", "recovering")), *map(slow, ("created", "idle", "handoff", "spare"))],
+    [thorough("step"), *map(slow, ("created", "meeting", "idle", "handoff", "recovering", "spare"))],
 )
 def test_of_a_driver_with_a_ray_of_its_own(checkpoint: Callable[..., Path], moment: str) -> None:
     with driver(moment, checkpoint("uneven"), None) as it:
@@ -173,7 +173,7 @@ def test_of_a_driver_with_a_ray_of_its_own(checkpoint: Callable[..., Path], mome
 
 
 @pytest.mark.parametrize(
-    ("joined", "stopped"), [(False, [1]), thorough(False, [0, 1]), thorough(True, [1]), slow(True, [0, 1])]
+    ("joined", "stopped"), [(False, [1]), slow(False, [0, 1]), thorough(True, [1]), slow(True, [0, 1])]
 )
 def test_a_rank_that_hangs_does_not_outlive_its_engine(
     checkpoint: Callable[..., Path], request: pytest.FixtureRequest, joined: bool, stopped: list[int]

@@ -55,7 +55,7 @@ def test_a_peer_that_must_not_be_called_leaves_no_connection_to_those_before_it(
     handoff = HandoffConfig(role="decode", peers=peers, token="token-0123456789abcdef")
     config = EngineConfig(model="", handoff=handoff)
     groups: Any = None
-    factory = GenerationFactory(config, groups, 64, TierSizes(0, 0), KvEvents(1), IDENTITY)
+    factory = GenerationFactory(config, groups, 64, TierSizes(0, 0, 1), KvEvents(1), IDENTITY)
     with pytest.raises(InvalidValueError, match="token"):
         factory.open(ReadyGroup(PlainGroup(), 8, ([], []), [KvEndpoint((0, 1), "127.0.0.1:1", b"")]))
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("headwise-link")]

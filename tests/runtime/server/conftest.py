@@ -7,7 +7,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Running:
         return Client(self.address, timeout=DEADLINE_S, **options)
 
     def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.server.stop)
+        with suppress(RuntimeError):  # the server has ended by itself
+            self.loop.call_soon_threadsafe(self.server.stop)
 
     def end(self) -> int:
         if not self.exit_code.done():
