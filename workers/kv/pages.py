@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,15 +24,18 @@ _POPULATE_WRITE = 23
 _CHUNK_BYTES = 2 << 20
 """At a time, a huge page: the rank's own thread may have to wait for the end of it."""
 _NICE = 19
+_DELAY_S = 5.0
+"""Until then streams whose ranks have died are computed again."""
+_SHARE = 0.1
+"""Of the time; steps that run beside it get slower by no more."""
 
 
 class PageTaker:
-    """Takes the pages of arrays in order, on a thread that runs when nothing else wants its core. Close it before the
-    arrays are given up."""
+    """Takes the pages of arrays in order, a little at a time. Close it before the arrays are given up."""
 
     def __init__(self, arrays: Sequence[Bytes]) -> None:
         """Where the system knows no such thing, the pages are taken here and now."""
-        self._closing = False
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         rest = [array for array in arrays if not _take_chunk(array, 0)]
         if rest:
@@ -43,7 +47,7 @@ class PageTaker:
 
     def close(self) -> None:
         """Takes no more. Idempotent."""
-        self._closing = True
+        self._closing.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -56,11 +60,14 @@ class PageTaker:
     def _work(self, arrays: Sequence[Bytes]) -> None:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        pause_s = _DELAY_S
         for array in arrays:
             for start in range(0, array.nbytes, _CHUNK_BYTES):
-                if self._closing:
+                if self._closing.wait(pause_s):
                     return
+                started = time.monotonic()
                 _take_chunk(array, start)
+                pause_s = (time.monotonic() - started) * (1 / _SHARE - 1)
 
 
 def _take_chunk(array: Bytes, start: int) -> bool:

@@ -21,7 +21,9 @@ def resident() -> int:
     return int(fields[fields.index("Rss:") + 1]) << 10
 
 
-def test_all_pages_are_taken_and_what_is_written_meanwhile_stays() -> None:
+def test_all_pages_are_taken_and_what_is_written_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_DELAY_S", 0.0)
+    monkeypatch.setattr(pages, "_SHARE", 1.0)
     arrays = [np.zeros(200 * MIB + 5, np.uint8), np.zeros(3, np.uint8), np.zeros(0, np.uint8)]
     before = resident()
     taker = PageTaker(arrays)
