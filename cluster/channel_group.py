@@ -35,11 +35,11 @@ class ChannelGroup(ShardGroup):
     def collect(self) -> StepOutput:
         return decode_output(self._started().receive(Kind.OUTPUT)[1])
 
-    def allocate(self, num_blocks: int | None = None) -> int:
+    def allocate(self, num_blocks: int | None = None, in_haste: bool = False) -> int:
         affordable: int = min(self.query("affordable_blocks"))
         blocks = min(affordable, num_blocks or affordable)
         if blocks > 0:
-            self._ask(Kind.ALLOCATE, msgpack.packb(blocks), "allocate", ALLOCATE_TIMEOUT_S)
+            self._ask(Kind.ALLOCATE, msgpack.packb((blocks, in_haste)), "allocate", ALLOCATE_TIMEOUT_S)
         return blocks
 
     def query(self, method: str) -> list[Any]:

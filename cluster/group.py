@@ -60,12 +60,13 @@ class ShardGroup(ABC):
         """
 
     @abstractmethod
-    def allocate(self, num_blocks: int | None = None) -> int:
+    def allocate(self, num_blocks: int | None = None, in_haste: bool = False) -> int:
         """Takes the KV memory of every rank; returns the number of KV blocks each of them has, 0 if ``kv_memory``
         affords none.
 
         Args:
             num_blocks: so many, where ``kv_memory`` affords more.
+            in_haste: streams wait: most of the memory is taken beside the steps.
 
         Raises:
             ShardGroupDied, InvalidValueError.

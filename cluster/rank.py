@@ -137,6 +137,6 @@ class Rank:
         elif kind == Kind.QUERY and payload.decode() in QUERIES:
             self._channel.send(Kind.REPLY, encode_reply(getattr(shard, payload.decode())))
         elif kind == Kind.ALLOCATE:
-            self._channel.send(Kind.REPLY, encode_reply(partial(shard.allocate, msgpack.unpackb(payload))))
+            self._channel.send(Kind.REPLY, encode_reply(partial(shard.allocate, *msgpack.unpackb(payload))))
         else:
             raise ValueError(f"rank {self._rank} got a message of kind {kind!r} it does not know: {payload[:40]!r}")

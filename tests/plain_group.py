@@ -96,7 +96,7 @@ class PlainGroup(ShardGroup):
     def load(self, progress: Progress | None = None) -> None:
         raise NotImplementedError
 
-    def allocate(self, num_blocks: int | None = None) -> int:
+    def allocate(self, num_blocks: int | None = None, in_haste: bool = False) -> int:
         raise NotImplementedError
 
     def submit(self, plan: StepPlan) -> None:

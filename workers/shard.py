@@ -104,8 +104,11 @@ class Shard:
         self._measure_memory()
         return parse_memory(self._spec.kv_memory, self._free) // self._bytes_per_block()
 
-    def allocate(self, num_blocks: int) -> None:
+    def allocate(self, num_blocks: int, in_haste: bool = False) -> None:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
+
+        Args:
+            in_haste: the memory's pages are taken beside the steps, and not before the first.
 
         Raises:
             InvalidValueError: there is no memory for so many blocks, or for ``host_kv_blocks``; ``disk_kv_path`` cannot
@@ -115,7 +118,7 @@ class Shard:
         assert self._model is not None, "load() comes first"
         if failpoints.ENABLED:
             failpoints.hit(Point.ALLOCATE, self._collectives.rank)
-        self._kv_cache = self._make_cache(num_blocks)
+        self._kv_cache = self._make_cache(num_blocks, in_haste)
         self._model.attach(self._kv_cache)
         if self._collectives.rank == 0:
             self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
@@ -218,7 +221,7 @@ class Shard:
         fix = "lower host_kv_memory (--host-kv-memory)"
         return InvalidValueError("host_kv_memory", f"{self._host_tier_bytes()} bytes", limit, fix)
 
-    def _make_cache(self, num_blocks: int) -> KVCache:
+    def _make_cache(self, num_blocks: int, in_haste: bool) -> KVCache:
         spec, heads = self._spec, self._partition.heads
         needed = num_blocks * self._bytes_per_block()
         limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._device.type)}"
@@ -235,6 +238,7 @@ class Shard:
                 dtype=self._dtype,
                 device=self._device,
                 transposed_keys=bool(self._backend.attention.transposed_keys),
+                in_haste=in_haste,
             )
         except (MemoryError, torch.OutOfMemoryError):  # others were faster, or it is not to be had in one piece
             raise error from None

@@ -166,14 +166,17 @@ class GenerationFactory:
         """
         return self._groups.make()
 
-    def prepare(self, group: ShardGroup) -> ReadyGroup:
+    def prepare(self, group: ShardGroup, in_haste: bool = False) -> ReadyGroup:
         """Takes the KV memory of a group that is loaded.
+
+        Args:
+            in_haste: streams wait for it.
 
         Raises:
             ShardGroupDied: a rank died.
             InvalidValueError: the memory is not there, or the disk tier or the handoff cannot be opened.
         """
-        num_blocks = group.allocate(self._config.num_blocks)
+        num_blocks = group.allocate(self._config.num_blocks, in_haste)
         stored: tuple[list[BlockKey], list[BlockKey]] = [], []
         endpoints: list[KvEndpoint] = []
         if num_blocks and self._sizes.disk:

@@ -183,7 +183,7 @@ class Recovery:
                 group.load()
             else:
                 self._build(group)
-            ready = self._generations.prepare(group)
+            ready = self._generations.prepare(group, in_haste=True)
             if not ready.num_blocks:  # as while others have the memory: no request would fit
                 raise GroupStartError("kv_memory (--kv-memory) does not pay for one KV block now")
             if failpoints.ENABLED:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import Range
-from headwise.workers.kv.pages import PageTaker
+from headwise.workers.kv.pages import PageTaker, take_pages
 from headwise.workers.machine import free_host_memory
 
 Buffer = bytes | bytearray | memoryview
@@ -48,7 +48,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         transposed_keys: bool = False,
+        in_haste: bool = False,
     ) -> None:
+        """Args: ``in_haste``: on a CPU, pages are taken beside the steps, and not here."""
         sizes = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
         for name, size in zip(
             ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim"), sizes, strict=True
@@ -62,7 +64,11 @@ class KVCache:
         self.values = _zeros(sizes, dtype, self.device)
         self._pages: PageTaker | None = None
         if self.device.type == "cpu":
-            self._pages = PageTaker([x.view(-1).view(torch.uint8).numpy() for x in (self.keys, self.values)])
+            arrays = [x.view(-1).view(torch.uint8).numpy() for x in (self.keys, self.values)]
+            if in_haste:
+                self._pages = PageTaker(arrays)
+            else:
+                take_pages(arrays)
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if self.device.type == "cuda":
             # Of the steps, which is the current one where the memory is made, and of copies beside them.

@@ -1,7 +1,7 @@
-"""PageTaker: new memory gets its pages beside the steps, so that no start has to wait for all of them.
+"""Pages of new memory: taken before the first step, or beside the steps where streams wait.
 
-To find and clear a gigabyte takes the system up to two seconds. Streams whose ranks have died would wait for that, and
-need a few blocks at first.
+To find and clear a gigabyte takes the system up to two seconds. A step that comes to a page first has to wait for it,
+so they are taken before. Streams whose ranks have died would wait for all of them, and need a few at first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ _SHARE = 0.1
 """Of the time; steps that run beside it get slower by no more."""
 
 
+def take_pages(arrays: Sequence[Bytes]) -> None:
+    """Takes the pages of arrays here and now; of new ones, for it writes zeros."""
+    for array in arrays:
+        array[:: mmap.PAGESIZE] = 0
+
+
 class PageTaker:
     """Takes the pages of arrays in order, a little at a time. Close it before the arrays are given up."""
 
@@ -39,8 +45,7 @@ class PageTaker:
         self._thread: threading.Thread | None = None
         rest = [array for array in arrays if not _take_chunk(array, 0)]
         if rest:
-            for array in rest:
-                array[:: mmap.PAGESIZE] = 0
+            take_pages(rest)
             return
         self._thread = threading.Thread(target=self._work, args=(arrays,), name="headwise-pages", daemon=True)
         self._thread.start()

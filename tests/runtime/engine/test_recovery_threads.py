@@ -68,7 +68,7 @@ class Generations:
         self.made.append(Group(lambda group: self.before(group)))
         return self.made[-1]
 
-    def prepare(self, group: ShardGroup) -> ReadyGroup:
+    def prepare(self, group: ShardGroup, in_haste: bool = False) -> ReadyGroup:
         assert isinstance(group, Group) and group.loaded and not group.ended
         group._live()
         return ReadyGroup(group, 64, ([], []), [])
@@ -468,7 +468,7 @@ def test_a_group_without_memory_is_followed_by_another(setup: Setup, monkeypatch
     monkeypatch.setattr("headwise.cluster.supervisor.BACKOFF_S", 0.001)
     prepare, empty = setup.generations.prepare, iter([0])
 
-    def prepare_group(group: ShardGroup) -> ReadyGroup:
+    def prepare_group(group: ShardGroup, in_haste: bool = False) -> ReadyGroup:
         for num_blocks in empty:
             return ReadyGroup(group, num_blocks, ([], []), [])
         return prepare(group)
