@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from headwise.workers.kv import pages
-from headwise.workers.kv.pages import PageTaker
+from headwise.workers.kv.pages import Bytes, PageTaker
 
 DEADLINE_S = 60.0
 MIB = 1 << 20
@@ -21,10 +22,15 @@ def resident() -> int:
     return int(fields[fields.index("Rss:") + 1]) << 10
 
 
+def new_array(num_bytes: int) -> Bytes:
+    """An array without pages: numpy's own may lie in memory that was used before."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+
+
 def test_all_pages_are_taken_and_what_is_written_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_DELAY_S", 0.0)
     monkeypatch.setattr(pages, "_SHARE", 1.0)
-    arrays = [np.zeros(200 * MIB + 5, np.uint8), np.zeros(3, np.uint8), np.zeros(0, np.uint8)]
+    arrays = [new_array(200 * MIB + 5), np.zeros(3, np.uint8), np.zeros(0, np.uint8)]
     before = resident()
     taker = PageTaker(arrays)
     for at in range(0, arrays[0].nbytes, 999_983):
@@ -36,13 +42,13 @@ def test_all_pages_are_taken_and_what_is_written_meanwhile_stays(monkeypatch: py
 
 def test_where_the_system_cannot_do_that_they_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_POPULATE_WRITE", 9999)
-    array, before = np.zeros(64 * MIB, np.uint8), resident()
+    array, before = new_array(64 * MIB), resident()
     assert PageTaker([array]).join(0.0)
     assert resident() - before > 60 * MIB and not array.any()
 
 
 def test_it_ends_when_it_is_closed() -> None:
-    taker = PageTaker([np.zeros(512 * MIB, np.uint8)])
+    taker = PageTaker([new_array(512 * MIB)])
     taker.close()
     taker.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "headwise-pages"]
