@@ -75,7 +75,7 @@ def test_deaths_may_be_read_while_others_are_added() -> None:
     sys.setswitchinterval(1e-6)
     try:
         thread.start()
-        for at in range(500):
+        for at in range(300):
             supervisor.died(0.0, at, DEATH, has_stepped=True)
     finally:
         over.set()
