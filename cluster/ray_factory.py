@@ -80,9 +80,10 @@ class RayGroupFactory(GroupFactory):
     def _no_room(self, placement: PlacementGroup, num_nodes: int) -> str:
         bundle = placement.bundle_specs[0]
         wanted = {name: amount * placement.bundle_count for name, amount in bundle.items()}
+        has, free = ray.cluster_resources(), ray.available_resources()  # of which Ray leaves out what is all taken
         return (
             f"{placement.bundle_count} ranks want {_amounts(wanted)}; the cluster has "
-            f"{_amounts(ray.cluster_resources())} in {num_nodes} nodes, of which {_amounts(ray.available_resources())} "
+            f"{_amounts(has)} in {num_nodes} nodes, of which {_amounts(dict.fromkeys(has, 0.0) | free)} "
             f"are free, and start_timeout={self._start_timeout_s:g} s have passed; lower cpus_per_rank="
             f"{bundle['CPU']:g} (--cpus-per-rank) or tensor_parallel_size (--tp), or add nodes"
         )

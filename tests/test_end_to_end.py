@@ -126,6 +126,7 @@ def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, num
 def test_serve_ends_when_a_shard_dies_while_nothing_runs(smollm2: Path, tmp_path: Path) -> None:
     run = headwise(
         *("serve", "--model", str(smollm2), "--tp", "2", "--max-model-len", "512", "--port", "0", "--json"),
+        *("--on-shard-death", "fail"),
         cwd=tmp_path,
     )
     assert run.stdout is not None and run.stdout.readline()

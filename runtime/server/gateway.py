@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import importlib.util
 import logging
+import os
 import secrets
-import signal
 import socket
 import ssl
 import sys
@@ -21,8 +20,17 @@ from headwise.workers.errors import HeadwiseError, InvalidValueError
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 _MAX_RESTART_WAIT_S = 30.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # here: a child of a process with threads can load nothing before it runs another program
+_WITH_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the server has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the program that is named after the number of this process. The kernel ends it when this process ends, in
+whatever way. It is a program of its own because a forked copy of this process has gRPC's locks and sockets, but not the
+threads that they belong to, and may die of it."""
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +117,9 @@ class Gateway:
 
     async def _launch(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.DEVNULL, stdout=sys.stderr.fileno(), preexec_fn=_die_with_parent
+            *(sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *self._command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
         )
 
     async def _supervise(self) -> None:
@@ -142,12 +152,6 @@ def _unverified() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
-
-
-def _die_with_parent() -> None:
-    """Called in the child: the kernel ends the gateway when the server ends, however that happens."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port(host: str) -> int:

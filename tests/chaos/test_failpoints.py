@@ -247,7 +247,8 @@ def test_a_rank_that_ends_in_a_handoff(tmp_path: Path, point: Point) -> None:
     over again after either."""
     with failpoint_folder(tmp_path) as folder:
         model = speaking_model(tmp_path / "model")
-        sides = {"prefill": {}, "handoff_min_tokens": 0, "cpus_per_rank": 0.25}
+        # A CPU is what the ranks of the tests before have.
+        sides = {"prefill": {"cpus_per_rank": 0.25}, "handoff_min_tokens": 0, "cpus_per_rank": 0.25}
         with LLM(model, **SETTINGS, **sides) as llm:  # type: ignore[arg-type]
             bench = ChaosBench(llm, folder)
             bench.survives(lambda: bench.arm(point, Action.KILL), recovers=point is Point.HANDOFF_RECEIVE)
