@@ -10,6 +10,7 @@ import torch
 from headwise.workers.collectives import Collectives
 from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.cpu.llama import CpuLlama
+from headwise.workers.cuda.attention import TritonAttention
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import ShardWeights
@@ -64,8 +65,23 @@ def _reference(
     return Llama(config, partition, weights, collectives, max_model_len, ReferenceOps(), ReferenceAttention)
 
 
+def _cuda(
+    config: ModelConfig,
+    partition: ShardPartition,
+    weights: ShardWeights,
+    collectives: Collectives,
+    max_model_len: int,
+    num_threads: int,
+) -> Llama:
+    from headwise.workers.cuda.ops import TritonOps  # who computes on a CPU needs no Triton
+
+    return Llama(config, partition, weights, collectives, max_model_len, TritonOps(), TritonAttention)
+
+
 BACKENDS = {
     "cpu": Backend(CpuLlama, CpuAttention, torch_computes=False),
     "reference": Backend(_reference, ReferenceAttention, torch_computes=True),
+    # Last, that is only where it is asked for, until it has run on a GPU.
+    "cuda": Backend(_cuda, TritonAttention, torch_computes=True),
 }
-"""By name, the fastest first."""
+"""By name, in the order in which they are tried."""

@@ -1,0 +1,1 @@
+"""Tests that need Triton's interpreter; see test_interpreter.py one folder up."""

@@ -1,0 +1,80 @@
+"""What the kernels become on GPUs that are not there: they compile, fit and spill nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from headwise.workers.cuda import attention_kernels, ops_kernels
+from headwise.workers.cuda.attention import HEAD_DIMS, TritonAttention
+from headwise.workers.cuda.offline import SHARED_LIMITS, TARGETS, Compiled, compiled_of, offline
+from headwise.workers.cuda.ops import TritonOps
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.model.attention import AttentionBatch
+
+OF_SERVING = [(torch.bfloat16, 64), (torch.bfloat16, 128)]
+OTHERS = [
+    (dtype, dim)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for dim in HEAD_DIMS
+    if (dtype, dim) not in OF_SERVING
+]
+
+
+def cases(pairs: list[tuple[torch.dtype, int]], *marks: Any) -> list[Any]:
+    return [pytest.param(*pair, id=f"{str(pair[0])[6:]}-{pair[1]}", marks=marks) for pair in pairs]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "head_dim"), [*cases(OF_SERVING), *cases(OTHERS, pytest.mark.slow)])
+def test_attention(target: str, dtype: torch.dtype, head_dim: int) -> None:
+    with offline(target):
+        attend(dtype, head_dim, group=4)
+    compiled = compiled_of(attention_kernels.attend, target) + compiled_of(attention_kernels.add_parts, target)
+    for one in compiled:
+        assert_fits(one, target)
+    for one in (one for one in compiled if one.kernel == "attend"):
+        # Past the registers, while what came before is multiplied: keys and values 16 bytes at a time, and the entries
+        # of block tables one at a time.
+        assert set(re.findall(r"cp\.async\.(c[ag]).*?(0x\w+)", one.ptx)) == {("cg", "0x10"), ("ca", "0x4")}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_small_operations(target: str, dtype: torch.dtype) -> None:
+    with offline(target) as gpu:
+        ops, x_TE = TritonOps(), torch.empty(7, 4096, dtype=dtype, device="meta")
+        ops.rms_norm(x_TE, x_TE[0], 1e-5)
+        ops.add_rms_norm(x_TE, x_TE, x_TE[0], 1e-5)
+        ops.silu_mul(torch.empty(7, 2 * 14_336, dtype=dtype, device="meta"))
+        cos_TD = torch.empty(7, 64, dtype=dtype, device="meta")
+        qkv_TXD = torch.empty(7, 48, 128, dtype=dtype, device="meta")
+        cache = KVCache(1, 4, 8, 16, 128, dtype, "meta")
+        ops.rotate_and_write(qkv_TXD, cos_TD, cos_TD, cache, 0, torch.empty(7, dtype=torch.int64, device="meta"))
+    assert [launch.kernel for launch in gpu.launches] == [
+        *("norm_rows", "add_and_norm_rows", "gate_rows", "rotate_and_write")
+    ]
+    for kernel in ("norm_rows", "add_and_norm_rows", "gate_rows", "rotate_and_write"):
+        for one in compiled_of(getattr(ops_kernels, kernel), target):
+            assert_fits(one, target)
+            assert re.search(r"ld\.global[^;]*\.v4\.b32", one.ptx)
+
+
+def attend(dtype: torch.dtype, head_dim: int, group: int) -> None:
+    """A step with a decode and a prefill chunk, each with a context of several parts."""
+    cache, heads = KVCache(1, 4, 8, 16, head_dim, dtype, "meta"), 8 * group
+    attention = TritonAttention(cache, tuple(range(0, heads + 1, group)), head_dim**-0.5)
+    starts, contexts = np.array([0, 1, 101], np.int32), np.array([2000, 2000], np.int32)
+    attention.begin(AttentionBatch(starts, contexts, np.zeros((2, 125), np.int32)))
+    attention.attend(0, torch.empty(101, heads + 16, head_dim, dtype=dtype, device="meta")[:, :heads])
+
+
+def assert_fits(one: Compiled, target: str) -> None:
+    assert one.spilled == 0 and one.registers * 32 * one.warps <= 65_536, one[:5]
+    assert one.shared <= SHARED_LIMITS[TARGETS[target]], one[:5]

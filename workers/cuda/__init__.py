@@ -1,0 +1,1 @@
+"""The model on GPUs: Triton kernels between cuBLAS products."""
