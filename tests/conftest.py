@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from tests.checkpoints import SHAPES, write_checkpoint
 from tests.effort import FEW
 from tests.thread_group import thread_groups
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a shell's job in the background, whose programs, those under test too, would hear of no Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(FEW, max_examples=20)  # of a test that asks for no number
 torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
 

@@ -104,7 +104,9 @@ def test_serve_finishes_what_runs_on_a_signal(smollm2: Path, tmp_path: Path, num
         cwd=tmp_path,
     )
     assert run.stdout is not None
-    address = json.loads(run.stdout.readline())["address"]
+    ready = run.stdout.readline()
+    assert ready, run.communicate(timeout=60)
+    address = json.loads(ready)["address"]
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     with Client(address, timeout=60) as client:
         stream = client.stream([{"role": "user", "content": QUESTIONS[0]}], params)
