@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
+from dataclasses import asdict
+from typing import Any
+
+import pytest
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.cluster.supervisor import MAX_DEATHS, MAX_FAILURES, SOUND_S, GiveUp, Rebuild, Supervisor
 
+DEADLINE_S = 10.0
 DEATH = ShardGroupDied(1, "here", "killed")
 
 
@@ -61,24 +65,20 @@ def test_groups_that_have_lived_with_nothing_to_do_are_replaced_however_many_die
     assert supervisor.died(at + 2 * SOUND_S, 99, DEATH, has_stepped=False) == Rebuild(1.0)  # its first step hung
 
 
-def test_deaths_may_be_read_while_others_are_added() -> None:
-    supervisor, over, errors = Supervisor(0.0), threading.Event(), list[RuntimeError]()
+def test_deaths_may_be_read_while_others_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor, added = Supervisor(0.0), list[threading.Thread]()
+    for epoch in (1, 2):
+        supervisor.died(0.0, epoch, DEATH, has_stepped=True)
 
-    def read() -> None:
-        while not over.is_set():
-            try:
-                supervisor.stats()
-            except RuntimeError as error:
-                errors.append(error)
+    def describe(death: Any) -> dict[str, Any]:
+        """In the middle of a reading, another thread adds a death, or waits for the end of the reading."""
+        if not added:
+            added.append(threading.Thread(target=supervisor.died, args=(0.0, 3, DEATH), kwargs={"has_stepped": True}))
+            added[0].start()
+            added[0].join(0.2)
+        return asdict(death)
 
-    before, thread = sys.getswitchinterval(), threading.Thread(target=read)
-    sys.setswitchinterval(1e-6)
-    try:
-        thread.start()
-        for at in range(300):
-            supervisor.died(0.0, at, DEATH, has_stepped=True)
-    finally:
-        over.set()
-        thread.join()
-        sys.setswitchinterval(before)
-    assert not errors
+    monkeypatch.setattr("headwise.cluster.supervisor.asdict", describe)
+    read = [death["epoch"] for death in supervisor.stats()["deaths"]]
+    added[0].join(DEADLINE_S)
+    assert read == [1, 2] and [death["epoch"] for death in supervisor.stats()["deaths"]] == [1, 2, 3]
