@@ -99,7 +99,7 @@ class TritonAttention(AttentionBackend):
             )
             if work.num_sums:
                 elements = tiling.rows * sizes["PADDED_DIM"]
-                warps = min(16, max(4, elements // 1024))  # 32 elements a thread, or all spill
+                warps = min(16, max(4, elements // 256))  # 8 elements of each sum a thread; with more, registers spill
                 kernels.add_parts[programs](o_THD, self._sums, *shared, **sizes, ROWS=tiling.rows, num_warps=warps)
         return o_THD
 
