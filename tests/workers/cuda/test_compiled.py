@@ -40,9 +40,10 @@ def test_attention(target: str, dtype: torch.dtype, head_dim: int) -> None:
     for one in compiled:
         assert_fits(one, target)
     for one in (one for one in compiled if one.kernel == "attend"):
-        # Past the registers, while what came before is multiplied: keys and values 16 bytes at a time, and the entries
-        # of block tables one at a time.
-        assert set(re.findall(r"cp\.async\.(c[ag]).*?(0x\w+)", one.ptx)) == {("cg", "0x10"), ("ca", "0x4")}
+        # Keys and values come past the registers, 16 bytes at a time, while what came before is multiplied. So may the
+        # entries of block tables, one at a time, where three steps over keys are in flight.
+        copies = set(re.findall(r"cp\.async\.(c[ag]).*?(0x\w+)", one.ptx))
+        assert copies - {("ca", "0x4")} == {("cg", "0x10")}
 
 
 @pytest.mark.parametrize("target", TARGETS)
