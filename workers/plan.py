@@ -83,6 +83,9 @@ class StepPlan:
         appends: (row, block) pairs; each block becomes the last of its row's block table.
         computes: (row, number of tokens) pairs: compute so many tokens from the first one without KV. A row whose
             last known token is computed also samples the next one, which is appended to the row on the shard.
+        bucket: on a GPU, how many rows the step is padded to, so that one graph serves every batch up to that size, and
+            all ranks the same; every compute is of one token then. 0 pads nothing.
+        capture: a bucket whose graph is made before the rest of the step, unless it cannot be; 0 makes none.
     """
 
     step: int
@@ -90,6 +93,8 @@ class StepPlan:
     admits: list[RowAdmit] = field(default_factory=list)
     appends: list[tuple[int, int]] = field(default_factory=list)
     computes: list[tuple[int, int]] = field(default_factory=list)
+    bucket: int = 0
+    capture: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,8 @@ def encode_plan(plan: StepPlan) -> bytes:
         admits.append((a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, fields))
     decodes = [row for row, count in plan.computes if count == 1]
     chunks = _flatten([c for c in plan.computes if c[1] != 1])
-    return pack((plan.step, plan.drops, list(grammars), admits, _flatten(plan.appends), decodes, chunks))
+    graphs = (plan.bucket, plan.capture)
+    return pack((plan.step, plan.drops, list(grammars), admits, _flatten(plan.appends), decodes, chunks, *graphs))
 
 
 def decode_plan(data: bytes) -> StepPlan:
@@ -155,12 +161,13 @@ def decode_plan(data: bytes) -> StepPlan:
         ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        step, drops, grammars, admits, appends, decodes, chunks = unpack(data)
+        step, drops, grammars, admits, appends, decodes, chunks, bucket, capture = unpack(data)
         rows = [
             RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields, grammars))
             for row, tokens, prompt_len, computed, blocks, fields in admits
         ]
-        return StepPlan(step, drops, rows, _pairs(appends), [(row, 1) for row in decodes] + _pairs(chunks))
+        computes = [(row, 1) for row in decodes] + _pairs(chunks)
+        return StepPlan(step, drops, rows, _pairs(appends), computes, bucket, capture)
 
 
 def encode_output(output: StepOutput) -> bytes:

@@ -55,6 +55,8 @@ plans = st.builds(
     st.lists(admits, max_size=3),
     st.lists(st.tuples(rows, counts), max_size=5),
     st.lists(st.tuples(rows, st.integers(1, 4)), max_size=8),
+    counts,
+    counts,
 )
 logprobs = st.builds(
     TokenLogprobs, floats, counts, st.lists(tokens, max_size=3).map(tuple), st.lists(floats, max_size=3).map(tuple)
