@@ -1,0 +1,228 @@
+"""A GPU that is none: its memory is the CPU's, its streams do everything at once, and it keeps a log.
+
+A graph is the list of operations and kernels that were run while it was captured, each with the very tensors; a replay
+runs them again into the tensors that came out the first time. So what a graph reads anew, and what it has kept, is as
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from headwise.workers.cuda import gpu
+
+WAITS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__")
+"""Methods of a tensor for which the host waits, where the tensor is on a GPU."""
+
+
+class FakeGpu:
+    """See :class:`~headwise.workers.cuda.gpu.Gpu`.
+
+    Attributes:
+        log: what was asked for, in order: (what, which stream, event or number).
+        free: bytes, as :meth:`free_memory` tells them.
+        peak: bytes, as :meth:`peak_memory` tells them.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, Any]] = []
+        self.steps = FakeStream(self, "steps")
+        self._current = [self.steps]
+        self._num_streams = self._num_events = 0
+        self.free = self.peak = 0
+
+    @property
+    def syncs(self) -> list[tuple[str, Any]]:
+        """For what the host has waited."""
+        return [entry for entry in self.log if entry[0].startswith("sync")]
+
+    def new_stream(self) -> FakeStream:
+        self._num_streams += 1
+        return FakeStream(self, f"stream {self._num_streams}")
+
+    def current_stream(self) -> FakeStream:
+        return self._current[-1]
+
+    @contextlib.contextmanager
+    def _using(self, stream: Any) -> Iterator[None]:
+        self._current.append(stream)
+        try:
+            yield
+        finally:
+            self._current.pop()
+
+    def use(self, stream: Any) -> AbstractContextManager[Any]:
+        return self._using(stream)
+
+    def new_event(self, timed: bool = False) -> FakeEvent:
+        self._num_events += 1
+        return FakeEvent(self, f"event {self._num_events}", timed)
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        self.log.append(("pinned", num_bytes))
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def capture(self, run: Callable[[], Tensor], pool: Any) -> tuple[FakeGraph, Tensor]:
+        self.log.append(("capture", pool))
+        graph = FakeGraph(self)
+        with _Recording(graph), _recorded_kernels(graph), waits_are_errors():
+            captured = run()
+        return graph, captured
+
+    def new_pool(self) -> Any:
+        self.log.append(("pool", len(self.log)))
+        return self.log[-1]
+
+    def synchronize(self) -> None:
+        self.log.append(("sync", "device"))
+
+    def free_memory(self) -> int:
+        return self.free
+
+    def peak_memory(self, run: Callable[[], None]) -> int:
+        run()
+        self.log.append(("peak", self.peak))
+        return self.peak
+
+    def empty_cache(self) -> None:
+        self.log.append(("empty cache", None))
+
+
+class FakeStream:
+    def __init__(self, fake: FakeGpu, name: str) -> None:
+        self._fake, self.name = fake, name
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self._fake.log.append(("wait", (self.name, event.name)))
+
+    def synchronize(self) -> None:
+        self._fake.log.append(("sync stream", self.name))
+
+
+class FakeEvent:
+    def __init__(self, fake: FakeGpu, name: str, timed: bool) -> None:
+        self._fake, self.name, self._timed = fake, name, timed
+        self.recorded_on: str | None = None
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        self.recorded_on = (stream or self._fake.current_stream()).name
+        self._fake.log.append(("record", (self.name, self.recorded_on)))
+
+    def synchronize(self) -> None:
+        assert self.recorded_on is not None, "nobody has recorded it"
+        self._fake.log.append(("sync event", self.name))
+
+    def query(self) -> bool:
+        return self.recorded_on is not None
+
+    def elapsed_time(self, end_event: FakeEvent) -> float:
+        assert self._timed and end_event._timed, "not timed"
+        return 1.0
+
+
+class FakeGraph:
+    def __init__(self, fake: FakeGpu) -> None:
+        self._fake = fake
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        self._fake.log.append(("replay", self._fake.current_stream().name))
+        for call in self.calls:
+            call()
+
+    def reset(self) -> None:
+        self._fake.log.append(("reset", None))
+        self.calls = []
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = {_memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+
+        def again() -> None:
+            outputs = zip(tree_flatten(result)[0], tree_flatten(func(*args, **kwargs))[0], strict=True)
+            for kept, new in outputs:
+                if isinstance(kept, Tensor) and _memory(kept) not in inputs:
+                    kept.copy_(new)
+
+        self._graph.calls.append(again)
+        return result
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+@contextlib.contextmanager
+def _recorded_kernels(graph: FakeGraph) -> Iterator[None]:
+    def record(run: Callable[[], None]) -> None:
+        run()
+        graph.calls.append(run)
+
+    with _around_kernels(record):
+        yield
+
+
+@contextlib.contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """In it, a tensor must not be read by the host, but for what the interpreter of kernels reads."""
+    in_kernel = threading.local()
+
+    def allow(run: Callable[[], None]) -> None:
+        in_kernel.now = True
+        try:
+            run()
+        finally:
+            in_kernel.now = False
+
+    with pytest.MonkeyPatch.context() as patch, _around_kernels(allow):
+        for name in WAITS:
+            patch.setattr(Tensor, name, _refusing(name, getattr(Tensor, name), in_kernel))
+        yield
+
+
+def _refusing(name: str, method: Callable[..., Any], in_kernel: threading.local) -> Callable[..., Any]:
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if getattr(in_kernel, "now", False):
+            return method(*args, **kwargs)
+        raise RuntimeError(f"the host would wait for the GPU in Tensor.{name}")
+
+    return refusing
+
+
+@contextlib.contextmanager
+def _around_kernels(around: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    from triton.runtime.interpreter import GridExecutor
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = GridExecutor.__call__
+
+        def called(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+            around(lambda: run(self, *args, **kwargs))
+
+        patch.setattr(GridExecutor, "__call__", called)
+        yield
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """Every device is this GPU."""
+    fake = FakeGpu()
+    monkeypatch.setattr(gpu, "of", lambda device: fake)
+    return fake
