@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from headwise.workers.cuda import gpu
@@ -171,9 +171,13 @@ def _memory(x: Tensor) -> int:
 
 @contextlib.contextmanager
 def _recorded_kernels(graph: FakeGraph) -> Iterator[None]:
+    def alone(run: Callable[[], None]) -> None:
+        with _disable_current_modes():  # what the interpreter does with tensors is no part of the graph
+            run()
+
     def record(run: Callable[[], None]) -> None:
-        run()
-        graph.calls.append(run)
+        alone(run)
+        graph.calls.append(lambda: alone(run))
 
     with _around_kernels(record):
         yield
