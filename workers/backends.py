@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +16,6 @@ from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import ShardWeights
 from headwise.workers.model.model import Model
 from headwise.workers.model.model_config import ModelConfig
-from headwise.workers.model.ops import Ops
 from headwise.workers.model.partition import ShardPartition
 from headwise.workers.reference.attention import ReferenceAttention
 from headwise.workers.reference.llama import Llama
@@ -55,33 +53,28 @@ def find_backend(name: str | None, device: torch.device, dtype: torch.dtype, blo
     return BACKENDS[name]
 
 
-def _llama(
+def _reference_llama(
     config: ModelConfig,
     partition: ShardPartition,
     weights: ShardWeights,
     collectives: Collectives,
     max_model_len: int,
     num_threads: int,
-    *,
-    ops: Callable[[], Ops],
-    attention: type[AttentionBackend],
-) -> Llama:
+) -> Model:
     """Computes with the threads that torch was given."""
-    return Llama(config, partition, weights, collectives, max_model_len, ops(), attention)
+    return Llama(config, partition, weights, collectives, max_model_len, ReferenceOps(), ReferenceAttention)
 
 
-def _triton_ops() -> Ops:
-    from headwise.workers.cuda.ops import TritonOps  # who computes on a CPU needs no Triton
+def _cuda_llama(*parts: Any) -> Model:
+    from headwise.workers.cuda.llama import CudaLlama  # who computes on a CPU needs no Triton
 
-    return TritonOps()
+    return CudaLlama(*parts)
 
 
 BACKENDS = {
     "cpu": Backend(CpuLlama, CpuAttention, torch_computes=False),
-    "reference": Backend(
-        partial(_llama, ops=ReferenceOps, attention=ReferenceAttention), ReferenceAttention, torch_computes=True
-    ),
+    "reference": Backend(_reference_llama, ReferenceAttention, torch_computes=True),
     # Last, that is only where it is asked for, until it has run on a GPU.
-    "cuda": Backend(partial(_llama, ops=_triton_ops, attention=TritonAttention), TritonAttention, torch_computes=True),
+    "cuda": Backend(_cuda_llama, TritonAttention, torch_computes=True),
 }
 """By name, in the order in which they are tried."""

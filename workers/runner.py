@@ -100,6 +100,8 @@ class Runner:
             raise RuntimeError(f"step {plan.step} arrived where step {self._next_step} was due")
         self._next_step += 1
         self._apply(plan)
+        if plan.capture:
+            self._model.capture(plan.capture, self._tokens_RL)
         rows, result = self._compute(plan) if plan.computes else ([], None)
         computed = None
         if result is None and self._device.type == "cuda":
@@ -146,7 +148,7 @@ class Runner:
         rows_B = np.array([row for row, _ in plan.computes], np.int64)
         counts_B = np.array([count for _, count in plan.computes], np.int64)
         started = time.perf_counter()
-        step = self._build(rows_B, counts_B)
+        step = self._build(rows_B, counts_B, plan.bucket)
         self.seconds["build"] += time.perf_counter() - started
         if failpoints.ENABLED:
             failpoints.hit(Point.STEP_TOKEN, self._collectives.rank, lambda token: self._holds(rows_B, token))
@@ -162,7 +164,7 @@ class Runner:
     def _holds(self, rows_B: Ints, token: int) -> bool:
         return any(bool((self._tokens_RL[row, : self._length_R[row]] == token).any()) for row in rows_B)
 
-    def _build(self, rows_B: Ints, counts_B: Ints) -> StepInput:
+    def _build(self, rows_B: Ints, counts_B: Ints, bucket: int) -> StepInput:
         context_B = self._computed_R[rows_B] + counts_B
         if (context_B > self._length_R[rows_B]).any() or (counts_B < 1).any():
             raise RuntimeError(f"rows {rows_B.tolist()} cannot compute {counts_B.tolist()} tokens")
@@ -186,6 +188,7 @@ class Runner:
                 context_lens_B=context_B.astype(np.int32),
                 block_tables_BN=self._block_table_RN[rows_B, : needed_B.max()],
             ),
+            bucket=bucket,
         )
 
     def _sample(self, logits_BV: Tensor, rows_B: Ints, rows: list[int]) -> SampleResult:

@@ -198,6 +198,8 @@ class Shard:
             self._grammars.close()
         if self._kv_cache is not None:
             self._kv_cache.close()
+        if self._model is not None:
+            self._model.close()
         self._handoff = self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()

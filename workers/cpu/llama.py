@@ -75,6 +75,12 @@ class CpuLlama:
         for words, layer, kv in zip(self._table, self._layers, self._attention.layers, strict=True):
             words[:] = (*layer.addresses, *kv)
 
+    def capture(self, bucket: int, tokens_RL: Tensor) -> None:
+        """Does nothing: a CPU has no graphs."""
+
+    def close(self) -> None:
+        """Does nothing: the collectives keep nothing of this model."""
+
     def forward(self, step: StepInput) -> Tensor:
         """See :class:`~headwise.workers.model.model.Model`.
 

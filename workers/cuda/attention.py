@@ -11,7 +11,8 @@ from torch import Tensor
 
 from headwise.workers.cuda.attention_plan import Items, cut_step
 from headwise.workers.cuda.launch import INTERPRETED, TRITON, num_programs, padded
-from headwise.workers.cuda.tiling import Tiling, tilings
+from headwise.workers.cuda.step_pack import pack_attention
+from headwise.workers.cuda.tiling import SMALL_ROWS, Tiling, tilings
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 from headwise.workers.upload import upload
@@ -37,8 +38,8 @@ class TritonAttention(AttentionBackend):
         # The kernels compute 2 ** x, so the scores carry the logarithm.
         self._scale = scale * math.log2(math.e)
         self._sums = torch.empty(0, device=cache.device)
-        self._tables_BN = torch.empty(0)
-        self._works: list[_Work] = []
+        self._step_I = torch.empty(0)
+        self._launches: list[_Launch] = []
 
     @classmethod
     def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
@@ -51,24 +52,48 @@ class TritonAttention(AttentionBackend):
         return [obstacle for obstacle, fits in checks.items() if not fits]
 
     def begin(self, batch: AttentionBatch) -> None:
-        device = self.cache.device
-        self._tables_BN = upload(np.ascontiguousarray(batch.block_tables_BN), device)
-        cut = cut_step(batch, self._group, self._tilings[1].rows)
-        self._works = [self._work(*both) for both in zip(self._tilings, cut, strict=True) if len(both[1].items_I8)]
-        floats = max((work.num_sums for work in self._works), default=0) * (self.cache.head_dim + 2)
-        if floats > len(self._sums):
-            self._sums = torch.empty(floats, device=device)
+        small, large = self.cut(batch)
+        pack = pack_attention(batch, small, large)
+        step_I = np.empty(pack.size, np.int32)
+        pack.write(step_I)
+        self.begin_packed(upload(step_I, self.cache.device), small, large)
 
-    def _work(self, tiling: Tiling, items: Items) -> _Work:
-        device, num_kv_heads = self.cache.device, self.cache.num_kv_heads
-        num_items = len(items.items_I8)
-        return _Work(
-            tiling,
-            upload(items.items_I8, device),
-            upload(np.array([num_items], np.int32), device),
-            num_programs(num_items * num_kv_heads, device),
-            items.num_slots * num_kv_heads * tiling.rows,
-        )
+    def cut(self, batch: AttentionBatch) -> tuple[Items, Items]:
+        """The items of small tiles, and those of large ones."""
+        return cut_step(batch, self._group, self._tilings[1].rows)
+
+    def begin_packed(self, step_I: Tensor, small: Items, large: Items) -> None:
+        """Like :meth:`begin`, of a step whose array (see step_pack.py) is on the device."""
+        counts = [(len(items.items_I8), items.num_slots) for items in (small, large)]
+        self._begin(step_I, [self._launch(tiles, *count) for tiles, count in enumerate(counts) if count[0]])
+        floats = self.sums_size(max((num_slots for _, num_slots in counts), default=0))
+        if floats > len(self._sums):
+            self._sums = torch.empty(floats, device=self.cache.device)
+
+    def begin_capture(self, step_I: Tensor, sums: Tensor, num_slots: int) -> None:
+        """What is launched from now on works on any step of one token a row that comes to lie in ``step_I``, as long as
+        its items use no more slots.
+
+        Args:
+            sums: float32, :meth:`sums_size` of so many slots.
+        """
+        tiles = 0 if self._group <= SMALL_ROWS else 1
+        self._begin(step_I, [self._launch(tiles, None, num_slots)])
+        self._sums = sums
+
+    def sums_size(self, num_slots: int) -> int:
+        """How many float32 numbers the sums of so many slots are."""
+        rows = max(tiling.rows for tiling in self._tilings)
+        return num_slots * self.cache.num_kv_heads * rows * (self.cache.head_dim + 2)
+
+    def _begin(self, step_I: Tensor, launches: list[_Launch]) -> None:
+        self._step_I, self._launches = step_I, launches
+
+    def _launch(self, tiles: int, num_items: int | None, num_slots: int) -> _Launch:
+        works = None if num_items is None else num_items * self.cache.num_kv_heads
+        tiling = self._tilings[tiles]
+        num_sums = num_slots * self.cache.num_kv_heads * tiling.rows
+        return _Launch(tiles, tiling, num_programs(works, self.cache.device), num_sums)
 
     def attend(self, layer: int, q_THD: Tensor) -> Tensor:
         from headwise.workers.cuda import attention_kernels as kernels  # who computes on a CPU needs no Triton
@@ -82,13 +107,12 @@ class TritonAttention(AttentionBackend):
             "PADDED_DIM": padded(cache.head_dim),
             "NUM_HEADS": self.q_starts[-1],
         }
-        for work in self._works:
-            programs, tiling = (work.num_programs,), work.tiling
-            shared = (work.items_I8, work.num_items_1, self._q_starts, work.num_sums)
+        for launch in self._launches:
+            programs, tiling = (launch.num_programs,), launch.tiling
+            shared = (self._step_I, self._q_starts, launch.num_sums)
             kernels.attend[programs](
-                *(o_THD, self._sums, q_THD, keys, values, self._tables_BN),
-                *shared,
-                *(self._scale, q_THD.stride(0), self._tables_BN.stride(0)),
+                *(o_THD, self._sums, q_THD, keys, values, *shared, self._scale, q_THD.stride(0)),
+                TILES=launch.tiles,
                 **sizes,
                 ROWS=tiling.rows,
                 KEYS=tiling.keys,
@@ -97,18 +121,19 @@ class TritonAttention(AttentionBackend):
                 num_warps=tiling.warps,
                 num_stages=tiling.stages,
             )
-            if work.num_sums:
+            if launch.num_sums:
                 elements = tiling.rows * sizes["PADDED_DIM"]
                 warps = min(16, max(4, elements // 256))  # 8 elements of each sum a thread; with more, registers spill
-                kernels.add_parts[programs](o_THD, self._sums, *shared, **sizes, ROWS=tiling.rows, num_warps=warps)
+                kernels.add_parts[programs](
+                    *(o_THD, self._sums, *shared), TILES=launch.tiles, **sizes, ROWS=tiling.rows, num_warps=warps
+                )
         return o_THD
 
 
-class _Work(NamedTuple):
-    """The items of tiles of one size, on the device."""
+class _Launch(NamedTuple):
+    """How the items of small tiles, 0, or of large ones, 1, are computed."""
 
+    tiles: int
     tiling: Tiling
-    items_I8: Tensor
-    num_items_1: Tensor
     num_programs: int
     num_sums: int

@@ -20,14 +20,12 @@ def attend(
     q,
     keys,
     values,
-    tables,
-    items,
-    num_items,
+    step,
     q_starts,
     num_sums,
     scale,
     q_token_stride,
-    table_stride,
+    TILES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -46,27 +44,22 @@ def attend(
             [num_sums]. There are ROWS of them for each slot and KV head.
         q: queries, q_token_stride elements from token to token, heads one after the other.
         keys, values: of the layer, [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM].
-        tables: int32 block tables, table_stride elements from row to row.
-        items: int32 [n, 8], see attention_plan.FIELDS.
-        num_items: int32 [1]; in memory of the device, so that a captured graph can get another number.
+        step: int32, see step_pack.py. That it says where items and block tables are, and how many, and not an argument,
+            lets a captured graph work on other steps.
         q_starts: int32 [NUM_KV_HEADS + 1], the first query head of each KV head.
         scale: of the scores, which are powers of 2.
+        TILES: whose items, 0 for those of small tiles and 1 for those of large ones.
         GROUP: the most query heads of a KV head.
     """
-    num_works = tl.load(num_items) * NUM_KV_HEADS
+    d = tl.arange(0, PADDED_DIM)
+    tables, table_stride = step + tl.load(step + 4), tl.load(step + 5)
+    num_works = tl.load(step + 2 * TILES) * NUM_KV_HEADS
     for work in range(tl.program_id(0), num_works, tl.num_programs(0)):
-        item = items + (work // NUM_KV_HEADS) * _FIELDS
-        kv_head = work % NUM_KV_HEADS
-        row, first_token = tl.load(item), tl.load(item + 1)
-        num_tokens, first_position = tl.load(item + 2), tl.load(item + 3)
+        item, kv_head, m, token, head, first_token, first_head, is_row = _tile(
+            step, work, q_starts, TILES, NUM_KV_HEADS, GROUP, ROWS
+        )
+        row, first_position = tl.load(item), tl.load(item + 3)
         key_start, key_end, slot = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
-        first_head = tl.load(q_starts + kv_head)
-        num_heads = tl.load(q_starts + kv_head + 1) - first_head
-
-        m = tl.arange(0, ROWS)
-        d = tl.arange(0, PADDED_DIM)
-        token, head = m // GROUP, m % GROUP
-        is_row = (token < num_tokens) & (head < num_heads)
         q_offsets = (first_token + token).to(tl.int64) * q_token_stride + (first_head + head) * HEAD_DIM
         is_query = is_row[:, None] & (d < HEAD_DIM)[None, :]
         q_MD = tl.load(q + q_offsets[:, None] + d[None, :], mask=is_query, other=0.0)
@@ -102,10 +95,10 @@ def attend(
 def add_parts(
     o,
     sums,
-    items,
-    num_items,
+    step,
     q_starts,
     num_sums,
+    TILES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -114,20 +107,15 @@ def add_parts(
     NUM_HEADS: tl.constexpr,
 ):
     """Makes the outputs of tiles with several parts of the sums that :func:`attend` left; arguments as there."""
-    num_works = tl.load(num_items) * NUM_KV_HEADS
+    d = tl.arange(0, PADDED_DIM)
+    num_works = tl.load(step + 2 * TILES) * NUM_KV_HEADS
     for work in range(tl.program_id(0), num_works, tl.num_programs(0)):
-        item = items + (work // NUM_KV_HEADS) * _FIELDS
+        item, kv_head, m, token, head, first_token, first_head, is_row = _tile(
+            step, work, q_starts, TILES, NUM_KV_HEADS, GROUP, ROWS
+        )
         key_start, slot, num_parts = tl.load(item + 4), tl.load(item + 6), tl.load(item + 7)
         # One item of each tile, its first, stands for all.
         if (slot >= 0) & (key_start == 0):
-            kv_head = work % NUM_KV_HEADS
-            first_token, num_tokens = tl.load(item + 1), tl.load(item + 2)
-            first_head = tl.load(q_starts + kv_head)
-            num_heads = tl.load(q_starts + kv_head + 1) - first_head
-            m = tl.arange(0, ROWS)
-            d = tl.arange(0, PADDED_DIM)
-            token, head = m // GROUP, m % GROUP
-            is_row = (token < num_tokens) & (head < num_heads)
             is_query = is_row[:, None] & (d < HEAD_DIM)[None, :]
             highest_M = tl.full([ROWS], -float("inf"), tl.float32)
             total_M = tl.zeros([ROWS], tl.float32)
@@ -144,6 +132,28 @@ def add_parts(
                 o_MD = o_MD * keep_M[:, None] + part_MD * add_M[:, None]
                 highest_M = above_M
             _store(o, o_MD / total_M[:, None], first_token + token, first_head + head, is_query, d, NUM_HEADS, HEAD_DIM)
+
+
+@triton.jit
+def _tile(
+    step,
+    work,
+    q_starts,
+    TILES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The item and the KV head of a work, and the query rows of its tile: their numbers, tokens and heads within it,
+    the first token and head, and which of them there are."""
+    item = step + tl.load(step + 2 * TILES + 1) + (work // NUM_KV_HEADS) * _FIELDS
+    kv_head = work % NUM_KV_HEADS
+    first_token, num_tokens = tl.load(item + 1), tl.load(item + 2)
+    first_head = tl.load(q_starts + kv_head)
+    num_heads = tl.load(q_starts + kv_head + 1) - first_head
+    m = tl.arange(0, ROWS)
+    token, head = m // GROUP, m % GROUP
+    return item, kv_head, m, token, head, first_token, first_head, (token < num_tokens) & (head < num_heads)
 
 
 @triton.jit

@@ -16,9 +16,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _PROGRAMS_PER_PROCESSOR = 4
 
 
-def num_programs(num_works: int, device: torch.device) -> int:
-    """How many programs take so many works in turn: no more than a GPU holds at a time."""
-    return max(1, min(num_works, _PROGRAMS_PER_PROCESSOR * _processors(device)))
+def num_programs(num_works: int | None, device: torch.device) -> int:
+    """How many programs take so many works in turn: no more than a GPU holds at a time. None: any number of works."""
+    most = _PROGRAMS_PER_PROCESSOR * _processors(device)
+    return most if num_works is None else max(1, min(num_works, most))
 
 
 def padded(size: int) -> int:

@@ -61,7 +61,7 @@ def rotate_and_write(
         qkv: heads of queries, keys and values one after the other, token_stride elements from token to token.
         cos, sin: [T, HEAD_DIM / 2].
         keys, values: of the layer, [N, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM].
-        slots: int64 [T].
+        slots: int32 or int64 [T]; a token of slot -1 goes nowhere.
     """
     t = tl.program_id(0).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -69,7 +69,7 @@ def rotate_and_write(
     is_dim = d < HALF
     cos_D = tl.load(cos + t * HALF + d, mask=is_dim, other=0.0).to(tl.float32)
     sin_D = tl.load(sin + t * HALF + d, mask=is_dim, other=0.0).to(tl.float32)
-    slot = tl.load(slots + t)
+    slot = tl.load(slots + t).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
 
     is_turned = (x < NUM_HEADS + NUM_KV_HEADS)[:, None] & is_dim[None, :]
@@ -82,18 +82,19 @@ def rotate_and_write(
     tl.store(at_XD, turned_XD.to(dtype), mask=is_turned)
     tl.store(at_XD + HALF, second_XD.to(dtype), mask=is_turned)
 
-    k = x - NUM_HEADS
-    is_key = (k >= 0)[:, None] & is_turned
-    slot_X = (block * NUM_KV_HEADS + k) * BLOCK_SIZE + offset
-    at_key_XD = keys + slot_X[:, None] * HEAD_DIM + d[None, :]
-    tl.store(at_key_XD, turned_XD.to(dtype), mask=is_key)
-    tl.store(at_key_XD + HALF, second_XD.to(dtype), mask=is_key)
+    if slot >= 0:
+        k = x - NUM_HEADS
+        is_key = (k >= 0)[:, None] & is_turned
+        slot_X = (block * NUM_KV_HEADS + k) * BLOCK_SIZE + offset
+        at_key_XD = keys + slot_X[:, None] * HEAD_DIM + d[None, :]
+        tl.store(at_key_XD, turned_XD.to(dtype), mask=is_key)
+        tl.store(at_key_XD + HALF, second_XD.to(dtype), mask=is_key)
 
-    v = k - NUM_KV_HEADS
-    is_value = ((v >= 0) & (v < NUM_KV_HEADS))[:, None] & is_dim[None, :]
-    at_value_XD = values + (slot_X - NUM_KV_HEADS * BLOCK_SIZE)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(at_value_XD, tl.load(at_XD, mask=is_value), mask=is_value)
-    tl.store(at_value_XD + HALF, tl.load(at_XD + HALF, mask=is_value), mask=is_value)
+        v = k - NUM_KV_HEADS
+        is_value = ((v >= 0) & (v < NUM_KV_HEADS))[:, None] & is_dim[None, :]
+        at_value_XD = values + (slot_X - NUM_KV_HEADS * BLOCK_SIZE)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(at_value_XD, tl.load(at_XD, mask=is_value), mask=is_value)
+        tl.store(at_value_XD + HALF, tl.load(at_XD + HALF, mask=is_value), mask=is_value)
 
 
 @triton.jit

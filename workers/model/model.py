@@ -25,6 +25,7 @@ class StepInput:
         slots_T: int64, block * block_size + offset: where each token's K and V are written.
         logit_tokens_B: int64, the tokens of the step (indices into T) whose logits are wanted.
         attention: the rows as attention sees them.
+        bucket: see :class:`~headwise.workers.plan.StepPlan`; 0 pads nothing.
     """
 
     tokens_RL: Tensor
@@ -33,6 +34,7 @@ class StepInput:
     slots_T: NDArray[np.int64]
     logit_tokens_B: NDArray[np.int64]
     attention: AttentionBatch
+    bucket: int = 0
 
 
 class Model(Protocol):
@@ -62,6 +64,17 @@ class Model(Protocol):
             ``[B, V]`` float32: this rank's vocabulary rows of the logits of ``step.logit_tokens_B``. Good until the
             next step.
         """
+
+    def capture(self, bucket: int, tokens_RL: Tensor) -> None:
+        """Makes the graph of decode steps that are padded to so many rows, where the model has graphs; all ranks do it
+        together.
+
+        Args:
+            tokens_RL: that of every step from now on.
+        """
+
+    def close(self) -> None:
+        """Gives back what must be given back before the collectives are closed."""
 
 
 def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:

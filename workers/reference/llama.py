@@ -20,15 +20,32 @@ from headwise.workers.model.partition import ShardPartition
 from headwise.workers.upload import upload
 
 
+class Inputs(NamedTuple):
+    """A step's tokens on the device.
+
+    Attributes:
+        token_ids_T, positions_T, slots_T: integers.
+        logit_tokens_B: the tokens whose logits are wanted; None: all.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    logit_tokens_B: Tensor | None
+
+
 class Llama:
     """See :class:`~headwise.workers.model.model.Model`.
 
     Args:
         ops: what computes between the matrix products.
         attention: what :meth:`attach` makes the attention of.
+
+    Attributes:
+        attention: of this model's cache.
     """
 
-    _attention: AttentionBackend  # from attach() on
+    attention: AttentionBackend  # from attach() on
 
     def __init__(
         self,
@@ -55,22 +72,29 @@ class Llama:
         return {"forward": self._seconds}
 
     def attach(self, cache: KVCache) -> None:
-        self._attention = self._attention_class(cache, self._partition.heads.q_starts, self._config.head_dim**-0.5)
+        self.attention = self._attention_class(cache, self._partition.heads.q_starts, self._config.head_dim**-0.5)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
         started = time.perf_counter()
-        logits_BV = self._compute(self._upload(step))
+        logits_BV = self.compute(self._upload(step))
         self._seconds += time.perf_counter() - started
         return logits_BV
 
-    def _upload(self, step: StepInput) -> _Inputs:
-        self._attention.begin(step.attention)
+    def capture(self, bucket: int, tokens_RL: Tensor) -> None:
+        """Does nothing: every step is computed anew."""
+
+    def close(self) -> None:
+        """Does nothing: the collectives keep nothing of this model."""
+
+    def _upload(self, step: StepInput) -> Inputs:
+        self.attention.begin(step.attention)
         arrays = (step.rows_T, step.positions_T, step.slots_T, step.logit_tokens_B)
         rows_T, positions_T, slots_T, logit_tokens_B = (upload(x, self._cos_LD.device) for x in arrays)
-        return _Inputs(step.tokens_RL[rows_T, positions_T], positions_T, slots_T, logit_tokens_B)
+        return Inputs(step.tokens_RL[rows_T, positions_T], positions_T, slots_T, logit_tokens_B)
 
-    def _compute(self, inputs: _Inputs) -> Tensor:
+    def compute(self, inputs: Inputs) -> Tensor:
+        """Like :meth:`forward`, of tokens that are on the device, once the attention has begun the step."""
         weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
         residual_TE = self._embed(inputs.token_ids_T)
         cos_TD, sin_TD = self._cos_LD[inputs.positions_T], self._sin_LD[inputs.positions_T]
@@ -84,7 +108,9 @@ class Llama:
             mlp_TE = functional.linear(act_TM, layer.down_weight, layer.down_bias)
             self._collectives.all_reduce_(mlp_TE)
             residual_TE += mlp_TE
-        last_BE = ops.rms_norm(residual_TE[inputs.logit_tokens_B], weights.final_norm_E, eps)
+        if inputs.logit_tokens_B is not None:
+            residual_TE = residual_TE[inputs.logit_tokens_B]
+        last_BE = ops.rms_norm(residual_TE, weights.final_norm_E, eps)
         return functional.linear(last_BE, weights.lm_head_VE).float()
 
     def _embed(self, token_ids_T: Tensor) -> Tensor:
@@ -102,14 +128,5 @@ class Llama:
     ) -> Tensor:
         qkv_TX = functional.linear(x_TE, layer.qkv_weight, layer.qkv_bias)
         qkv_TXD = qkv_TX.view(len(qkv_TX), -1, self._config.head_dim)
-        self._ops.rotate_and_write(qkv_TXD, cos_TD, sin_TD, self._attention.cache, index, slots_T)
-        return self._attention.attend(index, qkv_TXD[:, : self._num_heads]).flatten(1)
-
-
-class _Inputs(NamedTuple):
-    """A step's tokens on the device."""
-
-    token_ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    logit_tokens_B: Tensor
+        self._ops.rotate_and_write(qkv_TXD, cos_TD, sin_TD, self.attention.cache, index, slots_T)
+        return self.attention.attend(index, qkv_TXD[:, : self._num_heads]).flatten(1)

@@ -40,6 +40,7 @@ class FakeGpu:
         self._current = [self.steps]
         self._num_streams = self._num_events = 0
         self.free = self.peak = 0
+        self._pinned: dict[int, Tensor] = {}  # by address, which nothing else gets as long as this object lives
 
     @property
     def syncs(self) -> list[tuple[str, Any]]:
@@ -70,12 +71,18 @@ class FakeGpu:
 
     def pinned(self, num_bytes: int) -> Tensor:
         self.log.append(("pinned", num_bytes))
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self._pinned[_memory(memory)] = memory
+        return memory
+
+    def is_pinned(self, x: Tensor) -> bool:
+        """Whether a tensor lies in memory of :meth:`pinned`."""
+        return _memory(x) in self._pinned
 
     def capture(self, run: Callable[[], Tensor], pool: Any) -> tuple[FakeGraph, Tensor]:
         self.log.append(("capture", pool))
         graph = FakeGraph(self)
-        with _Recording(graph), _recorded_kernels(graph), waits_are_errors():
+        with _Recording(graph), _recorded_kernels(graph), waits_are_errors(self):
             captured = run()
         return graph, captured
 
@@ -184,8 +191,8 @@ def _recorded_kernels(graph: FakeGraph) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waits_are_errors() -> Iterator[None]:
-    """In it, a tensor must not be read by the host, but for what the interpreter of kernels reads."""
+def waits_are_errors(fake: FakeGpu) -> Iterator[None]:
+    """In it, the host must not read a tensor that is not pinned; the interpreter of kernels may."""
     in_kernel = threading.local()
 
     def allow(run: Callable[[], None]) -> None:
@@ -195,19 +202,18 @@ def waits_are_errors() -> Iterator[None]:
         finally:
             in_kernel.now = False
 
+    def refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if getattr(in_kernel, "now", False) or fake.is_pinned(x):
+                return method(x, *args, **kwargs)
+            raise RuntimeError(f"the host would wait for the GPU in Tensor.{name}")
+
+        return refuse
+
     with pytest.MonkeyPatch.context() as patch, _around_kernels(allow):
         for name in WAITS:
-            patch.setattr(Tensor, name, _refusing(name, getattr(Tensor, name), in_kernel))
+            patch.setattr(Tensor, name, refusing(name, getattr(Tensor, name)))
         yield
-
-
-def _refusing(name: str, method: Callable[..., Any], in_kernel: threading.local) -> Callable[..., Any]:
-    def refusing(*args: Any, **kwargs: Any) -> Any:
-        if getattr(in_kernel, "now", False):
-            return method(*args, **kwargs)
-        raise RuntimeError(f"the host would wait for the GPU in Tensor.{name}")
-
-    return refusing
 
 
 @contextlib.contextmanager

@@ -1,0 +1,129 @@
+"""The CUDA graphs of decode steps: launched one by one, the kernels of a step take the host longer than the GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.workers.cuda.attention import TritonAttention
+from headwise.workers.cuda.attention_plan import PART_KEYS, max_slots
+from headwise.workers.cuda.gpu import Gpu, Graph
+from headwise.workers.cuda.step_pack import most_items, token_places
+
+_logger = logging.getLogger(__name__)
+
+
+class DecodeGraph:
+    """The graph of steps of one token a row that are padded to a bucket.
+
+    Attributes:
+        step_I: where it reads the step's array.
+    """
+
+    def __init__(self, graph: Graph, step_I: Tensor, num_slots: int, logits_BV: Tensor) -> None:
+        self._graph, self._logits_BV = graph, logits_BV
+        self.step_I, self._num_slots = step_I, num_slots
+
+    def takes(self, size: int, num_slots: int) -> bool:
+        """Whether there is room for a step whose array has such a size, and whose items use so many slots."""
+        return size <= len(self.step_I) and num_slots <= self._num_slots
+
+    def replay(self, host_I: Tensor) -> Tensor:
+        """Computes a step of the graph's bucket.
+
+        Args:
+            host_I: its array, in page-locked memory.
+
+        Returns:
+            The logits of every row, the padded ones too. Good until the next step.
+        """
+        self.step_I[: len(host_I)].copy_(host_I, non_blocking=True)
+        self._graph.replay()
+        return self._logits_BV
+
+    def close(self) -> None:
+        self._graph.reset()
+
+
+class DecodeGraphs:
+    """By bucket. They share memory, since they are replayed one after the other: capture the largest first, so that the
+    others find room in what it has left."""
+
+    def __init__(self, attention: TritonAttention, max_model_len: int, gpu: Gpu | None) -> None:
+        """Args: ``gpu``: None makes no graphs."""
+        self._attention, self._gpu = attention, gpu
+        self._max_model_len = max_model_len
+        self._max_blocks = -(-max_model_len // attention.cache.block_size)
+        self._graphs: dict[int, DecodeGraph] = {}
+        self._pool: Any = None
+        self._step_I = self._sums = torch.empty(0)
+        self._has_warned = False
+
+    def find(self, bucket: int, size: int, num_slots: int) -> DecodeGraph | None:
+        """The graph that computes such a step, if there is one; see :meth:`DecodeGraph.takes`."""
+        graph = self._graphs.get(bucket)
+        return graph if graph is not None and graph.takes(size, num_slots) else None
+
+    def capture(self, bucket: int, compute: Callable[[Tensor], Tensor]) -> None:
+        """Makes the graph of a bucket. If that cannot be done, it says so once, and such steps are launched kernel by
+        kernel.
+
+        Args:
+            compute: computes the logits of all rows of a step of that bucket whose array it gets.
+        """
+        if self._gpu is None or bucket in self._graphs:
+            return
+        try:
+            self._graphs[bucket] = self._make(self._gpu, bucket, compute)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self._warn(bucket, error)
+
+    def close(self) -> None:
+        """Gives the memory up. Idempotent."""
+        if self._gpu is not None and self._graphs:
+            self._gpu.synchronize()  # none may be at work
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._pool, self._step_I, self._sums = None, torch.empty(0), torch.empty(0)
+
+    def _make(self, gpu: Gpu, bucket: int, compute: Callable[[Tensor], Tensor]) -> DecodeGraph:
+        num_slots = self._num_slots(bucket)
+        self._make_room(bucket, num_slots)
+        step_I = self._step_I
+        # A step without rows: no item is attended to, and no token writes anything.
+        step_I.zero_()
+        step_I[token_places(bucket, bucket).slots] = -1
+        self._attention.begin_capture(step_I, self._sums, num_slots)
+        compute(step_I)  # compiles kernels and opens what libraries open at first, neither of which can be captured
+        if self._pool is None:
+            self._pool = gpu.new_pool()
+        graph, logits_BV = gpu.capture(lambda: compute(step_I), self._pool)
+        return DecodeGraph(graph, step_I, num_slots, logits_BV)
+
+    def _num_slots(self, bucket: int) -> int:
+        """As many as its rows can use, unless they share most of the cache's blocks with each other."""
+        cache = self._attention.cache
+        return min(max_slots(bucket, self._max_model_len), cache.num_blocks * cache.block_size // PART_KEYS + bucket)
+
+    def _make_room(self, bucket: int, num_slots: int) -> None:
+        """Graphs keep what they were captured with: there is more room for the next, and theirs stays as it is."""
+        size = token_places(bucket, bucket).end + bucket * self._max_blocks + most_items(bucket + num_slots) + 4
+        if size > len(self._step_I):
+            self._step_I = torch.empty(size, dtype=torch.int32, device=self._attention.cache.device)
+        if self._attention.sums_size(num_slots) > len(self._sums):
+            self._sums = torch.empty(self._attention.sums_size(num_slots), device=self._attention.cache.device)
+
+    def _warn(self, bucket: int, error: RuntimeError) -> None:
+        if not self._has_warned:
+            _logger.warning(
+                "no graph of decode steps of %d rows (%s: %s): such steps, and others of which that is true, are "
+                "launched kernel by kernel, which takes the host longer; lower kv_memory (--kv-memory) if memory is "
+                "short",
+                *(bucket, type(error).__name__, error),
+            )
+        self._has_warned = True
