@@ -73,8 +73,7 @@ def _cuda_llama(*parts: Any) -> Model:
 
 BACKENDS = {
     "cpu": Backend(CpuLlama, CpuAttention, torch_computes=False),
-    "reference": Backend(_reference_llama, ReferenceAttention, torch_computes=True),
-    # Last, that is only where it is asked for, until it has run on a GPU.
     "cuda": Backend(_cuda_llama, TritonAttention, torch_computes=True),
+    "reference": Backend(_reference_llama, ReferenceAttention, torch_computes=True),
 }
 """By name, in the order in which they are tried."""

@@ -12,6 +12,7 @@ from headwise.workers.cuda import gpu
 from headwise.workers.cuda.attention import TritonAttention
 from headwise.workers.cuda.graphs import DecodeGraphs
 from headwise.workers.cuda.ops import TritonOps
+from headwise.workers.cuda.self_check import check_kernels
 from headwise.workers.cuda.step_pack import pack_step, token_places
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.checkpoint import ShardWeights
@@ -39,7 +40,7 @@ class CudaLlama:
     ) -> None:
         parts = (config, partition, weights, collectives, max_model_len)
         self._llama = Llama(*parts, TritonOps(), TritonAttention)
-        self._max_model_len = max_model_len
+        self._max_model_len, self._width = max_model_len, config.hidden_size
         self._device = weights.embed_VE.device
         self._gpu = gpu.of(self._device)
         self._graphs: DecodeGraphs | None = None  # until attach()
@@ -50,8 +51,11 @@ class CudaLlama:
     def seconds(self) -> dict[str, float]:
         return {"forward": self._seconds}
 
+    @torch.inference_mode()
     def attach(self, cache: KVCache) -> None:
         self._llama.attach(cache)
+        if self._device.type == "cuda":
+            check_kernels(cache, self._attention.q_starts, self._attention.scale, self._width)
         self._graphs = DecodeGraphs(self._attention, self._max_model_len, self._gpu)
 
     @torch.inference_mode()

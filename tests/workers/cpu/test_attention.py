@@ -20,6 +20,7 @@ from headwise.workers.cpu import attention_plan
 from headwise.workers.cpu import attention_simd as simd
 from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.cpu.attention_plan import PART_KEYS
+from headwise.workers.cuda import attention
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBatch
@@ -242,18 +243,21 @@ def test_backends_refuse_what_they_cannot_serve() -> None:
             CpuAttention(other, (0, 1), 1.0)
 
 
-def test_a_device_and_dtype_have_a_backend() -> None:
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_device_and_dtype_have_a_backend(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
+    monkeypatch.setattr(attention, "TRITON", triton)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert find_backend(None, cpu, torch.float32, 16, 64) is BACKENDS["cpu"]
     for device, dtype, block_size, head_dim in (
         (cpu, torch.float32, 8, 8),
         (cpu, torch.float32, 16, 12),
         (cpu, torch.bfloat16, 16, 8),
-        (cuda, torch.float32, 16, 64),
+        (cuda, torch.float64, 16, 64),
     ):
         assert find_backend(None, device, dtype, block_size, head_dim) is BACKENDS["reference"]
+    assert find_backend(None, cuda, torch.bfloat16, 16, 64) is BACKENDS["cuda" if triton else "reference"]
     assert find_backend("reference", cpu, torch.float32, 16, 64) is BACKENDS["reference"]
-    with pytest.raises(InvalidValueError, match=r"^attention='fast'.*cpu, reference"):
+    with pytest.raises(InvalidValueError, match=r"^attention='fast'.*cpu, cuda, reference"):
         find_backend("fast", cpu, torch.float32, 16, 64)
     with pytest.raises(InvalidValueError, match=r"^attention='cpu': device=cuda is not cpu and dtype=bfloat16 is not"):
         find_backend("cpu", cuda, torch.bfloat16, 16, 64)
