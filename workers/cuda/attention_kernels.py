@@ -1,14 +1,15 @@
 """The Triton kernels of paged attention.
 
 The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context and adding up its parts is
-Flash-Decoding (Dao et al., 2023). Items, tiles, parts and slots are those of attention_plan.py. Offsets into the cache
-are int64: caches have more than 2**31 elements.
+Flash-Decoding (Dao et al., 2023). Items, tiles, parts and slots are those of attention_plan.py.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, no-any-return, untyped-decorator"
 
 import triton
 import triton.language as tl
+
+from headwise.workers.cuda.addresses import first_element
 
 _FIELDS = tl.constexpr(8)  # of an item
 
@@ -185,18 +186,14 @@ def _attend_keys(
     else:
         is_key_C = key_C >= 0
         block_C = tl.load(table + key_C // BLOCK_SIZE)
-    slot_C = (block_C.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key_C % BLOCK_SIZE
+    at_C = first_element(block_C, kv_head, key_C % BLOCK_SIZE, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     if MASKED or PADDED_DIM != HEAD_DIM:
         # What lies past the context may be anything, NaN too, which no weight of 0 takes away.
-        k_DC = tl.load(
-            keys + slot_C[None, :] * HEAD_DIM + d[:, None], mask=is_key_C[None, :] & is_dim[:, None], other=0.0
-        )
-        v_CD = tl.load(
-            values + slot_C[:, None] * HEAD_DIM + d[None, :], mask=is_key_C[:, None] & is_dim[None, :], other=0.0
-        )
+        k_DC = tl.load(keys + at_C[None, :] + d[:, None], mask=is_key_C[None, :] & is_dim[:, None], other=0.0)
+        v_CD = tl.load(values + at_C[:, None] + d[None, :], mask=is_key_C[:, None] & is_dim[None, :], other=0.0)
     else:
-        k_DC = tl.load(keys + slot_C[None, :] * HEAD_DIM + d[:, None])
-        v_CD = tl.load(values + slot_C[:, None] * HEAD_DIM + d[None, :])
+        k_DC = tl.load(keys + at_C[None, :] + d[:, None])
+        v_CD = tl.load(values + at_C[:, None] + d[None, :])
     scores_MC = _dot(q_MD, k_DC, INTERPRETED) * scale
     if MASKED:
         scores_MC = tl.where(is_key_C[None, :] & (key_C[None, :] <= position_M[:, None]), scores_MC, -float("inf"))

@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from headwise.workers.cuda.addresses import first_element
+
 
 @triton.jit
 def norm_rows(o, x, weight, eps, x_stride, SIZE: tl.constexpr, PADDED: tl.constexpr):
@@ -85,14 +87,15 @@ def rotate_and_write(
     if slot >= 0:
         k = x - NUM_HEADS
         is_key = (k >= 0)[:, None] & is_turned
-        slot_X = (block * NUM_KV_HEADS + k) * BLOCK_SIZE + offset
-        at_key_XD = keys + slot_X[:, None] * HEAD_DIM + d[None, :]
+        at_key_X = first_element(block, k, offset, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        at_key_XD = keys + at_key_X[:, None] + d[None, :]
         tl.store(at_key_XD, turned_XD.to(dtype), mask=is_key)
         tl.store(at_key_XD + HALF, second_XD.to(dtype), mask=is_key)
 
         v = k - NUM_KV_HEADS
         is_value = ((v >= 0) & (v < NUM_KV_HEADS))[:, None] & is_dim[None, :]
-        at_value_XD = values + (slot_X - NUM_KV_HEADS * BLOCK_SIZE)[:, None] * HEAD_DIM + d[None, :]
+        at_value_X = first_element(block, v, offset, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        at_value_XD = values + at_value_X[:, None] + d[None, :]
         tl.store(at_value_XD, tl.load(at_XD, mask=is_value), mask=is_value)
         tl.store(at_value_XD + HALF, tl.load(at_XD + HALF, mask=is_value), mask=is_value)
 
