@@ -24,9 +24,10 @@ class DecodeGraph:
         step_I: where it reads the step's array.
     """
 
-    def __init__(self, graph: Graph, step_I: Tensor, num_slots: int, logits_BV: Tensor) -> None:
+    def __init__(self, graph: Graph, step_I: Tensor, sums: Tensor, num_slots: int, logits_BV: Tensor) -> None:
         self._graph, self._logits_BV = graph, logits_BV
         self.step_I, self._num_slots = step_I, num_slots
+        self._sums = sums  # the graph has its address, so nobody else may get the memory
 
     def takes(self, size: int, num_slots: int) -> bool:
         """Whether there is room for a step whose array has such a size, and whose items use so many slots."""
@@ -94,16 +95,16 @@ class DecodeGraphs:
     def _make(self, gpu: Gpu, bucket: int, compute: Callable[[Tensor], Tensor]) -> DecodeGraph:
         num_slots = self._num_slots(bucket)
         self._make_room(bucket, num_slots)
-        step_I = self._step_I
+        step_I, sums = self._step_I, self._sums
         # A step without rows: no item is attended to, and no token writes anything.
         step_I.zero_()
         step_I[token_places(bucket, bucket).slots] = -1
-        self._attention.begin_capture(step_I, self._sums, num_slots)
+        self._attention.begin_capture(step_I, sums, num_slots)
         compute(step_I)  # compiles kernels and opens what libraries open at first, neither of which can be captured
         if self._pool is None:
             self._pool = gpu.new_pool()
         graph, logits_BV = gpu.capture(lambda: compute(step_I), self._pool)
-        return DecodeGraph(graph, step_I, num_slots, logits_BV)
+        return DecodeGraph(graph, step_I, sums, num_slots, logits_BV)
 
     def _num_slots(self, bucket: int) -> int:
         """As many as its rows can use, unless they share most of the cache's blocks with each other."""
