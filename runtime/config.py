@@ -82,8 +82,9 @@ class EngineConfig(BaseModel):
         max_num_seqs: most requests that run at the same time, and at most max_num_batched_tokens. Default: 128.
         pipeline_depth: steps in flight at the same time, 1 or 2. With 2, the default, a step is submitted before the
             tokens of the step before it are known.
-        attention: the attention backend, ``"reference"``, ``"cpu"`` or ``"cuda"`` (Triton; it has not run on a GPU
-            yet). None, the default, is the fastest of the others that can serve the model.
+        attention: the attention backend, ``"reference"``, ``"cpu"``, ``"cuda"`` (Triton) or ``"flashinfer"`` (the
+            library flashinfer-python); the last two have not run on a GPU yet. None, the default, is the fastest of the
+            others that can serve the model.
         seed: requests without a seed of their own get one that is derived from this. Default: 0.
         enable_prefix_caching: whether requests use the KV blocks of requests that began with the same tokens.
             Default: True.
@@ -134,7 +135,7 @@ class EngineConfig(BaseModel):
     max_mixed_prefill_tokens: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=128, ge=1, le=4096)
     pipeline_depth: int = Field(default=2, ge=1, le=2)
-    attention: Literal["reference", "cpu", "cuda"] | None = None
+    attention: Literal["reference", "cpu", "cuda", "flashinfer"] | None = None
     enable_prefix_caching: bool = True
     prefix_eviction: EvictionName = "lru"
     cache_quota: float | None = Field(default=None, gt=0, le=1)

@@ -11,6 +11,7 @@ from headwise.workers.collectives import Collectives
 from headwise.workers.cpu.attention import CpuAttention
 from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.cuda.attention import TritonAttention
+from headwise.workers.cuda.flashinfer import FlashInferAttention
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import ShardWeights
@@ -71,9 +72,24 @@ def _cuda_llama(*parts: Any) -> Model:
     return CudaLlama(*parts)
 
 
+def _flashinfer_llama(
+    config: ModelConfig,
+    partition: ShardPartition,
+    weights: ShardWeights,
+    collectives: Collectives,
+    max_model_len: int,
+    num_threads: int,
+) -> Model:
+    from headwise.workers.cuda.ops import TritonOps
+
+    return Llama(config, partition, weights, collectives, max_model_len, TritonOps(), FlashInferAttention)
+
+
 BACKENDS = {
     "cpu": Backend(CpuLlama, CpuAttention, torch_computes=False),
     "cuda": Backend(_cuda_llama, TritonAttention, torch_computes=True),
     "reference": Backend(_reference_llama, ReferenceAttention, torch_computes=True),
+    # Last, which is only where it is asked for: the reference serves every model.
+    "flashinfer": Backend(_flashinfer_llama, FlashInferAttention, torch_computes=True),
 }
 """By name, in the order in which they are tried."""
