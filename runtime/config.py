@@ -72,8 +72,8 @@ class EngineConfig(BaseModel):
             trained for.
         block_size: tokens of a KV block. Default: 16.
         kv_memory: memory of each rank for KV blocks: a number of bytes, a size such as ``"2GiB"``, or a fraction of
-            the memory that is free once the weights are loaded, of which the ranks of a host each have a share on a
-            CPU. None, the default, is ``"2GiB"`` on a CPU and 0.9 on a GPU.
+            the memory that is free once the weights are loaded. On a CPU, the ranks of a host share that; on a GPU,
+            what the largest step needs is taken off first. None, the default, is ``"2GiB"`` on a CPU and 0.9 on a GPU.
         num_blocks: most KV blocks, even if kv_memory has room for more; None, the default, is no such limit.
         max_num_batched_tokens: most tokens of one step; a longer prompt is computed in chunks. Default: 1024.
         max_mixed_prefill_tokens: most prompt tokens of a step that also generates a token of a stream. A low limit

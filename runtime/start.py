@@ -359,6 +359,7 @@ def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: i
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         kv_memory=DEFAULT_KV_MEMORY[device] if config.kv_memory is None else config.kv_memory,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         attention=config.attention,
     )
 

@@ -15,9 +15,11 @@ import torch
 from headwise.workers import failpoints
 from headwise.workers.backends import find_backend
 from headwise.workers.collectives import Collectives
+from headwise.workers.cuda import gpu
+from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
-from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
+from headwise.workers.kv.cache import KVCache, bytes_per_block, parse_memory
 from headwise.workers.kv.copier import Copier
 from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.handoff_rank import HandoffRank
@@ -66,6 +68,8 @@ class Shard:
         self._telling = threading.Lock()
         self._process = asdict(ProcessId.of(os.getpid()))
         self._device = torch.device(spec.device)
+        self._gpu = gpu.of(self._device)
+        self._gpu_memory = GpuMemory(self._gpu, spec, collectives.rank) if self._gpu is not None else None
         self._dtype = DTYPES[spec.dtype]
         self._config = load_model_config(Path(spec.model_dir))
         self._partitions = partition_model(self._config, spec.tensor_parallel_size)
@@ -83,23 +87,25 @@ class Shard:
             torch.set_num_threads(num_threads if self._backend.torch_computes else 1)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads and prepares this rank's weights. ``progress`` gets (layers done, layers).
+        """Reads and prepares this rank's weights, and on a GPU computes the largest step, to see what memory it needs.
+        ``progress`` gets (layers done, layers).
 
         Raises:
             CheckpointError: a file or tensor is missing or not what the configuration promises.
-            InvalidValueError: the host has no memory for ``host_kv_blocks``.
+            InvalidValueError: the host has no memory for ``host_kv_blocks``, or the GPU for the weights or a step.
         """
-        directory = Path(self._spec.model_dir)
-        weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
-        parts = (self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
-        self._model = self._backend.model(*parts, self._num_threads)
+        if self._gpu_memory is None:
+            self._model = self._load_model(progress)
+        else:
+            self._model = self._gpu_memory.hold_weights(lambda: self._load_model(progress))
+            self._measure_steps(self._gpu_memory, self._model)
         self._measure_memory()
 
     def affordable_blocks(self) -> int:
         """How many KV blocks ``kv_memory`` pays for on this rank, by the memory that is free now.
 
         Raises:
-            InvalidValueError: the host has no memory for ``host_kv_blocks``.
+            InvalidValueError: the host has no memory for ``host_kv_blocks``, or the GPU for more than steps.
         """
         self._measure_memory()
         return parse_memory(self._spec.kv_memory, self._free) // self._bytes_per_block()
@@ -118,21 +124,11 @@ class Shard:
         assert self._model is not None, "load() comes first"
         if failpoints.ENABLED:
             failpoints.hit(Point.ALLOCATE, self._collectives.rank)
-        self._kv_cache = self._make_cache(num_blocks, in_haste)
+        self._kv_cache = self._room_for(num_blocks, in_haste)
         self._model.attach(self._kv_cache)
         if self._collectives.rank == 0:
             self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
-        self._runner = Runner(
-            self._model,
-            Sampler(self._config.vocab_size, spec.max_num_seqs, self._device, self._grammars),
-            self._collectives,
-            vocab_sizes=[stop - start for start, stop in (p.vocab for p in self._partitions)],
-            block_size=spec.block_size,
-            max_num_seqs=spec.max_num_seqs,
-            max_model_len=spec.max_model_len,
-            device=self._device,
-            num_threads=self._num_threads,
-        )
+        self._runner = self._make_runner(self._model, self._grammars)
         self._open_tiers(self._kv_cache)
         self._open_handoff(self._kv_cache)
 
@@ -199,12 +195,47 @@ class Shard:
         if self._kv_cache is not None:
             self._kv_cache.close()
         if self._model is not None:
-            self._model.close()
+            self._model.detach()  # while the collectives are there
         self._handoff = self._copier = self._host = self._disk = self._grammars = None
         self._runner = self._kv_cache = self._model = None
         self._collectives.close()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # in a process that goes on, others can have the memory now
+        if self._gpu is not None:
+            self._gpu.empty_cache()  # in a process that goes on, others can have the memory now
+
+    def _load_model(self, progress: Callable[[int, int], None] | None) -> Model:
+        directory = Path(self._spec.model_dir)
+        weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
+        parts = (self._config, self._partition, weights, self._collectives, self._spec.max_model_len)
+        return self._backend.model(*parts, self._num_threads)
+
+    def _make_runner(self, model: Model, grammars: Grammars | None) -> Runner:
+        spec = self._spec
+        return Runner(
+            model,
+            Sampler(self._config.vocab_size, spec.max_num_seqs, self._device, grammars),
+            self._collectives,
+            vocab_sizes=[stop - start for start, stop in (p.vocab for p in self._partitions)],
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_model_len=spec.max_model_len,
+            device=self._device,
+            num_threads=self._num_threads,
+        )
+
+    def _measure_steps(self, memory: GpuMemory, model: Model) -> None:
+        spec = self._spec
+        free, block_bytes = memory.free, self._bytes_per_block()
+        kv = parse_memory(spec.kv_memory, max(free, block_bytes)) // block_bytes * spec.block_size
+        rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
+        largest = LargestStep(rows, spec.max_num_batched_tokens, spec.max_model_len - 1, kv)
+
+        def start() -> Step:
+            cache = self._make_cache(num_blocks=1)
+            cache.num_blocks = max(1, kv // spec.block_size)  # by which graphs reserve; no step uses another block
+            model.attach(cache)
+            return self._make_runner(model, grammars=None).step
+
+        memory.measure_steps(largest, start, model.detach)
 
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
@@ -213,8 +244,8 @@ class Shard:
         on_host = free_host_memory() * self._partition.heads.num_kv // heads
         tier = self._host_tier_bytes()
         if tier > on_host:
-            raise self._no_host_tier(self._has(on_host, "cpu"))
-        self._free = on_host - tier if self._device.type == "cpu" else available_memory(self._device)
+            raise self._no_host_tier(self._has(on_host))
+        self._free = on_host - tier if self._gpu_memory is None else self._gpu_memory.for_kv()
 
     def _host_tier_bytes(self) -> int:
         return self._spec.host_kv_blocks * self._bytes_per_block()
@@ -223,30 +254,33 @@ class Shard:
         fix = "lower host_kv_memory (--host-kv-memory)"
         return InvalidValueError("host_kv_memory", f"{self._host_tier_bytes()} bytes", limit, fix)
 
-    def _make_cache(self, num_blocks: int, in_haste: bool) -> KVCache:
-        spec, heads = self._spec, self._partition.heads
+    def _room_for(self, num_blocks: int, in_haste: bool) -> KVCache:
         needed = num_blocks * self._bytes_per_block()
-        limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._device.type)}"
-        error = InvalidValueError("kv_memory", spec.kv_memory, limit, "lower kv_memory (--kv-memory)")
+        limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._gpu_memory)}"
+        error = InvalidValueError("kv_memory", self._spec.kv_memory, limit, "lower kv_memory (--kv-memory)")
         if needed > self._free:
             raise error
-        try:
-            return KVCache(
-                num_layers=self._config.num_layers,
-                num_blocks=num_blocks,
-                num_kv_heads=heads.num_kv,
-                block_size=spec.block_size,
-                head_dim=self._config.head_dim,
-                dtype=self._dtype,
-                device=self._device,
-                transposed_keys=bool(self._backend.attention.transposed_keys),
-                in_haste=in_haste,
-            )
-        except (MemoryError, torch.OutOfMemoryError):  # others were faster, or it is not to be had in one piece
-            raise error from None
+        # Others may have been faster, or it is not to be had in one piece.
+        return or_refuse(lambda: self._make_cache(num_blocks, in_haste), lambda: error)
 
-    def _has(self, free: int, device: str) -> str:
-        place = f"host memory, as one of {len(self._ranks_on_host)} here" if device == "cpu" else "GPU memory"
+    def _make_cache(self, num_blocks: int, in_haste: bool = False) -> KVCache:
+        return KVCache(
+            num_layers=self._config.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=self._partition.heads.num_kv,
+            block_size=self._spec.block_size,
+            head_dim=self._config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+            transposed_keys=bool(self._backend.attention.transposed_keys),
+            in_haste=in_haste,
+        )
+
+    def _has(self, free: int, memory: GpuMemory | None = None) -> str:
+        """Args: ``memory``: what is free is the GPU's; None is the host's."""
+        place = f"host memory, as one of {len(self._ranks_on_host)} here"
+        if memory is not None:
+            place = f"GPU memory, beside the {memory.for_steps} bytes that steps need"
         return f"rank {self._collectives.rank} has {free} bytes of {place}"
 
     def _open_tiers(self, kv_cache: KVCache) -> None:

@@ -18,7 +18,8 @@ class ShardSpec:
         attention: the attention backend, ``reference`` or ``cpu``; None takes the best one for device and dtype.
         kv_memory: what this rank may spend on KV: ``"2GiB"``, bytes, or a fraction of the memory that is free once
             the weights are loaded (on CPU shared out among the ranks of the group, and without what host_kv_blocks
-            will take).
+            will take; on CUDA without what steps need).
+        max_num_batched_tokens: most tokens of a step; on CUDA, steps are given memory for them.
         host_kv_blocks: how many of its blocks this rank may keep in host memory below the device's.
         disk_kv_path: a folder for files of blocks; each rank keeps its own in a sub-folder. None keeps none.
         kv_identity: what blocks on disk were computed from, apart from what each rank knows itself (its place, heads,
@@ -34,6 +35,7 @@ class ShardSpec:
     max_num_seqs: int
     max_model_len: int
     kv_memory: str | int | float
+    max_num_batched_tokens: int = 1024
     attention: str | None = None
     host_kv_blocks: int = 0
     disk_kv_path: str | None = None

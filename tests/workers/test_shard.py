@@ -22,6 +22,7 @@ from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.shard import Shard
 from headwise.workers.spec import ShardSpec
 from tests.checkpoints import small_spec
+from tests.workers.cuda.fake_gpu import FakeGpu
 from tests.workers.kv.kv_blocks import key_of
 
 KEYS = [key_of(0), key_of(1)]
@@ -213,12 +214,12 @@ def test_a_closed_shard_gives_its_gpu_memory_back(spec: ShardSpec, monkeypatch: 
     kept = [weakref.ref(made._model), weakref.ref(made._kv_cache)]
     alive: list[int] = []
 
-    def empty_cache() -> None:
-        """Frees what no tensor uses any more, as torch's does."""
-        alive.append(sum(reference() is not None for reference in kept))
+    class Gpu(FakeGpu):
+        def empty_cache(self) -> None:
+            """Frees what no tensor uses any more, as torch's does."""
+            alive.append(sum(reference() is not None for reference in kept))
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    made._device = torch.device("cuda")
+    made._gpu = Gpu()
     made.close()
     assert alive == [0]
 

@@ -78,8 +78,9 @@ class CpuLlama:
     def capture(self, bucket: int, tokens_RL: Tensor) -> None:
         """Does nothing: a CPU has no graphs."""
 
-    def close(self) -> None:
-        """Does nothing: the collectives keep nothing of this model."""
+    def detach(self) -> None:
+        if hasattr(self, "_attention"):
+            del self._attention
 
     def forward(self, step: StepInput) -> Tensor:
         """See :class:`~headwise.workers.model.model.Model`.

@@ -82,11 +82,11 @@ class CudaLlama:
         assert self._graphs is not None, "attach() comes first"
         self._graphs.capture(bucket, lambda step_I: self._llama.compute(_inputs(step_I, tokens_RL, bucket, None)))
 
-    def close(self) -> None:
-        """Gives up the graphs: a graph that NCCL's operations are in must be gone before their group is, or the process
-        hangs in its end."""
+    def detach(self) -> None:
         if self._graphs is not None:
             self._graphs.close()
+        self._graphs = None
+        self._llama.detach()
 
     @property
     def _attention(self) -> TritonAttention:

@@ -15,7 +15,6 @@ from torch import Tensor
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import Range
 from headwise.workers.kv.pages import PageTaker, take_pages
-from headwise.workers.machine import free_host_memory
 
 Buffer = bytes | bytearray | memoryview
 Bits = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
@@ -226,7 +225,7 @@ def parse_memory(text: str | int | float, total: int) -> int:
 
     Args:
         text: bytes (``1073741824``), a size (``"2GiB"``, ``"512 MB"``), or, where it is at most 1, a fraction of total.
-        total: the bytes a fraction refers to, see :func:`available_memory`.
+        total: the bytes a fraction refers to.
 
     Raises:
         InvalidValueError: not one of these; the field is named kv_memory.
@@ -240,16 +239,6 @@ def parse_memory(text: str | int | float, total: int) -> int:
     if budget < 1:
         raise InvalidValueError("kv_memory", text, wanted)
     return budget
-
-
-def available_memory(device: torch.device | str) -> int:
-    """Bytes that can still be allocated on a device: of a GPU, or of this host within the limits of the container."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return free_host_memory()
-    torch.cuda.empty_cache()  # what only this process's allocator keeps is free, too
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

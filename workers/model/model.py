@@ -51,7 +51,7 @@ class Model(Protocol):
         """Wall time by part since the start; empty where nothing measures it."""
 
     def attach(self, cache: KVCache) -> None:
-        """Takes the KV memory that steps are to write to and read; called once, before the first step.
+        """Takes the KV memory that steps are to write to and read; called before the first step.
 
         Raises:
             InvalidValueError: the model's attention cannot work on this memory.
@@ -73,8 +73,10 @@ class Model(Protocol):
             tokens_RL: that of every step from now on.
         """
 
-    def close(self) -> None:
-        """Gives back what must be given back before the collectives are closed."""
+    def detach(self) -> None:
+        """Gives up the KV memory and all that steps have left on the device, before the collectives are closed: a graph
+        that NCCL's operations are in must be gone before their group is, or the process hangs in its end. Other KV
+        memory may be attached then. Idempotent."""
 
 
 def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,10 @@ class Llama:
     def attach(self, cache: KVCache) -> None:
         self.attention = self._attention_class(cache, self._partition.heads.q_starts, self._config.head_dim**-0.5)
 
+    def detach(self) -> None:
+        if hasattr(self, "attention"):
+            del self.attention
+
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
         started = time.perf_counter()
@@ -83,9 +87,6 @@ class Llama:
 
     def capture(self, bucket: int, tokens_RL: Tensor) -> None:
         """Does nothing: every step is computed anew."""
-
-    def close(self) -> None:
-        """Does nothing: the collectives keep nothing of this model."""
 
     def _upload(self, step: StepInput) -> Inputs:
         self.attention.begin(step.attention)

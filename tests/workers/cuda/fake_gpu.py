@@ -39,7 +39,7 @@ class FakeGpu:
         self.steps = FakeStream(self, "steps")
         self._current = [self.steps]
         self._num_streams = self._num_events = 0
-        self.free = self.peak = 0
+        self.free, self.peak = 1 << 30, 0
         self._pinned: dict[int, Tensor] = {}  # by address, which nothing else gets as long as this object lives
 
     @property

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import KVCache, available_memory, bytes_per_block, parse_memory
+from headwise.workers.kv.cache import KVCache, bytes_per_block, parse_memory
 from tests.effort import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -255,7 +255,3 @@ def test_memory_budgets(text: str | int | float, budget: int) -> None:
 def test_what_is_no_memory_budget_is_refused_by_name(text: Any) -> None:
     with pytest.raises(InvalidValueError, match=r"^kv_memory="):
         parse_memory(text, total=1000)
-
-
-def test_available_memory_is_part_of_the_machine() -> None:
-    assert 0 < available_memory("cpu") < 1 << 46

@@ -14,12 +14,19 @@ import torch
 from headwise.workers.collectives import Solo
 from headwise.workers.cuda.graphs import DecodeGraphs
 from headwise.workers.cuda.llama import CudaLlama
+from headwise.workers.cuda.memory import GpuMemory
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.shard import Shard
 from tests.checkpoints import small_spec
 from tests.workers.cuda.fake_gpu import FakeGpu, waits_are_errors
 
 PROMPTS = [[5, 9, 200, 31, 7], [1] * 17, [77, 3]]
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps need: the largest one takes the interpreter long."""
+    monkeypatch.setattr(GpuMemory, "measure_steps", lambda *args: None)
 
 
 @contextmanager

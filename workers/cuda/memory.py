@@ -1,0 +1,182 @@
+"""How a rank shares out its GPU's memory: first weights, then what steps need, and KV gets the rest.
+
+What steps need is measured, by computing the largest one that there can be before there is any KV memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from headwise.workers.cuda.buckets import buckets_of
+from headwise.workers.cuda.gpu import Gpu
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from headwise.workers.spec import ShardSpec
+
+T = TypeVar("T")
+Step = Callable[[StepPlan], object]
+"""Computes a plan."""
+
+_DEMANDING = RowSampling(
+    temperature=1.0,
+    top_p=0.5,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    logit_bias=((0, 0.0),),
+    num_logprobs=20,
+)
+"""What needs the most memory to sample: float32 logits of the whole vocabulary, sorted and summed up as int64."""
+
+
+class LargestStep(NamedTuple):
+    """The most that a step may be.
+
+    Attributes:
+        rows: of the step; each samples a token.
+        tokens: that it computes.
+        row_tokens: of one row, those before the step included.
+        all_tokens: of all rows together, as many as the KV memory may hold.
+    """
+
+    rows: int
+    tokens: int
+    row_tokens: int
+    all_tokens: int
+
+    def plan(self, block_size: int) -> StepPlan:
+        """A first plan that computes it in a cache of one block. All blocks of all rows are that one, so what comes out
+        means nothing."""
+        counts = self._counts()
+        others = (self.all_tokens - self.row_tokens) // max(1, self.rows - 1)
+        lengths = [self.row_tokens] + [min(max(1, others), self.row_tokens)] * (self.rows - 1)
+        plan = StepPlan(0)
+        for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            length = max(count, length)
+            blocks = [0] * -(-length // block_size)
+            plan.admits.append(RowAdmit(row, [0] * length, length, length - count, blocks, _DEMANDING))
+            plan.computes.append((row, count))
+        return plan
+
+    def _counts(self) -> list[int]:
+        """As many as possible in the first rows: a long row needs more than several short ones."""
+        counts, left = [1] * self.rows, self.tokens - self.rows
+        for row in range(self.rows):
+            more = min(left, self.row_tokens - 1)
+            counts[row], left = counts[row] + more, left - more
+        return counts
+
+
+class GpuMemory:
+    """Call in this order: :meth:`hold_weights`, :meth:`measure_steps`, :meth:`for_kv`."""
+
+    def __init__(self, gpu: Gpu, spec: ShardSpec, rank: int) -> None:
+        self._gpu, self._spec, self._rank = gpu, spec, rank
+        self.for_steps = 0
+
+    @property
+    def free(self) -> int:
+        """Bytes, of which steps and KV are to have their parts."""
+        return self._gpu.free_memory()
+
+    def hold_weights(self, load: Callable[[], T]) -> T:
+        """What ``load`` returns.
+
+        Raises:
+            InvalidValueError: the GPU has no memory for it.
+        """
+        free = self.free
+
+        def refusal() -> InvalidValueError:
+            limit = f"the weights of rank {self._rank} do not fit in the {free} bytes of GPU memory that were free"
+            fix = "raise tensor_parallel_size (--tp), or take a smaller dtype (--dtype)"
+            return InvalidValueError("tensor_parallel_size", self._spec.tensor_parallel_size, limit, fix)
+
+        return or_refuse(load, refusal)
+
+    def measure_steps(self, largest: LargestStep, start: Callable[[], Step], end: Callable[[], None]) -> None:
+        """Finds out what steps need besides weights and KV; every rank of the group calls it.
+
+        Args:
+            start: makes what computes steps, on a cache of one block. What that takes counts, too.
+            end: gives all of that up.
+
+        Raises:
+            InvalidValueError: the GPU has no memory for the largest step.
+        """
+        free = self.free
+        plan = largest.plan(self._spec.block_size)
+
+        def measure() -> None:
+            try:
+                self.for_steps = self._measure(plan, start)
+            finally:
+                end()
+
+        or_refuse(measure, lambda: self._no_steps("more than it can have", free))
+
+    def for_kv(self) -> int:
+        """Bytes that KV may take now.
+
+        Raises:
+            InvalidValueError: steps need all that is free.
+        """
+        free = self.free
+        if free <= self.for_steps:
+            raise self._no_steps(f"{self.for_steps} bytes", free)
+        return free - self.for_steps
+
+    def _measure(self, plan: StepPlan, start: Callable[[], Step]) -> int:
+        steps: list[Step] = []
+
+        def compute() -> None:
+            steps.append(start())
+            steps[0](plan)
+
+        peak = self._gpu.peak_memory(compute)
+        buckets = buckets_of(len(plan.computes))
+        shared = self._taken(lambda: steps[0](StepPlan(1, capture=buckets[-1])))
+        if len(buckets) == 1:
+            return peak + shared
+        # The memory that graphs share is the largest one's; every other takes what the smallest does.
+        own = self._taken(lambda: steps[0](StepPlan(2, capture=buckets[0])))
+        return peak + shared + own * (len(buckets) - 1)
+
+    def _taken(self, run: Callable[[], object]) -> int:
+        """Bytes that ``run`` has left less free: part of a graph is the driver's, and torch does not count it."""
+        before = self._gpu.free_memory()
+        run()
+        return max(0, before - self._gpu.free_memory())
+
+    def _no_steps(self, needed: str, free: int) -> InvalidValueError:
+        spec = self._spec
+        limit = (
+            f"a step of so many tokens with max_num_seqs={spec.max_num_seqs} and max_model_len={spec.max_model_len} "
+            f"needs {needed}, and rank {self._rank} has {free} bytes of GPU memory beside its weights"
+        )
+        fix = "lower one of them (--max-num-batched-tokens, --max-num-seqs, --max-model-len)"
+        return InvalidValueError("max_num_batched_tokens", spec.max_num_batched_tokens, limit, fix)
+
+
+def or_refuse(compute: Callable[[], T], refusal: Callable[[], InvalidValueError]) -> T:
+    """What ``compute`` returns.
+
+    Raises:
+        InvalidValueError: that of ``refusal``, where there is no memory. It keeps nothing of what was computed so far.
+    """
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    raise refusal()  # out here, for an error keeps the one in whose handling it is raised, and all that its calls held
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Some libraries allocate by themselves, and have errors of their own for it."""
+    said = str(error)
+    own = "CUDA error: out of memory" in said or "ALLOC_FAILED" in said
+    return own or isinstance(error, (MemoryError, torch.OutOfMemoryError))
