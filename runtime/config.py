@@ -84,7 +84,7 @@ class EngineConfig(BaseModel):
             tokens of the step before it are known.
         attention: the attention backend, ``"reference"``, ``"cpu"``, ``"cuda"`` (Triton) or ``"flashinfer"`` (the
             library flashinfer-python); the last two have not run on a GPU yet. None, the default, is the fastest of the
-            others that can serve the model.
+            first three that can serve the model.
         seed: requests without a seed of their own get one that is derived from this. Default: 0.
         enable_prefix_caching: whether requests use the KV blocks of requests that began with the same tokens.
             Default: True.
