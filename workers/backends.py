@@ -72,17 +72,10 @@ def _cuda_llama(*parts: Any) -> Model:
     return CudaLlama(*parts)
 
 
-def _flashinfer_llama(
-    config: ModelConfig,
-    partition: ShardPartition,
-    weights: ShardWeights,
-    collectives: Collectives,
-    max_model_len: int,
-    num_threads: int,
-) -> Model:
-    from headwise.workers.cuda.ops import TritonOps
+def _flashinfer_llama(*parts: Any) -> Model:
+    from headwise.workers.cuda.llama import FlashInferLlama
 
-    return Llama(config, partition, weights, collectives, max_model_len, TritonOps(), FlashInferAttention)
+    return FlashInferLlama(*parts)
 
 
 BACKENDS = {

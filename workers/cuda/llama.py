@@ -10,6 +10,7 @@ from torch import Tensor
 from headwise.workers.collectives import Collectives
 from headwise.workers.cuda import gpu
 from headwise.workers.cuda.attention import TritonAttention
+from headwise.workers.cuda.flashinfer import FlashInferAttention
 from headwise.workers.cuda.graphs import DecodeGraphs
 from headwise.workers.cuda.ops import TritonOps
 from headwise.workers.cuda.self_check import check_kernels
@@ -104,6 +105,29 @@ class CudaLlama:
         num_tokens = step.bucket or len(step.rows_T)
         num_logits = None if step.bucket else len(step.logit_tokens_B)
         return self._llama.compute(_inputs(step_I, step.tokens_RL, num_tokens, num_logits))
+
+
+class FlashInferLlama(Llama):
+    """With FlashInfer's attention. It is planned anew for each step, so there are no graphs."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        partition: ShardPartition,
+        weights: ShardWeights,
+        collectives: Collectives,
+        max_model_len: int,
+        num_threads: int,
+    ) -> None:
+        super().__init__(config, partition, weights, collectives, max_model_len, TritonOps(), FlashInferAttention)
+        self._width = config.hidden_size
+
+    @torch.inference_mode()
+    def attach(self, cache: KVCache) -> None:
+        super().attach(cache)
+        parts = (cache, self.attention.q_starts, self.attention.scale, self._width)
+        if cache.device.type == "cuda":
+            check_kernels(*parts, FlashInferAttention, "flashinfer")
 
 
 def _inputs(step_I: Tensor, tokens_RL: Tensor, num_tokens: int, num_logits: int | None) -> Inputs:

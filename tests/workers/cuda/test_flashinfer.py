@@ -22,16 +22,16 @@ from tests.effort import examples
 from tests.workers.attention_case import Case, assert_close
 
 
-class _Wrapper:
+class Wrapper:
     """What both of the library's wrappers have in common: they are planned with tensors of the host, and attend by the
     last plan over (keys, values), each [pages, KV heads, page size, head_dim]."""
 
-    made: list[_Wrapper]
+    made: list[Wrapper]
 
     def __init__(self, workspace: Tensor, kv_layout: str, use_tensor_cores: bool = False) -> None:
         assert workspace.dtype is torch.uint8 and not workspace.any() and kv_layout == "HND"
         self.workspace, self.use_tensor_cores, self.num_plans = workspace, use_tensor_cores, 0
-        _Wrapper.made.append(self)
+        Wrapper.made.append(self)
 
     def _plan(self, q_starts_B1: Tensor, page_starts_B1: Tensor, pages_N: Tensor, last_B: Tensor, *sizes: int) -> None:
         for x in (q_starts_B1, page_starts_B1, pages_N, last_B):
@@ -61,7 +61,7 @@ class _Wrapper:
         return torch.cat(rows).to(q_THD.dtype)
 
 
-class _Prefill(_Wrapper):
+class Prefill(Wrapper):
     """As flashinfer 0.7.2's BatchPrefillWithPagedKVCacheWrapper."""
 
     def plan(
@@ -86,7 +86,7 @@ class _Prefill(_Wrapper):
         self._plan(qo_indptr, *pages, num_qo_heads, num_kv_heads, head_dim_qk, page_size)
 
 
-class _Decode(_Wrapper):
+class Decode(Wrapper):
     """As flashinfer 0.7.2's BatchDecodeWithPagedKVCacheWrapper."""
 
     def plan(
@@ -113,8 +113,8 @@ class _Decode(_Wrapper):
 def library() -> Any:
     """A library of that name, with little workspace."""
     module = ModuleType("flashinfer")
-    module.BatchPrefillWithPagedKVCacheWrapper = _Prefill  # type: ignore[attr-defined]
-    module.BatchDecodeWithPagedKVCacheWrapper = _Decode  # type: ignore[attr-defined]
+    module.BatchPrefillWithPagedKVCacheWrapper = Prefill  # type: ignore[attr-defined]
+    module.BatchDecodeWithPagedKVCacheWrapper = Decode  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flashinfer", module)
         patch.setattr(flashinfer, "_WORKSPACE_BYTES", 1 << 10)
@@ -123,7 +123,7 @@ def library() -> Any:
 
 @pytest.fixture(autouse=True)
 def nothing_made() -> None:
-    _Wrapper.made = []
+    Wrapper.made = []
 
 
 def attend(case: Case, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,11 +147,11 @@ def test_mixed_steps(rows: list[tuple[int, int]], kv_heads: int, group: int, blo
 
 def test_a_step_that_only_decodes_has_a_plan_of_its_own() -> None:
     for group, tensor_cores in ((1, False), (3, False), (4, True), (7, True)):
-        _Wrapper.made = []
+        Wrapper.made = []
         case = Case([(1, 1), (1, 16), (1, 17), (1, 40)], (0, group, 2 * group), 8)
         assert_close(attend(case), case.dense())
-        mixed, decode = _Wrapper.made
-        assert isinstance(decode, _Decode) and (mixed.num_plans, decode.num_plans) == (0, 1)
+        mixed, decode = Wrapper.made
+        assert isinstance(decode, Decode) and (mixed.num_plans, decode.num_plans) == (0, 1)
         assert decode.use_tensor_cores == tensor_cores and decode.workspace is mixed.workspace
 
 
@@ -161,9 +161,9 @@ def test_one_plan_serves_all_layers_of_a_step_and_the_next_step_has_another() ->
     first = case.run(backend)
     q_THD, *_ = case.qkv()
     assert torch.equal(backend.attend(1, q_THD), first)
-    assert [wrapper.num_plans for wrapper in _Wrapper.made] == [1, 0]
+    assert [wrapper.num_plans for wrapper in Wrapper.made] == [1, 0]
     assert torch.equal(case.run(backend), first)
-    assert [wrapper.num_plans for wrapper in _Wrapper.made] == [2, 0]
+    assert [wrapper.num_plans for wrapper in Wrapper.made] == [2, 0]
 
 
 def test_groups_that_differ_are_refused_by_name() -> None:

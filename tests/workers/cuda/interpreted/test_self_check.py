@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from headwise.workers.cuda import attention_kernels
+from headwise.workers.cuda.flashinfer import FlashInferAttention
 from headwise.workers.cuda.ops import TritonOps
 from headwise.workers.cuda.self_check import check_kernels
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
+from tests.workers.cuda.test_flashinfer import Decode, Wrapper, library
+
+__all__ = ["library"]
 
 Q_STARTS = (0, 3, 6)
 
@@ -58,4 +62,18 @@ def test_a_kernel_of_attention_that_does_nothing_is_found(monkeypatch: pytest.Mo
 def test_numbers_that_are_none_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonOps, "silu_mul", lambda self, x: x[:, : x.shape[1] // 2] * float("nan"))
     with pytest.raises(InvalidValueError, match="the kernel of silu_mul is off by nan"):
+        check()
+
+
+def test_the_kernels_of_a_library_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for steps that only decode as well, which are others."""
+
+    def check() -> None:
+        check_kernels(KVCache(1, 2, 2, 16, 64, torch.float32), Q_STARTS, 0.125, 192, FlashInferAttention, "flashinfer")
+
+    Wrapper.made = []
+    check()
+    assert [wrapper.num_plans for wrapper in Wrapper.made] == [1, 1]
+    monkeypatch.setattr(Decode, "run", lambda self, q_THD, kv: q_THD)
+    with pytest.raises(InvalidValueError, match=r"^attention='flashinfer': on this GPU the kernel of attention is off"):
         check()
