@@ -94,6 +94,17 @@ def test_a_fraction_is_of_the_memory_that_is_free(checkpoint: Callable[..., Path
     assert 0.008 * free < taken <= 0.01 * free
 
 
+def test_a_second_engine_gets_as_many_blocks(checkpoint: Callable[..., Path]) -> None:
+    """And what steps were measured to need is enough for them, though KV has nearly all the rest."""
+    sampled = SamplingParams(temperature=0.8, top_p=0.5, repetition_penalty=1.1, logprobs=20, max_tokens=48)
+    blocks = []
+    for _ in range(3):
+        with LLM(checkpoint("gqa"), **ENGINE | {"kv_memory": 0.95}) as llm:
+            blocks.append(llm.stats()["num_blocks"])
+            llm.generate(prompts() * 40, [GREEDY, sampled] * (20 * len(prompts())))
+    assert blocks[1] == blocks[2]  # the first use of a GPU takes some of it for good
+
+
 def test_nccl_meets_on_the_first_gpu() -> None:
     peers = connect(open_rendezvous("nccl", 1), 0, 1, 60.0, "cuda")
     x = torch.arange(8, dtype=torch.float32, device="cuda")

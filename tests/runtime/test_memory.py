@@ -49,7 +49,7 @@ def kept(shard: Shard) -> dict[str, weakref.ref[Any]]:
     """What holds the memory of a shard."""
     assert shard._kv_cache is not None and shard._runner is not None
     found: dict[str, Any] = {"model": shard._model, "runner": shard._runner, "cache": shard._kv_cache}
-    found |= {"keys": shard._kv_cache.keys, "values": shard._kv_cache.values, "tokens": shard._runner._tokens_RL}
+    found |= {"keys": shard._kv_cache.keys, "values": shard._kv_cache.values}
     if shard._spec.attention == "reference":
         weights = vars(shard._model)["_weights"]
         found |= {"embedding": weights.embed_VE, "a layer": weights.layers[0].qkv_weight}
