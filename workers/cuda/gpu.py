@@ -67,8 +67,8 @@ class Gpu(Protocol):
         """Page-locked host memory, uint8: copies from and to it need not be waited for. Once the tensor is given up,
         nobody gets the memory before the copies that were started with it are done."""
 
-    def capture(self, run: Callable[[], Tensor], pool: Any) -> tuple[Graph, Tensor]:
-        """What ``run`` launches as a graph, and the tensor that it returns: each replay writes it anew.
+    def capture(self, run: Callable[[], None], pool: Any) -> Graph:
+        """What ``run`` launches as a graph.
 
         Args:
             pool: of :meth:`new_pool`; graphs that are replayed one after the other may share one.
@@ -120,12 +120,12 @@ class TorchGpu:
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def capture(self, run: Callable[[], Tensor], pool: Any) -> tuple[Graph, Tensor]:
+    def capture(self, run: Callable[[], None], pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls can spoil it: those of copies and of NCCL's watchdog go on meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            captured = run()
-        return graph, captured
+            run()
+        return graph
 
     def new_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ class DecodeGraph:
         step_I: where it reads the step's array.
     """
 
-    def __init__(self, graph: Graph, step_I: Tensor, sums: Tensor, num_slots: int, logits_BV: Tensor) -> None:
-        self._graph, self._logits_BV = graph, logits_BV
-        self.step_I, self._num_slots = step_I, num_slots
-        self._sums = sums  # the graph has its address, so nobody else may get the memory
+    def __init__(self, graph: Graph, room: _Room, num_slots: int) -> None:
+        self._graph, self._num_slots = graph, num_slots
+        self._room = room  # the graph has its addresses, so nobody else may get the memory
+        self.step_I = room.step_I
 
     def takes(self, size: int, num_slots: int) -> bool:
         """Whether there is room for a step whose array has such a size, and whose items use so many slots."""
@@ -40,14 +40,28 @@ class DecodeGraph:
             host_I: its array, in page-locked memory.
 
         Returns:
-            The logits of every row, the padded ones too. Good until the next step.
+            The logits of every row, the padded ones too, and rows of other buckets. Good until the next step.
         """
         self.step_I[: len(host_I)].copy_(host_I, non_blocking=True)
         self._graph.replay()
-        return self._logits_BV
+        return self._room.logits_BV
 
     def close(self) -> None:
         self._graph.reset()
+
+
+class _Room(NamedTuple):
+    """What graphs read and write.
+
+    Attributes:
+        step_I: the step's array.
+        sums: of divided contexts, float32.
+        logits_BV: float32.
+    """
+
+    step_I: Tensor
+    sums: Tensor
+    logits_BV: Tensor
 
 
 class DecodeGraphs:
@@ -61,7 +75,7 @@ class DecodeGraphs:
         self._max_blocks = -(-max_model_len // attention.cache.block_size)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
-        self._step_I = self._sums = torch.empty(0)
+        self._room = _Room(torch.empty(0), torch.empty(0), torch.empty((0, 0)))
         self._has_warned = False
 
     def find(self, bucket: int, size: int, num_slots: int) -> DecodeGraph | None:
@@ -90,34 +104,42 @@ class DecodeGraphs:
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
-        self._pool, self._step_I, self._sums = None, torch.empty(0), torch.empty(0)
+        self._pool, self._room = None, _Room(torch.empty(0), torch.empty(0), torch.empty((0, 0)))
 
     def _make(self, gpu: Gpu, bucket: int, compute: Callable[[Tensor], Tensor]) -> DecodeGraph:
         num_slots = self._num_slots(bucket)
-        self._make_room(bucket, num_slots)
-        step_I, sums = self._step_I, self._sums
+        step_I, sums = self._room_for(bucket, num_slots)
         # A step without rows: no item is attended to, and no token writes anything.
         step_I.zero_()
         step_I[token_places(bucket, bucket).slots] = -1
         self._attention.begin_capture(step_I, sums, num_slots)
-        compute(step_I)  # compiles kernels and opens what libraries open at first, neither of which can be captured
+        # Compiles kernels and opens what libraries open at first, neither of which can be captured.
+        logits_BV = compute(step_I)
+        if bucket <= len(self._room.logits_BV):
+            logits_BV = self._room.logits_BV  # of every graph: those of 256 rows are 131 MB
+        self._room = room = _Room(step_I, sums, logits_BV)
         if self._pool is None:
             self._pool = gpu.new_pool()
-        graph, logits_BV = gpu.capture(lambda: compute(step_I), self._pool)
-        return DecodeGraph(graph, step_I, sums, num_slots, logits_BV)
+
+        def run() -> None:
+            room.logits_BV[:bucket] = compute(step_I)
+
+        return DecodeGraph(gpu.capture(run, self._pool), room, num_slots)
 
     def _num_slots(self, bucket: int) -> int:
         """As many as its rows can use, unless they share most of the cache's blocks with each other."""
         cache = self._attention.cache
         return min(max_slots(bucket, self._max_model_len), cache.num_blocks * cache.block_size // PART_KEYS + bucket)
 
-    def _make_room(self, bucket: int, num_slots: int) -> None:
-        """Graphs keep what they were captured with: there is more room for the next, and theirs stays as it is."""
+    def _room_for(self, bucket: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """The step's array and the sums: those of the graph before, where they are large enough."""
+        device, step_I, sums = self._attention.cache.device, self._room.step_I, self._room.sums
         size = token_places(bucket, bucket).end + bucket * self._max_blocks + most_items(bucket + num_slots) + 4
-        if size > len(self._step_I):
-            self._step_I = torch.empty(size, dtype=torch.int32, device=self._attention.cache.device)
-        if self._attention.sums_size(num_slots) > len(self._sums):
-            self._sums = torch.empty(self._attention.sums_size(num_slots), device=self._attention.cache.device)
+        if size > len(step_I):
+            step_I = torch.empty(size, dtype=torch.int32, device=device)
+        if self._attention.sums_size(num_slots) > len(sums):
+            sums = torch.empty(self._attention.sums_size(num_slots), device=device)
+        return step_I, sums
 
     def _warn(self, bucket: int, error: RuntimeError) -> None:
         if not self._has_warned:
