@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headwise.workers import failpoints
 from headwise.workers.collectives import Collectives
+from headwise.workers.cuda import gpu
 from headwise.workers.failpoints import Point
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.model import Model, StepInput
@@ -48,6 +49,7 @@ class Runner:
 
     Attributes:
         seconds: wall time of building and sampling since the start; the model knows its own.
+        collected: on a GPU, the event after the work of the last finished step, if it has one. Read by other threads.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Runner:
         self._vocab_sizes, self._vocab_start = vocab_sizes, sum(vocab_sizes[: collectives.rank])
         self._block_size, self._device, self._num_threads = block_size, device, num_threads
         self._next_step = 0
+        self.collected: gpu.Event | None = None
         self.seconds = {"build": 0.0, "sample": 0.0}
         # A token more than the model's length: the last one sampled is stored, never computed.
         self._tokens_RL = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
@@ -115,6 +118,7 @@ class Runner:
         output = StepOutput(launched.step)
         if launched.computed is not None:
             launched.computed.synchronize()
+            self.collected = launched.computed
         if launched.result is not None:
             started = time.perf_counter()
             self._collect(launched, launched.result, output)

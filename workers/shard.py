@@ -16,6 +16,7 @@ from headwise.workers import failpoints
 from headwise.workers.backends import find_backend
 from headwise.workers.collectives import Collectives
 from headwise.workers.cuda import gpu
+from headwise.workers.cuda.launch import TRITON
 from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
@@ -129,6 +130,7 @@ class Shard:
         if self._collectives.rank == 0:
             self._grammars = Grammars(Path(spec.model_dir), self._config.vocab_size, self._config.eos_token_ids)
         self._runner = self._make_runner(self._model, self._grammars)
+        self._open_mover(self._kv_cache, self._runner)
         self._open_tiers(self._kv_cache)
         self._open_handoff(self._kv_cache)
 
@@ -190,6 +192,8 @@ class Shard:
         ended = self._copier.close() if self._copier is not None else True
         if self._disk is not None and ended:
             self._disk.close()  # a copier's thread that has not ended would use what was closed under it
+        if self._host is not None and ended:
+            self._host.close()
         if self._grammars is not None:
             self._grammars.close()
         if self._kv_cache is not None:
@@ -283,12 +287,24 @@ class Shard:
             place = f"GPU memory, beside the {memory.for_steps} bytes that steps need"
         return f"rank {self._collectives.rank} has {free} bytes of {place}"
 
+    def _open_mover(self, kv_cache: KVCache, runner: Runner) -> None:
+        """Gives a GPU's cache what moves its blocks, if any are ever moved."""
+        spec, ours = self._spec, gpu.of(self._device)
+        if ours is None or not (spec.host_kv_blocks or spec.disk_kv_path is not None or spec.handoff is not None):
+            return
+        if not TRITON:
+            limit = "needs Triton for host_kv_memory, disk_kv_path and handoffs, which is not installed"
+            raise InvalidValueError("device", spec.device, limit, "pip install 'headwise[cuda]'")
+        from headwise.workers.cuda.kv_copy import BlockMover  # who computes on a CPU needs no Triton
+
+        kv_cache.mover = BlockMover(kv_cache, ours, lambda: runner.collected)
+
     def _open_tiers(self, kv_cache: KVCache) -> None:
         spec, rank, ranks = self._spec, self._collectives.rank, self._spec.tensor_parallel_size
         heads = self._partition.heads
         if spec.host_kv_blocks:
             try:
-                self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype)
+                self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype, gpu.of(self._device))
             except MemoryError:  # a limit of the process or of overcommitment, which is not that of free memory
                 raise self._no_host_tier(f"rank {rank} cannot reserve so much host memory") from None
         if spec.disk_kv_path is not None:

@@ -6,6 +6,7 @@ and see it. Ask for it with ``gpu.of(device)``, and not by importing ``of``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -67,6 +68,20 @@ class Gpu(Protocol):
         """Page-locked host memory, uint8: copies from and to it need not be waited for. Once the tensor is given up,
         nobody gets the memory before the copies that were started with it are done."""
 
+    def pin(self, memory: Tensor) -> None:
+        """Page-locks host memory that is there, and no more of it: :meth:`pinned` takes powers of two. It is to be
+        given up only after :meth:`unpin`.
+
+        Raises:
+            RuntimeError: the system has not so much to lock.
+        """
+
+    def unpin(self, memory: Tensor) -> None:
+        """The inverse of :meth:`pin`, once no copy is under way."""
+
+    def is_pinned(self, memory: Tensor) -> bool:
+        """Whether host memory is page-locked."""
+
     def capture(self, run: Callable[[], None], pool: Any) -> Graph:
         """What ``run`` launches as a graph.
 
@@ -119,6 +134,21 @@ class TorchGpu:
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def pin(self, memory: Tensor) -> None:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if error:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self._device)  # takes the error, of which else the next kernel would be told
+            raise torch.cuda.CudaError(error)
+
+    def unpin(self, memory: Tensor) -> None:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime.cudaHostUnregister(memory.data_ptr())
+
+    def is_pinned(self, memory: Tensor) -> bool:
+        return memory.is_pinned()
 
     def capture(self, run: Callable[[], None], pool: Any) -> Graph:
         graph = torch.cuda.CUDAGraph()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +18,30 @@ from headwise.workers.kv.pages import PageTaker, take_pages
 Buffer = bytes | bytearray | memoryview
 Bits = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: NumPy has no bfloat16, and copies bits."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+class Mover(Protocol):
+    """Moves blocks of one cache that is not in host memory. Complete when a call returns; any thread may call.
+
+    Attributes:
+        blocks_at_once: how many whole blocks a call should have.
+    """
+
+    blocks_at_once: int
+
+    def read(self, blocks: Sequence[int], heads: Range, layers: Range, out: Sequence[Bits]) -> None:
+        """Copy heads and layers, that lie within the cache, of blocks to host memory.
+
+        Args:
+            out: for each block, [layers, 2 (K, V), heads, block_size, head_dim] as integers.
+        """
+
+    def write(self, blocks: Sequence[int], heads: Range, layers: Range, data: Sequence[Bits]) -> None:
+        """The inverse of :meth:`read`; no block may come twice."""
 
 
 class KVCache:
@@ -35,6 +54,7 @@ class KVCache:
     Attributes:
         keys: [L, N, K, block_size, D], or [L, N, K, D, block_size] with ``transposed_keys``.
         values: [L, N, K, block_size, D].
+        mover: what moves blocks in and out; None on a CPU, where this class does.
     """
 
     def __init__(
@@ -61,6 +81,7 @@ class KVCache:
         key_block = (head_dim, block_size) if transposed_keys else (block_size, head_dim)
         self.keys = _zeros((num_layers, num_blocks, num_kv_heads, *key_block), dtype, self.device)
         self.values = _zeros(sizes, dtype, self.device)
+        self.mover: Mover | None = None
         self._pages: PageTaker | None = None
         if self.device.type == "cpu":
             arrays = [x.view(-1).view(torch.uint8).numpy() for x in (self.keys, self.values)]
@@ -68,11 +89,6 @@ class KVCache:
                 self._pages = PageTaker(arrays)
             else:
                 take_pages(arrays)
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
-        if self.device.type == "cuda":
-            # Of the steps, which is the current one where the memory is made, and of copies beside them.
-            beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._streams = torch.cuda.current_stream(self.device), beside
 
     def close(self) -> None:
         """Call it before the cache is given up, so that its memory is free then. Idempotent."""
@@ -83,6 +99,11 @@ class KVCache:
     def block_shape(self) -> tuple[int, int, int, int, int]:
         """Of one block outside the cache: (num_layers, 2 for K and V, kv heads, block_size, head_dim)."""
         return self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim
+
+    @property
+    def blocks_at_once(self) -> int:
+        """How many blocks move best in one call."""
+        return self.mover.blocks_at_once if self.mover is not None else 1
 
     @property
     def nbytes(self) -> int:
@@ -108,22 +129,20 @@ class KVCache:
         k_KCD, v_KCD = (x_NKSD.transpose(0, 1).flatten(1, 2)[:, :length] for x_NKSD in (k_NKSD, v_NKSD))
         return k_KCD, v_KCD
 
-    def read_blocks(self, blocks: Sequence[int], out: Tensor) -> None:
+    def read_blocks(self, blocks: Sequence[int], out: Sequence[Tensor] | Tensor) -> None:
         """Copy blocks to host memory; complete when it returns. May run beside steps that leave the blocks alone.
 
         Args:
-            out: [len(blocks), *block_shape], of the cache's dtype, in host memory.
+            out: for each block a tensor of the cache's dtype in host memory, of ``block_shape``; or one tensor of all.
 
         Raises:
             InvalidValueError: a block is out of range, or ``out`` has another shape, dtype or device.
         """
-        self._check_moved(blocks, "out", out)
-        self._read(blocks, _bits(out), slice(None), slice(None))
+        self._read(blocks, self._check_moved(blocks, "out", out), *self._everything)
 
-    def write_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
-        """The inverse of :meth:`read_blocks`, with the same ``data``, limits and errors."""
-        self._check_moved(blocks, "data", data)
-        self._write(blocks, _bits(data), slice(None), slice(None))
+    def write_blocks(self, blocks: Sequence[int], data: Sequence[Tensor] | Tensor) -> None:
+        """The inverse of :meth:`read_blocks`, with the same ``data``, limits and errors; no block may come twice."""
+        self._write(blocks, self._check_moved(blocks, "data", data), *self._everything)
 
     def read_range(self, blocks: Sequence[int], heads: Range, layers: Range, out: Buffer) -> None:
         """Copy some heads and layers of blocks to host memory, as :meth:`read_blocks` does.
@@ -135,55 +154,56 @@ class KVCache:
         Raises:
             InvalidValueError: a block or a range does not lie within the cache, or ``out`` has another size.
         """
-        self._read(blocks, self._check_range(blocks, heads, layers, "out", out), slice(*heads), slice(*layers))
+        self._read(blocks, self._check_range(blocks, heads, layers, "out", out), heads, layers)
 
     def write_range(self, blocks: Sequence[int], heads: Range, layers: Range, data: Buffer) -> None:
-        """The inverse of :meth:`read_range`, with the same ``data``, limits and errors."""
-        self._write(blocks, self._check_range(blocks, heads, layers, "data", data), slice(*heads), slice(*layers))
+        """The inverse of :meth:`read_range`, with the same ``data``, limits and errors; no block may come twice."""
+        self._write(blocks, self._check_range(blocks, heads, layers, "data", data), heads, layers)
 
     def range_bytes(self, num_blocks: int, num_heads: int, num_layers: int) -> int:
         """Bytes of so many heads and layers of so many blocks."""
         return num_blocks * 2 * num_layers * num_heads * self.block_size * self.head_dim * self.dtype.itemsize
 
-    def _read(self, blocks: Sequence[int], out_NL2KSD: Bits, heads: slice, layers: slice) -> None:
-        with self._beside_steps():
-            for into_L2KSD, block in zip(out_NL2KSD, blocks, strict=True):
-                kv_LKSD = self._standard(block, heads, layers)
-                if self.device.type == "cpu":
-                    for part, x_LKSD in enumerate(kv_LKSD):
-                        np.copyto(into_L2KSD[:, part], _bits(x_LKSD))
-                else:
-                    integer = _INTEGERS[self.dtype.itemsize]
-                    torch.from_numpy(into_L2KSD).copy_(torch.stack(kv_LKSD, dim=1).view(integer))
+    @property
+    def _everything(self) -> tuple[Range, Range]:
+        return (0, self.num_kv_heads), (0, self.num_layers)
 
-    def _write(self, blocks: Sequence[int], data_NL2KSD: Bits, heads: slice, layers: slice) -> None:
-        with self._beside_steps():
-            for held_L2KSD, block in zip(data_NL2KSD, blocks, strict=True):
-                kv_LKSD = self._standard(block, heads, layers)
-                if self.device.type == "cpu":
-                    for part, x_LKSD in enumerate(kv_LKSD):
-                        np.copyto(_bits(x_LKSD), held_L2KSD[:, part])
-                else:
-                    # torch takes no memory that may only be read.
-                    writable = held_L2KSD if held_L2KSD.flags.writeable else held_L2KSD.copy()
-                    moved_L2KSD = torch.from_numpy(writable).to(self.device).view(self.dtype)
-                    for part, x_LKSD in enumerate(kv_LKSD):
-                        x_LKSD.copy_(moved_L2KSD[:, part])
+    def _read(self, blocks: Sequence[int], out: Sequence[Bits], heads: Range, layers: Range) -> None:
+        if self.mover is not None:
+            self.mover.read(blocks, heads, layers, out)
+            return
+        for into_L2KSD, block in zip(out, blocks, strict=True):
+            for part, x_LKSD in enumerate(self._standard(block, slice(*heads), slice(*layers))):
+                np.copyto(into_L2KSD[:, part], _bits(x_LKSD))
+
+    def _write(self, blocks: Sequence[int], data: Sequence[Bits], heads: Range, layers: Range) -> None:
+        if self.mover is not None:
+            self.mover.write(blocks, heads, layers, data)
+            return
+        for held_L2KSD, block in zip(data, blocks, strict=True):
+            for part, x_LKSD in enumerate(self._standard(block, slice(*heads), slice(*layers))):
+                np.copyto(_bits(x_LKSD), held_L2KSD[:, part])
 
     def _standard(self, block: int, heads: slice, layers: slice) -> tuple[Tensor, Tensor]:
         """Views of a block, each [layers, heads, block_size, head_dim] in either layout."""
         k_LKSD = self.keys[layers, block, heads]
         return (k_LKSD.transpose(-1, -2) if self.transposed_keys else k_LKSD), self.values[layers, block, heads]
 
-    def _check_moved(self, blocks: Sequence[int], name: str, x: Tensor) -> None:
+    def _check_moved(self, blocks: Sequence[int], name: str, x: Sequence[Tensor] | Tensor) -> list[Bits]:
+        """The blocks of ``x`` as integers."""
         self._check_blocks(blocks)
-        shape = (len(blocks), *self.block_shape)
-        if x.shape != shape or x.dtype != self.dtype or x.device.type != "cpu":
-            wanted = f"must be {self.dtype} of shape {shape} in host memory"
-            raise InvalidValueError(name, (x.dtype, tuple(x.shape), str(x.device)), wanted)
+        parts = list(x)
+        fits = len(parts) == len(blocks)
+        for part in parts:
+            fits = fits and part.shape == self.block_shape and part.dtype == self.dtype and part.device.type == "cpu"
+        if not fits:
+            found = [(part.dtype, tuple(part.shape), str(part.device)) for part in parts[:1]]
+            wanted = f"must be {self.dtype} of shape {(len(blocks), *self.block_shape)} in host memory"
+            raise InvalidValueError(name, (len(parts), *found), wanted)
+        return [_bits(part) for part in parts]
 
-    def _check_range(self, blocks: Sequence[int], heads: Range, layers: Range, name: str, x: Buffer) -> Bits:
-        """``x`` as [blocks, layers, 2, heads, block_size, head_dim] integers."""
+    def _check_range(self, blocks: Sequence[int], heads: Range, layers: Range, name: str, x: Buffer) -> list[Bits]:
+        """The blocks of ``x``, each [layers, 2, heads, block_size, head_dim] integers."""
         self._check_blocks(blocks)
         for field, (start, stop), limit in (("heads", heads, self.num_kv_heads), ("layers", layers, self.num_layers)):
             if not 0 <= start < stop <= limit:
@@ -193,26 +213,12 @@ class KVCache:
         if size != needed:
             raise InvalidValueError(name, f"{size} bytes", f"must be {needed} bytes")
         bits = np.frombuffer(x, f"i{self.dtype.itemsize}")
-        return bits.reshape(len(blocks), num_layers, 2, num_heads, self.block_size, self.head_dim)
+        return list(bits.reshape(len(blocks), num_layers, 2, num_heads, self.block_size, self.head_dim))
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             if not 0 <= block < self.num_blocks:
                 raise InvalidValueError("block", block, f"must be at least 0 and less than {self.num_blocks}")
-
-    @contextmanager
-    def _beside_steps(self) -> Iterator[None]:
-        """On a GPU: copies in here start after what steps have submitted so far, and are complete at its end."""
-        if self._streams is None:
-            yield
-            return
-        steps, beside = self._streams
-        beside.wait_stream(steps)
-        with torch.cuda.stream(beside):
-            try:
-                yield
-            finally:
-                beside.synchronize()  # after an error too: nothing is written once the caller has gone on
 
 
 def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -254,5 +260,5 @@ def _bits(x: Tensor) -> Bits:
     """``x`` in host memory as integers. NumPy copies them on the calling thread: torch may start a team of threads for
     a copy, one for each thread that copies, and libgomp lets the waiting threads of several teams sleep instead of
     spin, the steps' among them."""
-    bits: Bits = x.view(_INTEGERS[x.dtype.itemsize]).numpy()
+    bits: Bits = x.view(INTEGERS[x.dtype.itemsize]).numpy()
     return bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 import torch
@@ -16,6 +16,9 @@ from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.store import DiskStore, HostStore
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
+
+Move = tuple[BlockKey, int]
+"""What is moved, and the device block; that is -1 where the device has no part in it."""
 
 _logger = logging.getLogger(__name__)
 
@@ -92,16 +95,17 @@ class Copier:
         failed: list[bytes] = []
         try:
             moves_device = job.op in (Op.SAVE, Op.LOAD)
-            blocks = job.blocks if moves_device else [-1] * len(job.keys)
-            for key, block in zip(job.keys, blocks, strict=True):
+            moves = list(zip(job.keys, job.blocks if moves_device else [-1] * len(job.keys), strict=True))
+            # A disk is what is waited for there, so its blocks go one by one.
+            size = self._kv_cache.blocks_at_once if moves_device and job.tier == Tier.HOST else 1
+            for start in range(0, len(moves), size):
                 if self._abandoned.is_set():
                     break
+                part = moves[start : start + size]
                 try:
-                    moved = self._move(job.op, job.tier, key, block)
+                    failed += self._move(job.op, job.tier, part)
                 except OSError:
-                    moved = False
-                if not moved:
-                    failed.append(key.digest)
+                    failed += [key.digest for key, _ in part]
         except Exception as error:
             _logger.error(
                 "KV transfer job %d (%s, %s) failed: %s: %s", job.id, job.op.name, job.tier, type(error).__name__, error
@@ -112,38 +116,37 @@ class Copier:
                 self._drop(job.tier, digest)
         return failed
 
-    def _move(self, op: Op, tier: Tier, key: BlockKey, block: int) -> bool:
-        """
+    def _move(self, op: Op, tier: Tier, moves: Sequence[Move]) -> list[bytes]:
+        """The digests that were not moved.
+
         Raises:
             OSError: the disk cannot be written.
         """
         if op == Op.DROP:
-            self._drop(tier, key.digest)
-            return True
+            for key, _ in moves:
+                self._drop(tier, key.digest)
+            return []
         if failpoints.ENABLED:
-            failpoints.hit(Point.KV_COPY)
+            for _ in moves:
+                failpoints.hit(Point.KV_COPY)
         if op == Op.DEMOTE:
-            return self._demote(key)
+            return [key.digest for key, _ in moves if not self._demote(key)]
         if tier == Tier.HOST:
-            return self._save_to_host(key, block) if op == Op.SAVE else self._load_from_host(key, block)
-        return self._save_to_disk(key, block) if op == Op.SAVE else self._load_from_disk(key, block)
+            return self._save_to_host(moves) if op == Op.SAVE else self._load_from_host(moves)
+        move = self._save_to_disk if op == Op.SAVE else self._load_from_disk
+        return [key.digest for key, block in moves if not move(key, block)]
 
-    def _save_to_host(self, key: BlockKey, block: int) -> bool:
+    def _save_to_host(self, moves: Sequence[Move]) -> list[bytes]:
+        digests, blocks = [key.digest for key, _ in moves], [block for _, block in moves]
         if self._host is None:
-            return False
+            return digests
+        self._host.put(digests, lambda slots: self._kv_cache.read_blocks(blocks, slots))
+        return []
 
-        def fill(slot: Tensor) -> None:
-            self._kv_cache.read_blocks([block], slot.unsqueeze(0))
-
-        self._host.put(key.digest, fill)
-        return True
-
-    def _load_from_host(self, key: BlockKey, block: int) -> bool:
-        held = self._held(key)
-        if held is None:
-            return False
-        self._kv_cache.write_blocks([block], held.unsqueeze(0))
-        return True
+    def _load_from_host(self, moves: Sequence[Move]) -> list[bytes]:
+        found = [(block, held) for key, block in moves if (held := self._held(key)) is not None]
+        self._kv_cache.write_blocks([block for block, _ in found], [held for _, held in found])
+        return [key.digest for key, _ in moves if self._held(key) is None]
 
     def _save_to_disk(self, key: BlockKey, block: int) -> bool:
         if self._disk is None:

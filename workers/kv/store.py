@@ -13,10 +13,11 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgpack
 import numpy as np
@@ -30,6 +31,9 @@ from headwise.workers.kv.journal import FORMAT, Journal, StoredBlock, write_all
 from headwise.workers.kv.transfer import BlockKey
 from headwise.workers.private_files import make_private_folder, make_shared_parent, own_size, private
 
+if TYPE_CHECKING:
+    from headwise.workers.cuda.gpu import Gpu
+
 MAX_STORED_BLOCKS = 300_000
 """The most a disk store takes over from its last run; older ones are deleted."""
 
@@ -41,17 +45,24 @@ _FILE = re.compile(r"([0-9a-f]{2})([0-9a-f]{62})\.(kv|tmp)")
 
 
 class HostStore:
-    """Blocks in host memory, by digest.
+    """Blocks in host memory, by digest. No digest comes twice in a call.
 
     One thread may put and drop while others get: a slot is filled before it can be found. What was got must not be
     dropped while it is read; whoever cannot be sure finds out by getting it again, see :meth:`get`.
     """
 
-    def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """The memory is reserved, but its pages are taken one by one as blocks are put there."""
+    def __init__(
+        self, num_blocks: int, block_shape: tuple[int, ...], dtype: torch.dtype, gpu: Gpu | None = None
+    ) -> None:
+        """The memory is reserved, but its pages are taken one by one as blocks are put there.
+
+        Args:
+            gpu: where the blocks come from; all pages are taken and locked then, so that its copies go straight there.
+        """
         self.num_blocks, self.nbytes = num_blocks, num_blocks * math.prod(block_shape) * dtype.itemsize
-        memory = torch.from_numpy(np.empty(self.nbytes, dtype=np.uint8))
-        self._slots = memory.view(dtype).view(num_blocks, *block_shape)
+        self._memory = torch.from_numpy(np.empty(self.nbytes, dtype=np.uint8))
+        self._gpu = gpu if gpu is not None and _page_lock(gpu, self._memory) else None
+        self._slots = self._memory.view(dtype).view(num_blocks, *block_shape)
         self._free = list(range(num_blocks - 1, -1, -1))
         self._held: dict[bytes, tuple[int, Tensor]] = {}
 
@@ -61,23 +72,24 @@ class HostStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def put(self, digest: bytes, fill: Callable[[Tensor], object]) -> None:
-        """Let ``fill`` write a block into a slot, in place of what was held by that digest. If it raises, the store
-        holds no such block.
+    def put(self, digests: Sequence[bytes], fill: Callable[[list[Tensor]], object]) -> None:
+        """Let ``fill`` write blocks into slots, one for each digest, in place of what was held by it. If it raises, the
+        store holds none of them.
 
         Raises:
-            InvalidValueError: every slot is taken.
+            InvalidValueError: there are not so many free slots.
         """
-        self.drop(digest)
-        if not self._free:
-            raise InvalidValueError("host_kv_blocks", self.num_blocks, "all are taken", "drop one first")
-        slot = self._free.pop()
+        for digest in digests:
+            self.drop(digest)
+        if len(digests) > len(self._free):
+            raise InvalidValueError("host_kv_blocks", self.num_blocks, "all are taken", "drop some first")
+        slots = [self._free.pop() for _ in digests]
         try:
-            block = self._slots[slot]
-            fill(block)
-            self._held[digest] = slot, block
+            blocks = [self._slots[slot] for slot in slots]
+            fill(blocks)
+            self._held.update(zip(digests, zip(slots, blocks, strict=True), strict=True))
         except BaseException:
-            self._free.append(slot)
+            self._free += reversed(slots)
             raise
 
     def get(self, digest: bytes) -> Tensor | None:
@@ -90,6 +102,13 @@ class HostStore:
         held = self._held.pop(digest, None)
         if held is not None:
             self._free.append(held[0])
+
+    def close(self) -> None:
+        """Lets the pages go that were locked; no copy may be under way. Idempotent."""
+        gpu, self._gpu = self._gpu, None
+        if gpu is not None:
+            with suppress(RuntimeError):  # a GPU that has failed does nothing any more
+                gpu.unpin(self._memory)
 
 
 class DiskStore:
@@ -284,6 +303,16 @@ class DiskStore:
             limit = f"must be {self._payload_bytes} contiguous bytes"
             raise InvalidValueError(name, (x.dtype, tuple(x.shape)), limit)
         return x.view(-1).view(torch.uint8).numpy().data
+
+
+def _page_lock(gpu: Gpu, memory: Tensor) -> bool:
+    """Whether it could be done; if not, copies are slower, for the GPU copies to memory of another kind in between."""
+    try:
+        gpu.pin(memory)
+    except RuntimeError as error:
+        _logger.warning("%d bytes for KV blocks cannot be page-locked, so copies are slower: %s", memory.nbytes, error)
+        return False
+    return True
 
 
 def disk_block_bytes(payload_bytes: int, block_size: int) -> int:

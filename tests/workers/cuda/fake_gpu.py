@@ -75,9 +75,17 @@ class FakeGpu:
         self._pinned[_memory(memory)] = memory
         return memory
 
-    def is_pinned(self, x: Tensor) -> bool:
-        """Whether a tensor lies in memory of :meth:`pinned`."""
-        return _memory(x) in self._pinned
+    def pin(self, memory: Tensor) -> None:
+        self.log.append(("pin", memory.nbytes))
+        self._pinned[_memory(memory)] = memory
+
+    def unpin(self, memory: Tensor) -> None:
+        self.log.append(("unpin", memory.nbytes))
+        del self._pinned[_memory(memory)]
+
+    def is_pinned(self, memory: Tensor) -> bool:
+        start, stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        return any(at <= start and stop <= at + one.nbytes for at, one in self._pinned.items())
 
     def capture(self, run: Callable[[], None], pool: Any) -> FakeGraph:
         self.log.append(("capture", pool))

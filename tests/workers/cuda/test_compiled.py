@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from headwise.workers.cuda import attention_kernels, ops_kernels
+from headwise.workers.cuda import attention_kernels, kv_copy_kernels, ops_kernels
 from headwise.workers.cuda.attention import HEAD_DIMS, TritonAttention
+from headwise.workers.cuda.kv_copy import launch
 from headwise.workers.cuda.offline import SHARED_LIMITS, TARGETS, Compiled, compiled_of, offline
 from headwise.workers.cuda.ops import TritonOps
-from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.cache import INTEGERS, KVCache
 from headwise.workers.model.attention import AttentionBatch
 
 OF_SERVING = [(torch.bfloat16, 64), (torch.bfloat16, 128)]
@@ -65,6 +66,26 @@ def test_small_operations(target: str, dtype: torch.dtype) -> None:
         for one in compiled_of(getattr(ops_kernels, kernel), target):
             assert_fits(one, target)
             assert re.search(r"ld\.global[^;]*\.v4\.b32", one.ptx)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_copies_of_blocks(target: str) -> None:
+    """One kernel each for all ranges of heads and layers, and numbers of blocks: none is compiled while steps run."""
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float32):
+        cache, integer = KVCache(4, 9, 8, 16, 64, dtype, "meta"), INTEGERS[dtype.itemsize]
+        staging = torch.empty(1 << 20, dtype=integer, device="meta")
+        for kernel in (kv_copy_kernels.gather, kv_copy_kernels.scatter):
+            before = len(compiled_of(kernel, target)) if TARGETS[target] in kernel.device_caches else 0
+            with offline(target):
+                for number, heads, layers in ((1, (0, 8), (0, 4)), (3, (2, 5), (1, 2)), (16, (7, 8), (3, 4))):
+                    listed = torch.empty(number, dtype=torch.int32, device="meta")
+                    launch(kernel, cache, staging, listed, heads, layers)
+            compiled = compiled_of(kernel, target)
+            assert len(compiled) == before + 1
+            assert_fits(compiled[-1], target)
+            for access in ("ld", "st"):
+                assert len(re.findall(rf"{access}\.global[^;]*\.v4\.b32", compiled[-1].ptx)) == 8
+                assert not re.search(rf"{access}\.global[^;]*\.(b8|b16|v2)", compiled[-1].ptx)
 
 
 def attend(dtype: torch.dtype, head_dim: int, group: int) -> None:

@@ -161,7 +161,7 @@ def test_a_block_that_changed_while_it_was_demoted_is_not_on_the_disk(
 
     def put(self: DiskStore, key: BlockKey, data: Tensor) -> None:
         real(self, key, data)
-        tiers.host.put(key.digest, lambda slot: slot.fill_(1))
+        tiers.host.put([key.digest], lambda slots: slots[0].fill_(1))
 
     monkeypatch.setattr(DiskStore, "put", put)
     assert tiers.run(Op.DEMOTE, Tier.DISK, [key]) == [key.digest]

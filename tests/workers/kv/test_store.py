@@ -21,13 +21,13 @@ from tests.workers.kv.kv_blocks import PAYLOAD, SHAPE, file_of, files, holds, ke
 def test_the_host_store_keeps_what_is_put_and_gives_slots_away_again() -> None:
     store = HostStore(2, SHAPE, torch.float32)
     a, b, c = (torch.randn(SHAPE) for _ in range(3))
-    store.put(b"a", lambda slot: slot.copy_(a))
-    store.put(b"b", lambda slot: slot.copy_(b))
+    store.put([b"a"], lambda slots: slots[0].copy_(a))
+    store.put([b"b"], lambda slots: slots[0].copy_(b))
     with pytest.raises(InvalidValueError, match=r"^host_kv_blocks=2"):
-        store.put(b"c", lambda slot: slot.copy_(c))
+        store.put([b"c"], lambda slots: slots[0].copy_(c))
     store.drop(b"a")
     store.drop(b"a")
-    store.put(b"c", lambda slot: slot.copy_(c))
+    store.put([b"c"], lambda slots: slots[0].copy_(c))
     for digest, x in ((b"b", b), (b"c", c)):
         held = store.get(digest)
         assert held is not None and torch.equal(held, x) and held is store.get(digest)
@@ -38,16 +38,16 @@ def test_the_host_store_keeps_what_is_put_and_gives_slots_away_again() -> None:
 def test_a_slot_that_could_not_be_filled_is_free_and_a_block_put_anew_is_another() -> None:
     store = HostStore(1, SHAPE, torch.bfloat16)
 
-    def fail(slot: Tensor) -> None:
+    def fail(slots: list[Tensor]) -> None:
         assert b"a" not in store
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        store.put(b"a", fail)
+        store.put([b"a"], fail)
     assert len(store) == 0
-    store.put(b"a", lambda slot: slot.fill_(1))
+    store.put([b"a"], lambda slots: slots[0].fill_(1))
     first = store.get(b"a")
-    store.put(b"a", lambda slot: slot.fill_(2))
+    store.put([b"a"], lambda slots: slots[0].fill_(2))
     second = store.get(b"a")
     assert second is not None and second is not first and bool((second == 2).all())
 
