@@ -21,9 +21,11 @@ from headwise.workers.kv.cache import INTEGERS, Bits, KVCache
 from headwise.workers.kv.handoff import Range
 
 STAGING_BYTES = 16 << 20
-"""On each end of a lane, unless one block has more: enough to keep the bus busy, and little beside a cache."""
+"""At each end of a lane, unless one block has more: enough to keep the bus busy, and little beside a cache."""
 
 _NUM_LANES = 2
+_PIECES_AT_ONCE = 8
+"""In a call: the bus has nothing to do while the first one is gathered, and while the last one is handed out."""
 _MAX_BLOCKS = 4096
 """Of a piece."""
 _PROGRAM_BYTES = 8192
@@ -69,7 +71,7 @@ class BlockMover:
         self._lock = threading.Lock()
         block_bytes = cache.range_bytes(1, cache.num_kv_heads, cache.num_layers)
         lane_bytes = max(block_bytes, min(STAGING_BYTES, cache.nbytes))
-        self.blocks_at_once = _NUM_LANES * (lane_bytes // block_bytes)
+        self.blocks_at_once = _PIECES_AT_ONCE * (lane_bytes // block_bytes)
         host = _page_locked(gpu, [lane_bytes, 4 * _MAX_BLOCKS] * _NUM_LANES)
         self._lanes = [_Lane(cache, gpu, *host[2 * lane :][:2]) for lane in range(_NUM_LANES)]
         self._made = gpu.new_event()

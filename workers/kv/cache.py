@@ -92,6 +92,7 @@ class KVCache:
 
     def close(self) -> None:
         """Call it before the cache is given up, so that its memory is free then. Idempotent."""
+        self.mover = None  # it knows who finishes steps, who knows the model, which knows this cache
         if self._pages is not None:
             self._pages.close()
 

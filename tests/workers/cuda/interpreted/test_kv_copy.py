@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def test_ranges_move_as_on_a_cpu(
 def test_blocks_move_in_pieces_as_on_a_cpu(dtype: torch.dtype, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_copy, "STAGING_BYTES", 1)  # room for one block in a lane
     pair = Pair(LateGpu(), dtype)
-    assert pair.cache.blocks_at_once == 2
+    assert pair.cache.blocks_at_once == 8
     blocks, out, expected = [6, 2, 3, 0, 5], pair.blocks(5), pair.blocks(5)
     if pinned:
         pair.gpu.pin(out)
@@ -350,7 +351,10 @@ def test_a_shard_has_a_mover_if_blocks_ever_move(
             shard.transfer(TransferJob(0, op, tier, [key_of(0)], [block]))
             assert results.get(timeout=DEADLINE_S).failed == []
         assert cache.keys[:, 1].any() and torch.equal(cache.keys[:, 5], cache.keys[:, 1])
+    mover = weakref.ref(cache.mover) if cache.mover is not None else lambda: None
+    del cache
     shard.close()
+    assert mover() is None
     pins = [what for what, _ in fake_gpu.log if what in ("pin", "unpin")]
     assert pins == (["pin", "unpin"] if tier == Tier.HOST else [])
 
