@@ -8,6 +8,8 @@ They move integers as wide as the cache's elements, so that one kernel moves eve
 import triton
 import triton.language as tl
 
+from headwise.workers.cuda.addresses import block_start
+
 _COUNTS = ["num_blocks", "first_layer", "num_layers"]
 """Nothing is gained by a kernel of their own for one of them that is 1, or a multiple of 16."""
 
@@ -32,7 +34,7 @@ def gather(
     The heads of a range lie one after the other in a block, so they are a run of elements.
 
     Args:
-        staging: [n, num_layers, 2 (K, V), run].
+        staging: [n, num_layers, 2 (K, V), run], less than 2**31 elements.
         keys, values: all of the cache, [layers, num_blocks, block_elements] each.
         blocks: int32 [n], within the cache.
         first_layer, num_layers: the range of layers.
@@ -40,8 +42,8 @@ def gather(
     """
     place, layer, e, is_element = _part(num_layers, run, ELEMENTS)
     block = tl.load(blocks + place // num_layers)
-    at = run_start(first_layer + layer, block, num_blocks, block_elements, first_element)
-    into = staging + staging_start(place, run)
+    at = block_start(first_layer + layer, block, num_blocks, block_elements) + first_element
+    into = staging + place * 2 * run
     key_E = tl.load(keys + at + e, mask=is_element)
     value_E = tl.load(values + at + e, mask=is_element)
     tl.store(into + e, key_E, mask=is_element)
@@ -65,24 +67,12 @@ def scatter(
     """The inverse of :func:`gather`, with the same arguments; no block comes twice."""
     place, layer, e, is_element = _part(num_layers, run, ELEMENTS)
     block = tl.load(blocks + place // num_layers)
-    at = run_start(first_layer + layer, block, num_blocks, block_elements, first_element)
-    held = staging + staging_start(place, run)
+    at = block_start(first_layer + layer, block, num_blocks, block_elements) + first_element
+    held = staging + place * 2 * run
     key_E = tl.load(held + e, mask=is_element)
     value_E = tl.load(held + run + e, mask=is_element)
     tl.store(keys + at + e, key_E, mask=is_element)
     tl.store(values + at + e, value_E, mask=is_element)
-
-
-@triton.jit
-def run_start(layer, block, num_blocks, block_elements, first_element):
-    """Where a run begins in the keys, and in the values; int64, for caches have more than 2**31 elements."""
-    return (layer.to(tl.int64) * num_blocks + block) * block_elements + first_element
-
-
-@triton.jit
-def staging_start(place, run):
-    """Where the keys of a place (block of the list * layers + layer) begin in staging; int64."""
-    return place.to(tl.int64) * 2 * run
 
 
 @triton.jit

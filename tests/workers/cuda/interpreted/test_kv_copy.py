@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -123,21 +121,6 @@ def test_blocks_move_in_pieces_as_on_a_cpu(dtype: torch.dtype, pinned: bool, mon
     for cache in (pair.cache, pair.plain):
         cache.write_blocks(blocks[::-1], out)
     pair.assert_alike()
-
-
-def test_where_a_block_lies_is_known_beyond_32_bits() -> None:
-    """Of a cache with 2**33 elements, and of staging memory with more than 2**32."""
-    found = torch.zeros(2, dtype=torch.int64)
-    layer, block, num_blocks, block_elements, first, place, run = 3, 65_535, 65_536, 32_768, 4096, 100_000, 32_768
-    compute_starts[(1,)](found, layer, block, num_blocks, block_elements, first, place, run)
-    expected = [(layer * num_blocks + block) * block_elements + first, place * 2 * run]
-    assert found.tolist() == expected and min(expected) > 1 << 32
-
-
-@triton.jit
-def compute_starts(found, layer, block, num_blocks, block_elements, first, place, run):  # type: ignore[no-untyped-def]
-    tl.store(found, kv_copy_kernels.run_start(layer, block, num_blocks, block_elements, first))
-    tl.store(found + 1, kv_copy_kernels.staging_start(place, run))
 
 
 class Step:
