@@ -22,7 +22,7 @@ from headwise.workers.cuda.kv_copy import BlockMover
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.copier import Copier
-from headwise.workers.kv.handoff import Range
+from headwise.workers.kv.handoff import HandoffOp, Range
 from headwise.workers.kv.store import HostStore
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
@@ -31,6 +31,7 @@ from tests.checkpoints import small_spec
 from tests.effort import examples
 from tests.workers.cuda.fake_gpu import FakeGpu, fake_gpu
 from tests.workers.cuda.late_gpu import LateGpu
+from tests.workers.kv.handoff_ranks import cut_chunks, fence_of, groups, ok
 from tests.workers.kv.kv_blocks import key_of
 
 __all__ = ["fake_gpu"]
@@ -313,6 +314,31 @@ def test_a_job_of_the_host_tier_moves_its_blocks_together_and_fails_one_by_one()
     assert run(Op.LOAD, keys[4:], [5]) == ([keys[4].digest], [])
     assert copier.close()
     store.close()
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_handoff_moves_ranges_of_heads_between_gpus(shared_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two ranks to one, in messages of several blocks each."""
+    real, alone = kv_copy.launch, threading.Lock()
+
+    def launch(*arguments: Any) -> None:
+        with alone:  # the interpreter runs one kernel at a time
+            real(*arguments)
+
+    monkeypatch.setattr(kv_copy, "launch", launch)
+    cut_chunks(monkeypatch, 3000)
+    with groups((9, 3), (2, 1), shared_memory) as (prefill, decode):
+        for rank in (*prefill.ranks, *decode.ranks):
+            rank.cache.mover = BlockMover(rank.cache, FakeGpu(), lambda: None)
+        fence, blocks, places = fence_of(), [7, 0, 3, 11, 4], [1, 10, 2, 6, 5]
+        others = [block for block in range(12) if block not in places]
+        assert ok(decode.run(HandoffOp.OPEN, fence, blocks=places, sources=prefill.heads))
+        filled = decode.begin(HandoffOp.FILL, fence)
+        ends = {"destinations": decode.endpoints, "timeout_s": DEADLINE_S}
+        assert ok(prefill.run(HandoffOp.PUSH, fence, blocks=blocks, **ends)) and ok(filled())
+        content = decode.ranks[0].content()
+        assert torch.equal(content[places], prefill.content[blocks])
+        assert torch.equal(content[others], decode.content[others])
 
 
 @pytest.mark.parametrize("tier", [None, *Tier])
