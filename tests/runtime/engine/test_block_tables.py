@@ -154,7 +154,7 @@ class TablesMachine(RuleBasedStateMachine):
         share = None if quota is None else max(1, int(quota * NUM_BLOCKS))
         self.cache = PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, None, share)
         self.ranks, self.in_flight, self.can_fail = Ranks(), deque[Schedule](), can_fail
-        self.ledger = Ledger(self.ranks.take_job, self.ranks.result, 1)
+        self.ledger = Ledger(self.take_job, self.ranks.result, 1)
         self.tiers = Tiers(self.cache, self.ledger, *sizes, 4, quota) if any(sizes) else None
         self.tables = BlockTables(self.cache, self.tiers)
         self.scheduler = Scheduler(self.tables, 4, budget)
@@ -162,6 +162,12 @@ class TablesMachine(RuleBasedStateMachine):
         self.pins = Pins(self.cache, NUM_BLOCKS - MAX_TOKENS // SIZE - 1, lambda: self.now)
         self.requests: list[Request] = []
         self.prompts: list[tuple[str, list[int]]] = []
+
+    def take_job(self, job: TransferJob) -> None:
+        """A GPU's copies do not wait for steps in flight: these have no part in the blocks of a job that is sent."""
+        used = {block for schedule in self.in_flight for part in schedule.rows for block in part.seat.block_ids}
+        assert not used & set(job.blocks), "a block moves that a step in flight computes with"
+        self.ranks.take_job(job)
 
     @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, max_tokens=st.integers(1, 3))
     def add(self, salt: str, tokens: list[int], max_tokens: int) -> None:
