@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
+from headwise.runtime.engine.engine import Engine
 from headwise.runtime.llm import LLM, OutputDelta
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import HeadwiseError
@@ -30,14 +32,22 @@ def greedy(max_tokens: int | None) -> SamplingParams:
 def steady_rows(llm: LLM, prompts: Sequence[list[int]]) -> Iterator[list[Iterator[OutputDelta]]]:
     """Streams of requests that all decode, each with its first token out, until the model's length is reached.
 
-    The rows start one after another: a stream's first token is there once its whole prompt is computed. Leaving
-    aborts those that still run.
+    A row that has started is paused until all have: else the first would be far ahead of the last, and near the model's
+    length. Leaving aborts those that still run.
     """
     streams: list[Iterator[OutputDelta]] = []
+    names: list[str] = []
+
+    def resume(engine: Engine) -> None:
+        for name in names:
+            engine.pause(name, False)
+
     try:
         for prompt in prompts:
             streams.append(llm.stream(prompt, greedy(None)))
-            next(streams[-1])
+            names.append(next(streams[-1]).request_id)  # its whole prompt is computed
+            llm._loop.run(partial(Engine.pause, request_id=names[-1], paused=True))
+        llm._loop.run(resume)
         yield streams
     finally:
         for stream in streams:
