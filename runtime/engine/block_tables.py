@@ -66,7 +66,7 @@ class BlockTables:
         self.cache, self.tiers, self.inbound = cache, tiers, inbound
         self.load: Callable[[], LocalLoad] = LocalLoad
         self.failed: list[tuple[Request, str]] = []
-        self._block_size = cache.block_size
+        self.block_size = cache.block_size
         self._searches: dict[Request, _Search] = {}  # of requests that wait
         self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
         self._somebody_waits = False  # for room to reserve blocks, in this round
@@ -118,15 +118,15 @@ class BlockTables:
         """How many blocks more a seat needs for so many tokens; not above 0 if none."""
         return self._blocks_for(num_tokens) - len(seat.block_ids)
 
-    def grow(self, request: Request, num_tokens: int) -> list[int]:
+    def grow(self, seat: Seat, num_tokens: int) -> list[int]:
         """Makes the table long enough for so many tokens; returns the new blocks.
 
         Raises:
             OutOfBlocksError: there is no room.
         """
-        seat = seat_of(request)
-        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _owner(request))
+        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _owner(seat.request))
         seat.block_ids += new
+        seat.num_slots = len(seat.block_ids) * self.block_size
         return new
 
     def publish(self, request: Request, num_tokens: int) -> None:
@@ -135,7 +135,7 @@ class BlockTables:
         seat, blocks = seat_of(request), request.token_blocks
         # Of a request that was aborted, the tokens that were in flight stay unknown.
         known = len(request.prompt_token_ids) + len(request.generated)
-        full = min(num_tokens, known) // self._block_size
+        full = min(num_tokens, known) // self.block_size
         if blocks is None or full <= seat.num_offered:
             return
         self._read_tokens(request)
@@ -191,14 +191,14 @@ class BlockTables:
             yield from self.tiers.books.checks()
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.block_size)
 
     def _match(self, request: Request, chain: list[CachedBlock]) -> int:
         """Finds a request's chain; returns how long it may be at most."""
         if request.token_blocks is None:
             return 0
         self._read_tokens(request)
-        limit = (request.num_tokens - 1) // self._block_size
+        limit = (request.num_tokens - 1) // self.block_size
         self.cache.match(request.token_blocks, limit, chain)
         return limit
 
@@ -277,7 +277,7 @@ class BlockTables:
         search.restoring, search.handoff = False, None
         if arrival.num_blocks and not request.generated:
             request.metrics.prefilled_by = arrival.peer
-            request.metrics.num_handoff_tokens = arrival.num_blocks * self._block_size
+            request.metrics.num_handoff_tokens = arrival.num_blocks * self.block_size
         if arrival.failure and self.inbound is not None and self.inbound.must_succeed:
             self.failed.append((request, f"another engine was to compute its prompt, and did not: {arrival.failure}"))
 
@@ -291,13 +291,24 @@ class BlockTables:
         self._has_come(request, [block.key.digest for block in wanted])
         search.restoring, search.came_short = False, arrived < len(wanted)
         if not request.generated:
-            request.metrics.num_restored_tokens = arrived * self._block_size
+            request.metrics.num_restored_tokens = arrived * self.block_size
 
     def _seat(self, request: Request, row: int, chain: list[CachedBlock], missing: int) -> None:
         """Makes the seat of a request whose chain is held, and gives it the rest of its blocks."""
         new = self.cache.allocate(missing, Use.COMPUTE, _owner(request))
-        num_cached = len(chain) * self._block_size
-        request.seat = Seat(row, [node.block for node in chain] + new, chain, len(chain), num_cached)
+        num_cached = len(chain) * self.block_size
+        request.seat = Seat(
+            request,
+            row,
+            [node.block for node in chain] + new,
+            chain,
+            num_offered=len(chain),
+            num_slots=(len(chain) + missing) * self.block_size,
+            num_given=request.num_tokens,
+            num_wanted=len(request.prompt_token_ids) + request.max_tokens - 1,
+            num_computed=num_cached,
+            num_done=num_cached,
+        )
         if request.token_blocks is None:
             return
         for digest in request.token_blocks.digests[len(chain) : self._num_known_blocks(request)]:
@@ -308,11 +319,11 @@ class BlockTables:
             metrics.num_cached_tokens = num_cached
             metrics.num_restored_tokens = min(metrics.num_restored_tokens, num_cached)
             metrics.num_handoff_tokens = min(metrics.num_handoff_tokens, num_cached)
-            on_device = (num_cached - metrics.num_restored_tokens - metrics.num_handoff_tokens) // self._block_size
+            on_device = (num_cached - metrics.num_restored_tokens - metrics.num_handoff_tokens) // self.block_size
             on_device = max(0, on_device)  # a block that was restored may have come from elsewhere the next time
             self.cache.count_lookup(request.num_tokens, chain[:on_device])
             if self.tiers is not None:
-                self.tiers.books.count_lookup(request.num_tokens - on_device * self._block_size)
+                self.tiers.books.count_lookup(request.num_tokens - on_device * self.block_size)
 
     def _read_tokens(self, request: Request) -> None:
         """Tells a request's blocks of the tokens that were generated since."""

@@ -13,7 +13,7 @@ from headwise.runtime.engine.generation import Generation
 from headwise.runtime.engine.idle_check import IdleCheck
 from headwise.runtime.engine.pace import MIN_STEP_TIMEOUT_S, Pace
 from headwise.runtime.engine.repinning import is_pin, repin
-from headwise.runtime.engine.request import Request
+from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
 from headwise.runtime.kv.events import KvEvents
@@ -44,11 +44,10 @@ class _Live(NamedTuple):
 
 
 class _Awaited(NamedTuple):
-    """A step that is waited for: since when, what it computes, and how many grammars may have to be compiled for it."""
+    """A step that is waited for, and since when."""
 
     since: float
-    num_tokens: int
-    num_grammars: int
+    schedule: Schedule
 
 
 class Engine:
@@ -111,18 +110,18 @@ class Engine:
     def step_limit_s(self) -> float:
         """How long the step that is waited for may take, or any other. May be read by other threads."""
         awaited = self._awaited
-        return self.pace.limit_s(awaited.num_tokens, awaited.num_grammars) if awaited else self.pace.limit_s(0)
+        return self._limit_s(awaited.schedule) if awaited else self.pace.limit_s(0)
 
     @property
     def hang(self) -> str | None:
         """Which step makes no progress; None: none. May be read by other threads."""
         if (awaited := self._awaited) is None:
             return None
-        since, num_tokens, num_grammars = awaited
-        limit_s = self.pace.limit_s(num_tokens, num_grammars)
+        since, schedule = awaited
+        limit_s = self._limit_s(schedule)
         if time.monotonic() - since <= limit_s:
             return None
-        return f"a step with {num_tokens} tokens has made no progress in {limit_s:.3g} s (--step-timeout)"
+        return f"a step with {schedule.num_tokens} tokens has made no progress in {limit_s:.3g} s (--step-timeout)"
 
     @property
     def _is_busy(self) -> bool:
@@ -207,7 +206,7 @@ class Engine:
     def lose_group(self, death: ShardGroupDied) -> None:
         """The shard group is dead, and what its blocks held is gone. Every request waits, and goes on from its tokens
         once there is another group; one that the group has died of before ends."""
-        rows = {row.request.key: row.request for schedule in self._in_flight for row in schedule.rows}
+        rows = {seat.request.key: seat.request for schedule in self._in_flight for seat in schedule.seats}
         in_flight = [
             live.request for key, request in rows.items() if (live := self._live.get(key)) and live.request is request
         ]
@@ -407,17 +406,20 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
-        self._awaited = awaited = _awaited(self._in_flight[0])
+        self._awaited = awaited = _Awaited(time.monotonic(), self._in_flight[0])
         output = self.generation.group.collect()
         collected = time.perf_counter()
         if failpoints.ENABLED:
             failpoints.hit(Point.ENGINE_OUTPUT)
-        self.pace.saw_step(time.monotonic() - awaited.since, awaited.num_tokens)
+        self.pace.saw_step(time.monotonic() - awaited.since, awaited.schedule.num_tokens)
         self._awaited = None
         self._check_order(output)
         self._process(self._in_flight.popleft(), output)
         self._seconds["collect"] += collected - started
         self._seconds["emit"] += time.perf_counter() - collected
+
+    def _limit_s(self, schedule: Schedule) -> float:
+        return self.pace.limit_s(schedule.num_tokens, schedule.num_grammars)
 
     def _check_order(self, output: StepOutput) -> None:
         """
@@ -434,10 +436,11 @@ class Engine:
         self._push_blocks(schedule, failed)
         # A grammar that fails says nothing against the keys and values that others wait for.
         self._scheduler.complete(schedule, failed.keys() - set(output.verified))
-        for request, seat, samples, _ in schedule.rows:
-            live = self._live.get(request.key)
-            if not samples or live is None or live.request is not request:
-                continue  # the request has ended since, so a token of it is void
+        for seat in schedule.seats:
+            request = seat.request
+            if seat.num_done < seat.num_given or request.state is RequestState.FINISHED:
+                continue  # it has no token yet; or it has ended since, so that its token is void
+            live = self._live[request.key]
             if seat.row in failed:
                 request.error = failed[seat.row]
                 self._emit(live, end(request, live.text, FinishReason.ERROR))
@@ -451,14 +454,15 @@ class Engine:
         """Has the blocks of other engines' prompts sent as far as they are computed; before anybody may lose a seat."""
         if (outbound := self.generation.outbound) is None:
             return
-        for request, seat, _, num_computed in schedule.rows:
-            if request.transfer is not None and seat.row not in failed and request.key in self._live:
-                outbound.computed(request.transfer, seat, num_computed)
+        for seat, (row, count) in zip(schedule.seats, schedule.plan.computes, strict=True):
+            transfer = seat.request.transfer
+            if transfer is not None and row not in failed and seat.request.state is not RequestState.FINISHED:
+                outbound.computed(transfer, seat, seat.num_done + count)
 
     def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
         """What a token takes to compute: of steps that mostly compute prompts."""
-        prefilled = sum(count for _, count in schedule.plan.computes if count > 1)
-        if prefilled < self.generation.cache.block_size or prefilled < len(schedule.plan.computes):
+        prefilled = schedule.num_prefilled
+        if prefilled < self.generation.cache.block_size or prefilled < len(schedule.seats):
             return
         self.pace.saw_prefill(output.seconds, prefilled)
         if self.generation.tiers is not None:
@@ -483,10 +487,3 @@ class Engine:
         new, self._new = self._new, {}
         for sink, deltas in new.items():
             sink(deltas)
-
-
-def _awaited(schedule: Schedule) -> _Awaited:
-    counts = dict(schedule.plan.computes)
-    # A row that computes several tokens and samples has just been seated: its grammar may not be compiled yet.
-    new = [row.request.sampling.grammar for row in schedule.rows if row.samples and counts[row.seat.row] > 1]
-    return _Awaited(time.monotonic(), sum(counts.values()), len({grammar for grammar in new if grammar}))

@@ -30,31 +30,58 @@ class Seat:
     in flight computes the request any more, and no job sends its blocks. What a request is and has generated outlives
     its seat.
 
+    A step that computes the last of the ``num_given`` tokens samples one, and so does every step after it, which
+    computes the token that was sampled before. So three numbers tell everything about the steps in flight:
+
+        0 ... num_done ... num_computed      tokens whose KV is there | and those that steps in flight compute
+                 num_given                   from here on, each token that is computed gives another
+
     Attributes:
+        request: whose seat it is.
         row: on every shard.
         block_ids: the request's block table.
         chain: the cached blocks that hold its first tokens. Usually they are the first of ``block_ids``; where another
             request computed the same block first, both blocks are held.
         num_offered: full blocks that were offered to the prefix cache.
+        num_slots: tokens that these blocks hold.
+        num_given: tokens that the request had when it got the seat.
+        num_wanted: how many of its tokens are ever computed: the last one that it generates is not.
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
-        num_pending: tokens that steps in flight sample; nobody has seen them yet.
-        num_in_flight: steps in flight that compute the request.
+        num_done: tokens whose KV is computed.
         num_moving: jobs in flight that send its blocks to another engine.
     """
 
+    request: Request
     row: int
     block_ids: list[int]
     chain: list[CachedBlock]
     num_offered: int
+    num_slots: int
+    num_given: int
+    num_wanted: int
     num_computed: int
-    num_pending: int = 0
-    num_in_flight: int = 0
+    num_done: int
     num_moving: int = 0
+
+    @property
+    def num_uncomputed(self) -> int:
+        """How many tokens a step could compute now: none once the last token it may generate is on its way."""
+        return max(1, self.num_given - self.num_computed) if self.num_computed < self.num_wanted else 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that steps in flight sample; nobody has seen them yet."""
+        return max(0, self.num_computed - self.num_given + 1) - max(0, self.num_done - self.num_given + 1)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step in flight computes the request."""
+        return self.num_computed > self.num_done
 
     @property
     def is_used(self) -> bool:
         """Whether its blocks may not be given to others yet, though its request has left."""
-        return self.num_in_flight > 0 or self.num_moving > 0
+        return self.is_in_flight or self.num_moving > 0
 
 
 @dataclass(slots=True, eq=False)
@@ -109,9 +136,9 @@ class Request:
     def num_uncomputed(self) -> int:
         """How many tokens a step could compute now: none once the last token it may generate is on its way."""
         seat = self.seat
-        if len(self.generated) + (seat.num_pending if seat else 0) >= self.max_tokens:
-            return 0
-        return self.num_tokens - (seat.num_computed if seat else 0)
+        if seat is None:
+            return self.num_tokens
+        return seat.num_uncomputed
 
 
 def seat_of(request: Request) -> Seat:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from headwise.runtime.engine.block_tables import Admission, BlockTables
 from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
@@ -25,27 +24,22 @@ ROWS_PER_FREE_ROW = 7
 other tenant has any."""
 
 
-class ScheduledRow(NamedTuple):
-    """One request's part in a step.
-
-    Attributes:
-        seat: the request's when the step was made.
-        samples: whether the step gives it a token.
-        num_computed: its tokens whose KV is computed once the step is done.
-    """
-
-    request: Request
-    seat: Seat
-    samples: bool
-    num_computed: int
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A step: the plan for the shards, and what the engine must know to read the output."""
+    """A step: the plan for the shards, and what the engine must know to read the output.
+
+    Attributes:
+        seats: whose tokens the plan's computes are, in the same order.
+        num_tokens: how many all of them compute.
+        num_prefilled: those of them that are of prompts; a row that computes one token counts as decoding.
+        num_grammars: how many grammars may have to be compiled for it.
+    """
 
     plan: StepPlan
-    rows: list[ScheduledRow]
+    seats: list[Seat]
+    num_tokens: int
+    num_prefilled: int
+    num_grammars: int
 
 
 @dataclass(slots=True)
@@ -55,9 +49,9 @@ class _Draft:
 
     budget: int
     admit_bytes: int
-    counts: dict[Request, int] = field(default_factory=dict)
-    appends: dict[Request, list[int]] = field(default_factory=dict)
-    admitted: list[Request] = field(default_factory=list)
+    counts: dict[Seat, int] = field(default_factory=dict)
+    appends: dict[Seat, list[int]] = field(default_factory=dict)
+    admitted: list[Seat] = field(default_factory=list)
 
 
 class Scheduler:
@@ -111,18 +105,17 @@ class Scheduler:
         if (suspect := self._suspects.alone()) is not None:
             self._compute_alone(suspect, draft)
             return self._build(draft) if draft.counts else None
-        decodes: list[Request] = []
-        prefills: list[Request] = []
-        for request in self.running:
-            if request.paused:
-                continue
-            (prefills if request.num_uncomputed > 1 else decodes).append(request)
-        for request in decodes:
-            self._compute(request, draft)
-        if any(request.streamed for request in draft.counts):
+        decodes, prefills = self._seats_by_kind()
+        for seat in decodes:
+            if seat.num_slots <= seat.num_computed < seat.num_wanted:
+                self._grow(seat, seat.num_computed + 1, draft)
+        # Those that have a slot, are not preempted by now, and whose last token is not on the way.
+        draft.counts = {s: 1 for s in decodes if s.num_computed < s.num_slots and s.num_computed < s.num_wanted}
+        draft.budget -= len(draft.counts)
+        if any(seat.request.streamed for seat in draft.counts):
             draft.budget = min(draft.budget, self._mixed_budget)
-        for request in prefills:
-            self._compute(request, draft)
+        for seat in prefills:
+            self._compute(seat, draft)
         self._admit_waiting(draft)
         return self._build(draft) if draft.counts else None
 
@@ -133,11 +126,13 @@ class Scheduler:
             failed: the rows whose logits were not finite. What such a row computed is not verified, and no other
                 request gets it; to end its request is the engine's part.
         """
-        for request, seat, samples, num_computed in schedule.rows:
-            seat.num_in_flight -= 1
-            seat.num_pending -= samples
-            if samples and seat.row not in failed and request.finish_reason is not FinishReason.ERROR:
-                self._tables.publish(request, num_computed)
+        block_size = self._tables.block_size
+        for seat, (row, count) in zip(schedule.seats, schedule.plan.computes, strict=True):
+            done = seat.num_done = seat.num_done + count
+            if done < seat.num_given or (done > seat.num_given and done % block_size):
+                continue  # nothing was sampled that verifies it; or no block is full that was not verified before
+            if row not in failed and seat.request.finish_reason is not FinishReason.ERROR:
+                self._tables.publish(seat.request, done)
         self.give_up_seats()
 
     def give_up_seats(self) -> None:
@@ -228,31 +223,45 @@ class Scheduler:
         prompts = sum(count for request in self.running if (count := request.num_uncomputed) > 1)
         return LocalLoad(prompts, any(request.streamed and request.generated for request in self.running))
 
-    def _compute(self, request: Request, draft: _Draft) -> None:
+    def _seats_by_kind(self) -> tuple[list[Seat], list[Seat]]:
+        """Of those that run and are not paused, oldest first: who decodes, and whose prompt is still to be computed."""
+        decodes: list[Seat] = []
+        prefills: list[Seat] = []
+        for request in self.running:
+            if not request.paused:
+                seat = request.seat
+                assert seat is not None
+                (prefills if seat.num_given - seat.num_computed > 1 else decodes).append(seat)
+        return decodes, prefills
+
+    def _compute(self, seat: Seat, draft: _Draft) -> None:
         """Gives a running request its part of the step, if there is budget and are blocks."""
-        count = min(request.num_uncomputed, draft.budget)
-        if count <= 0 or request.state is not RequestState.RUNNING:  # preempted for an older one, just now
+        count = min(seat.num_uncomputed, draft.budget)
+        if count <= 0 or not self._grow(seat, seat.num_computed + count, draft):
             return
-        seat = seat_of(request)
-        target = seat.num_computed + count
-        missing = self._tables.missing(seat, target)
-        if missing > 0:
-            if not self._make_room(request, missing, draft):
-                return
-            draft.appends[request] = self._tables.grow(request, target)
-        draft.counts[request] = count
+        draft.counts[seat] = count
         draft.budget -= count
 
-    def _make_room(self, request: Request, missing: int, draft: _Draft) -> bool:
-        """Preempts the newest, ``request`` itself at last, until so many blocks are free or soon will be; returns
+    def _grow(self, seat: Seat, num_tokens: int, draft: _Draft) -> bool:
+        """Sees to it that a running request has blocks for so many tokens. Others may be preempted for it, and itself,
+        too; returns whether it has the blocks now."""
+        missing = self._tables.missing(seat, num_tokens)
+        if missing > 0:
+            if not self._make_room(seat, missing, draft):
+                return False
+            draft.appends[seat] = self._tables.grow(seat, num_tokens)
+        return True
+
+    def _make_room(self, seat: Seat, missing: int, draft: _Draft) -> bool:
+        """Preempts the newest, the request itself at last, until so many blocks are free or soon will be; returns
         whether they are free now."""
         cache = self._tables.cache
         while missing > cache.num_available + sum(len(seat_of(r).block_ids) for r in self._leaving):
-            victim = self._newest_paused() or self.running[-1]
-            self._preempt(victim)
+            victim = seat_of(self._newest_paused() or self.running[-1])
+            self._preempt(victim.request)
             draft.budget += draft.counts.pop(victim, 0)
             draft.appends.pop(victim, None)
-            if victim is request:
+            if victim is seat:
                 return False
         return missing <= cache.num_available
 
@@ -260,12 +269,12 @@ class Scheduler:
         """Gives the step to one request that the group may die of, once nothing else is in flight. Others keep their
         seats, as long as it finds room beside them."""
         others = [request for request in (*self.running, *self._leaving) if request is not suspect]
-        if any(seat_of(request).num_in_flight for request in others):
+        if any(seat_of(request).is_in_flight for request in others):
             return
         if suspect.state is RequestState.RUNNING:
             self.running.remove(suspect)
             self.running.insert(0, suspect)  # whoever gives up blocks for it, it is another
-            self._compute(suspect, draft)
+            self._compute(seat_of(suspect), draft)
             return
         if suspect.seat is not None:
             return
@@ -323,9 +332,10 @@ class Scheduler:
         request.state = RequestState.RUNNING
         self._free_rows.pop()
         request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
-        draft.counts[request] = min(request.num_uncomputed, draft.budget)
-        draft.budget -= draft.counts[request]
-        draft.admitted.append(request)
+        seat = seat_of(request)
+        draft.counts[seat] = min(seat.num_uncomputed, draft.budget)
+        draft.budget -= draft.counts[seat]
+        draft.admitted.append(seat)
 
     def _rows_of_tenants(self) -> Counter[str]:
         """How many rows each tenant has. Rows of paused requests can be had by others, and count as free."""
@@ -343,21 +353,22 @@ class Scheduler:
         plan = StepPlan(self._next_step, drops=self._dropped)
         self._next_step += 1
         self._dropped = []
-        for request in draft.admitted:
-            seat, tokens = seat_of(request), request.prompt_token_ids + request.generated
-            prompt_len, blocks = len(request.prompt_token_ids), list(seat.block_ids)
+        for seat in draft.admitted:
+            request = seat.request
+            prompt_len, tokens = len(request.prompt_token_ids), request.prompt_token_ids + request.generated
+            blocks = list(seat.block_ids)
             plan.admits.append(RowAdmit(seat.row, tokens, prompt_len, seat.num_computed, blocks, request.sampling))
-        plan.appends = [(seat_of(request).row, block) for request, blocks in draft.appends.items() for block in blocks]
-        rows: list[ScheduledRow] = []
-        for request, count in draft.counts.items():
-            seat = seat_of(request)
-            plan.computes.append((seat.row, count))
+        plan.appends = [(seat.row, block) for seat, blocks in draft.appends.items() for block in blocks]
+        plan.computes = [(seat.row, count) for seat, count in draft.counts.items()]
+        for seat, count in draft.counts.items():
             seat.num_computed += count
-            samples = seat.num_computed == request.num_tokens
-            seat.num_pending += samples
-            seat.num_in_flight += 1
-            rows.append(ScheduledRow(request, seat, samples, seat.num_computed))
-        return Schedule(plan, rows)
+        num_tokens, prefills = sum(draft.counts.values()), list[Seat]()
+        if num_tokens > len(draft.counts):
+            prefills = [seat for seat, count in draft.counts.items() if count > 1]
+        # A row that computes several tokens and samples has just been seated: its grammar may not be compiled yet.
+        grammars = {seat.request.sampling.grammar for seat in prefills if seat.num_computed >= seat.num_given}
+        num_prefilled = sum(draft.counts[seat] for seat in prefills)
+        return Schedule(plan, list(draft.counts), num_tokens, num_prefilled, len(grammars - {""}))
 
     def _newest_paused(self) -> Request | None:
         """Whose place others may have: nothing is computed for it anyway."""
@@ -373,7 +384,9 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        if seat_of(request).is_used:
+        seat = seat_of(request)
+        seat.num_wanted = seat.num_computed
+        if seat.is_used:
             self._leaving.append(request)
         else:
             self._release(request)

@@ -29,14 +29,18 @@ class Delta(NamedTuple):
 
 def take_token(request: Request, text: TextStream | None, token: int, logprobs: TokenLogprobs | None) -> Delta:
     """Appends a sampled token to its request, and says what is new; sets why the request ended if the token ends it."""
-    request.generated.append(token)
+    generated, reason = request.generated, None
+    generated.append(token)
     if logprobs is not None and not request.streamed:
         request.logprobs.append(logprobs)
-    if len(request.generated) == 1:
+    if len(generated) == 1:
         request.metrics.first_token = time.monotonic()
-    reason = _stop_token(request, token)
-    if reason is None and len(request.generated) >= request.max_tokens:
+    if token in request.sampling.stop_token_ids:
+        reason = _stop_token(request, token)
+    if reason is None and len(generated) >= request.max_tokens:
         reason = FinishReason.LENGTH
+    if text is None and reason is None:  # as of most tokens where there is no tokenizer
+        return Delta(request, [token], None, logprobs, False)
     return _delta(request, text, [token], logprobs, reason)
 
 
@@ -132,7 +136,7 @@ def _delta(
 
 def _stop_token(request: Request, token: int) -> FinishReason | None:
     """A stop token ends the request once min_tokens are there; end-of-sequence too, unless it is ignored."""
-    if token not in request.sampling.stop_token_ids or len(request.generated) <= request.params.min_tokens:
+    if len(request.generated) <= request.params.min_tokens:
         return None
     if token in (request.params.stop_token_ids or ()):
         request.stop_reason = token

@@ -76,7 +76,7 @@ class Ranks:
 
     def step(self, schedule: Schedule) -> set[int]:
         """Returns the rows that sample and are not finite; of others a shard does not know."""
-        plan, requests = schedule.plan, {part.seat.row: part.request for part in schedule.rows}
+        plan, requests = schedule.plan, {seat.row: seat.request for seat in schedule.seats}
         for row in plan.drops:
             del self.rows[row]
         for admit in plan.admits:
@@ -204,8 +204,9 @@ class TablesMachine(RuleBasedStateMachine):
         schedule = self.in_flight.popleft()
         failed = self.ranks.step(schedule)
         self.scheduler.complete(schedule, failed)
-        for request, seat, samples, _ in schedule.rows:
-            if not samples:
+        for seat in schedule.seats:
+            request = seat.request
+            if seat.num_done < seat.num_given:
                 continue
             # The shards sample for those too whose token nobody wants any more.
             self.ranks.rows[seat.row].tokens.append(token)

@@ -147,8 +147,8 @@ def test_tokens_that_an_aborted_request_never_saw_are_not_cached() -> None:
 def complete(scheduler: Scheduler, schedule: Schedule | None) -> None:
     assert schedule is not None
     scheduler.complete(schedule)
-    for row in schedule.rows:
-        row.request.generated.append(7)
+    for seat in schedule.seats:
+        seat.request.generated.append(7)
 
 
 @pytest.mark.parametrize("restored", [True, False])
@@ -181,7 +181,7 @@ def test_nobody_loses_a_seat_to_a_request_that_waits_for_copies(restored: bool) 
         for job in bed.send():
             bed.answer(job)
     schedule = scheduler.schedule()
-    assert schedule is not None and waits in [row.request for row in schedule.rows]
+    assert schedule is not None and waits in [seat.request for seat in schedule.seats]
     assert seat_of(waits).num_computed == 9 and waits.metrics.num_restored_tokens == (8 if restored else 0)
     assert scheduler.num_preemptions == 0
     scheduler.check_integrity()

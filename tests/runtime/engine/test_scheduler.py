@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from headwise.runtime.engine import scheduler as module
 from headwise.runtime.engine.block_tables import BlockTables
-from headwise.runtime.engine.request import Request, RequestState, seat_of
-from headwise.runtime.engine.scheduler import Schedule, ScheduledRow, Scheduler
+from headwise.runtime.engine.request import Request, RequestState, Seat, seat_of
+from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache
@@ -38,16 +38,17 @@ def scheduler(
 def finish_step(scheduler: Scheduler, schedule: Schedule, token: int = 7) -> None:
     """What the engine does with an output in which every sampling row got ``token``."""
     scheduler.complete(schedule)
-    for part in schedule.rows:
-        if part.samples and part.request.state is not RequestState.FINISHED:
-            part.request.generated.append(token)
-            if len(part.request.generated) == part.request.max_tokens:
-                scheduler.finish(part.request)
+    for seat in schedule.seats:
+        request = seat.request
+        if seat.num_done >= seat.num_given and request.state is not RequestState.FINISHED:
+            request.generated.append(token)
+            if len(request.generated) == request.max_tokens:
+                scheduler.finish(request)
 
 
 def counts(schedule: Schedule | None) -> dict[str, int]:
     assert schedule is not None
-    return {e.request.request_id: n for e, (_, n) in zip(schedule.rows, schedule.plan.computes, strict=True)}
+    return {seat.request.request_id: n for seat, (_, n) in _parts(schedule)}
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_decodes_come_first() -> None:
@@ -134,7 +135,7 @@ def test_a_preempted_request_keeps_its_blocks_until_the_steps_in_flight_are_done
     row = seat_of(second).row
     # The first's ninth token wants a third block: the second must go, but a step in flight still writes to its blocks.
     assert sched.schedule() is None
-    assert second.state is RequestState.WAITING and seat_of(second).num_in_flight == 2
+    assert second.state is RequestState.WAITING and seat_of(second).num_pending == 2
     finish_step(sched, prefill)
     assert sched.schedule() is None and pool.num_free == 0 and seat_of(second).row == row
     finish_step(sched, decode)
@@ -340,8 +341,8 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
     assert pool.num_free == blocks
 
 
-def _parts(step: Schedule) -> Iterator[tuple[ScheduledRow, tuple[int, int]]]:
-    return zip(step.rows, step.plan.computes, strict=True)
+def _parts(step: Schedule) -> Iterator[tuple[Seat, tuple[int, int]]]:
+    return zip(step.seats, step.plan.computes, strict=True)
 
 
 def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mixed: int) -> None:
@@ -353,14 +354,13 @@ def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mix
         assert admit.row not in shard_computed
         shard_computed[admit.row] = admit.num_computed
     decodes = [
-        part.request
-        for part, (row, count) in _parts(step)
-        if part.samples and count == 1 and shard_computed[row] >= len(part.request.prompt_token_ids)
+        seat.request
+        for seat, (row, count) in _parts(step)
+        if count == 1 and shard_computed[row] >= len(seat.request.prompt_token_ids)
     ]
     if any(r.streamed for r in decodes):
         assert sum(n for _, n in step.plan.computes if n > 1) <= mixed
-    for part, (row, count) in _parts(step):
+    for seat, (row, count) in _parts(step):
         shard_computed[row] += count
-        seat = seat_of(part.request)
-        assert row == seat.row and seat is part.seat
+        assert row == seat.row and seat is seat_of(seat.request)
         assert shard_computed[row] == seat.num_computed <= BLOCK * len(seat.block_ids)
