@@ -382,7 +382,7 @@ class LLM:
         return [self._output(prompt, group, texts) for prompt, group in zip(prompts, groups, strict=True)]
 
     def _stream(self, requests: list[Request]) -> Iterator[OutputDelta]:
-        for delta in self._deltas(requests, lambda new: new):
+        for delta in self._deltas(requests):
             request = delta.request
             yield OutputDelta(
                 request.request_id,
@@ -394,24 +394,28 @@ class LLM:
                 request.error if delta.finished else None,
             )
 
-    def _deltas(self, requests: list[Request], sift: Callable[[list[Delta]], list[Delta]]) -> Iterator[Delta]:
+    def _deltas(
+        self, requests: list[Request], sift: Callable[[list[Delta]], list[Delta]] | None = None
+    ) -> Iterator[Delta]:
         """Runs requests; leaving early, by an exception or Ctrl-C too, aborts those that still run.
 
         Args:
             sift: called on the engine's thread, picks what is wanted of what is new, the last of each request at least.
+                None wants all of it.
         """
         deltas: queue.SimpleQueue[list[Delta] | BaseException] = queue.SimpleQueue()
         self._queues.add(deltas)
         ids = {request.request_id for request in requests}
 
-        def sink(new: list[Delta]) -> None:
-            if wanted := sift(new):
+        def put_some(new: list[Delta]) -> None:
+            if sift is not None and (wanted := sift(new)):
                 deltas.put(wanted)
 
         def add(engine: Engine) -> None:
             if taken := ids & engine.request_ids:
                 raise InvalidValueError("request_id", min(taken), "a request with this id still runs")
             for request in requests:
+                sink = deltas.put if sift is None else put_some
                 engine.add(request, self._inputs.text_stream(request.params), sink)
 
         running = len(requests)

@@ -149,7 +149,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         fields.append(grammars.setdefault(grammar, len(grammars)))
         admits.append((a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, fields))
     decodes = [row for row, count in plan.computes if count == 1]
-    chunks = _flatten([c for c in plan.computes if c[1] != 1])
+    chunks = [] if len(decodes) == len(plan.computes) else _flatten([c for c in plan.computes if c[1] != 1])
     graphs = (plan.bucket, plan.capture)
     return pack((plan.step, plan.drops, list(grammars), admits, _flatten(plan.appends), decodes, chunks, *graphs))
 
