@@ -249,7 +249,8 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
         prepare_kernels(quiet)
     # Later engines have later epochs, so that a router can tell a restart from a gap.
     events = KvEvents(time.time_ns())
-    generations = GenerationFactory(config, make_factory(config, spec), max_model_len, sizes, events, wire)
+    resolved = config.model_copy(update={"device": spec.device})
+    generations = GenerationFactory(resolved, make_factory(config, spec), max_model_len, sizes, events, wire)
     with contextlib.ExitStack() as undo:  # until all of it stands
         undo.callback(generations.close)
         with _load_progress(quiet) as progress:

@@ -14,6 +14,7 @@ from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation
+from headwise.runtime.engine.graphs import Graphs
 from headwise.runtime.engine.prefilling import Prefilling
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.scheduler import Scheduler
@@ -291,16 +292,19 @@ class Bench:
         quota: float | None = None,
         inbound: Callable[[PrefixCache, Ledger], Inbound] | None = None,
         outbound: Callable[[Ledger], Outbound] | None = None,
+        graph_rows: int = 0,
         **cache: Any,
     ) -> None:
         """
         Args:
             tiers: blocks of host memory and disk.
             inbound, outbound: make those of an engine that hands over KV.
+            graph_rows: of the largest decode graph, as on a GPU; 0 has none.
             cache: other arguments of its PrefixCache.
         """
         self.events = KvEvents(1)
         self._make, self._cache, self._tiers, self._quota = (inbound, outbound), cache, tiers, quota
+        self._graph_rows = graph_rows
         generation = self.generation(group or PlainGroup(), blocks)
         self.engine = Engine(generation, Scheduler(generation.tables, rows, budget, mixed), self.events, depth)
         if self.outbound is not None:
@@ -323,7 +327,7 @@ class Bench:
         self.inbound = inbound(self.cache, ledger) if inbound is not None else None
         self.outbound = outbound(ledger) if outbound is not None else None
         tables, pins = BlockTables(self.cache, self.tiers, self.inbound), Pins(self.cache, blocks - 8)
-        books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound)
+        books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound, Graphs(self._graph_rows))
         return Generation(self.events.epoch, group, *books)
 
     def resume(self, group: PlainGroup | None = None, blocks: int | None = None) -> None:

@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return not self.rebuilding and (self._is_busy or self._check.running)
+        return not self.rebuilding and (self._is_busy or self._check.running or self.generation.graphs.due)
 
     @property
     def step_limit_s(self) -> float:
@@ -390,7 +390,11 @@ class Engine:
     def _submit_next(self) -> bool:
         """Submits a step, if there is anything to compute."""
         started = time.perf_counter()
-        schedule = self._scheduler.schedule()
+        schedule, graphs = self._scheduler.schedule(), self.generation.graphs
+        if schedule is None and graphs.due and not self._is_busy:
+            schedule = self._scheduler.empty_step()
+        if schedule is not None:
+            graphs.fill(schedule.plan)
         scheduled = time.perf_counter()
         self._seconds["schedule"] += scheduled - started
         if schedule is None:
@@ -411,7 +415,8 @@ class Engine:
         collected = time.perf_counter()
         if failpoints.ENABLED:
             failpoints.hit(Point.ENGINE_OUTPUT)
-        self.pace.saw_step(time.monotonic() - awaited.since, awaited.schedule.num_tokens)
+        if not awaited.schedule.plan.capture:
+            self.pace.saw_step(time.monotonic() - awaited.since, awaited.schedule.num_tokens)
         self._awaited = None
         self._check_order(output)
         self._process(self._in_flight.popleft(), output)
@@ -419,7 +424,7 @@ class Engine:
         self._seconds["emit"] += time.perf_counter() - collected
 
     def _limit_s(self, schedule: Schedule) -> float:
-        return self.pace.limit_s(schedule.num_tokens, schedule.num_grammars)
+        return self.pace.limit_s(schedule.num_tokens, schedule.num_grammars, bool(schedule.plan.capture))
 
     def _check_order(self, output: StepOutput) -> None:
         """
@@ -432,21 +437,21 @@ class Engine:
 
     def _process(self, schedule: Schedule, output: StepOutput) -> None:
         self.num_steps += 1
-        tokens, failed = dict(output.tokens), dict(output.failed)
+        tokens, failed, logprobs = dict(output.tokens), dict(output.failed), output.logprobs
         self._push_blocks(schedule, failed)
         # A grammar that fails says nothing against the keys and values that others wait for.
         self._scheduler.complete(schedule, failed.keys() - set(output.verified))
         for seat in schedule.seats:
-            request = seat.request
+            request, row = seat.request, seat.row
             if seat.num_done < seat.num_given or request.state is RequestState.FINISHED:
                 continue  # it has no token yet; or it has ended since, so that its token is void
             live = self._live[request.key]
-            if seat.row in failed:
-                request.error = failed[seat.row]
+            if row in failed:
+                request.error = failed[row]
                 self._emit(live, end(request, live.text, FinishReason.ERROR))
             else:
                 self.num_generated_tokens += 1
-                self._emit(live, take_token(request, live.text, tokens[seat.row], output.logprobs.get(seat.row)))
+                self._emit(live, take_token(request, live.text, tokens[row], logprobs.get(row) if logprobs else None))
         self._learn_cost(schedule, output)
         self._deliver()
 
@@ -472,16 +477,20 @@ class Engine:
 
     def _emit(self, live: _Live, delta: Delta) -> None:
         """Notes a delta for its sink; the last one ends its request."""
-        if delta.finished:
-            del self._live[live.request.key]
-            samples = self._samples[live.request.request_id]
-            del samples[live.request.key]
-            if not samples:
-                del self._samples[live.request.request_id]
-            self._num_paused -= live.request.paused
+        if not delta.finished:
+            self._new.setdefault(live.sink, []).append(delta)
+            return
+        request = live.request
+        del self._live[request.key]
+        samples = self._samples[request.request_id]
+        del samples[request.key]
+        if not samples:
+            del self._samples[request.request_id]
+        self._num_paused -= request.paused
         self._new.setdefault(live.sink, []).append(delta)
-        if delta.finished:  # last: what is on its way for the request is ended, and the group may be found dead
-            self._scheduler.finish(live.request)
+        if request.generated:
+            self.generation.graphs.begin()
+        self._scheduler.finish(request)  # last: what is on its way for it is ended, and the group may be found dead
 
     def _deliver(self) -> None:
         new, self._new = self._new, {}

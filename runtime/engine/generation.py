@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headwise.cluster.group import GroupFactory, Progress, ShardGroup
 from headwise.runtime.config import DEFAULT_KV_MEMORY, EngineConfig, HandoffConfig
 from headwise.runtime.engine.block_tables import BlockTables
+from headwise.runtime.engine.graphs import Graphs
 from headwise.runtime.engine.tier_sizes import TierSizes
 from headwise.runtime.handoff.choice import HandoffCost
 from headwise.runtime.handoff.inbound import Inbound
@@ -49,6 +50,7 @@ class Generation:
         tiers: None where there is no host memory or disk for blocks.
         inbound: the prompts that other engines compute for this one; None where none do.
         outbound: the prompts that this engine computes for others; None where it does not.
+        graphs: the decode graphs of its shards.
     """
 
     epoch: int
@@ -60,6 +62,7 @@ class Generation:
     pins: Pins
     inbound: Inbound | None = None
     outbound: Outbound | None = None
+    graphs: Graphs = field(default_factory=lambda: Graphs(0))
 
     @property
     def handing_over(self) -> bool:
@@ -128,6 +131,7 @@ class GenerationFactory:
     ) -> None:
         """
         Args:
+            config: its device is no longer ``auto``.
             groups: makes their groups; this factory closes it.
             sizes: of the tiers.
             max_model_len: of the model. A later group whose memory holds fewer tokens serves shorter requests.
@@ -208,7 +212,8 @@ class GenerationFactory:
         elif config.handoff is not None:
             outbound = Outbound(ledger, events.epoch, config.block_size)
         tables = BlockTables(cache, tiers, inbound)
-        return Generation(events.epoch, group, cache, tables, ledger, tiers, Pins(cache, spare), inbound, outbound)
+        pins, graphs = Pins(cache, spare), Graphs(config.max_num_seqs if config.device == "cuda" else 0)
+        return Generation(events.epoch, group, cache, tables, ledger, tiers, pins, inbound, outbound, graphs)
 
     def close(self) -> None:
         """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""

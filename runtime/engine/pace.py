@@ -14,6 +14,8 @@ SLOW_TOKENS = 8
 """So many times what its tokens should take, too."""
 GRAMMAR_S = 0.5
 """What a step may wait for a grammar to be compiled: five times what is let through, for the core may be another's."""
+CAPTURE_S = 20.0
+"""What a step may take longer that captures a graph: ten times what is usual."""
 FIRST_STEP_TIMEOUT_S = 600.0
 """Of a step while none was measured: a large model on a slow machine computes a long prompt."""
 STEP_HALF_LIFE_S = 3600.0
@@ -41,7 +43,7 @@ class Pace:
         return seconds * math.pow(0.5, (time.monotonic() - ended) / STEP_HALF_LIFE_S)
 
     def saw_step(self, seconds: float, num_tokens: int) -> None:
-        """A step with so many tokens was done, seconds after somebody began to wait for it."""
+        """A step with so many tokens was done, seconds after somebody began to wait for it. It captured no graph."""
         if seconds > self.slowest_step_s:
             self._slowest = seconds, time.monotonic()
         self._most_s = max(self._most_s, seconds / num_tokens)
@@ -50,13 +52,15 @@ class Pace:
         """A step computed so many tokens of prompts, and hardly anything else."""
         self.token_s = running_mean(self.token_s, seconds / num_tokens)
 
-    def limit_s(self, num_tokens: int, num_grammars: int = 0) -> float:
-        """How long a step may take with so many tokens, which waits for so many grammars. Steps that generate tokens
-        tell what those of a prompt take at most, until one that computes a prompt was measured."""
+    def limit_s(self, num_tokens: int, num_grammars: int = 0, captures: bool = False) -> float:
+        """How long a step may take with so many tokens, which waits for so many grammars, and maybe captures a graph.
+        Steps that generate tokens tell what those of a prompt take at most, until one that computes a prompt was
+        measured."""
+        capture_s = CAPTURE_S if captures else 0.0
         if self._step_timeout_s is not None:
-            return self._step_timeout_s
+            return self._step_timeout_s + capture_s
         if not self._most_s:
             return FIRST_STEP_TIMEOUT_S
         tokens_s = num_tokens * (self._most_s if self.token_s is None else self.token_s)
         steps_s = max(MIN_STEP_TIMEOUT_S, SLOW_STEPS * self.slowest_step_s, SLOW_TOKENS * tokens_s)
-        return steps_s + GRAMMAR_S * num_grammars
+        return steps_s + GRAMMAR_S * num_grammars + capture_s

@@ -119,6 +119,10 @@ class Scheduler:
         self._admit_waiting(draft)
         return self._build(draft) if draft.counts else None
 
+    def empty_step(self) -> Schedule:
+        """A step that computes nothing, for what else the shards are to do in it."""
+        return self._build(_Draft(0, 0))
+
     def complete(self, schedule: Schedule, failed: Collection[int] = ()) -> None:
         """The step is done, and is the oldest in flight; its tokens are the engine's to append.
 

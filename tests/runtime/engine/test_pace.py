@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from headwise.runtime.engine import pace as pace_module
-from headwise.runtime.engine.pace import FIRST_STEP_TIMEOUT_S, MIN_STEP_TIMEOUT_S, Pace
+from headwise.runtime.engine.pace import CAPTURE_S, FIRST_STEP_TIMEOUT_S, MIN_STEP_TIMEOUT_S, Pace
 from headwise.workers.plan import StepOutput
 from tests.plain_group import Bench, make_request
 
@@ -45,6 +45,14 @@ def test_a_slow_step_counts_less_as_time_goes_by(monkeypatch: pytest.MonkeyPatch
 def test_a_setting_holds_for_every_step() -> None:
     pace = Pace(2.5)
     assert pace.limit_s(1) == pace.limit_s(100_000) == 2.5
+
+
+def test_a_step_that_captures_a_graph_may_take_longer_whatever_the_setting() -> None:
+    pace = Pace(0.5)
+    assert pace.limit_s(1, captures=True) == 0.5 + CAPTURE_S
+    pace = Pace()
+    pace.saw_step(0.02, 1)
+    assert pace.limit_s(0, captures=True) == MIN_STEP_TIMEOUT_S + CAPTURE_S
 
 
 def test_a_step_may_wait_for_grammars() -> None:
