@@ -17,6 +17,7 @@ from headwise.runtime.bench import figures, report
 from headwise.runtime.bench.bounds import bounds_of_run, chunks
 from headwise.runtime.bench.workload import UnsteadyError, greedy, prompts, steady_rows
 from headwise.runtime.config import engine_config
+from headwise.runtime.heap import frozen_heap
 from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
 from headwise.workers.model.model_config import load_model_config
@@ -80,6 +81,7 @@ def run(
     samples: dict[str, Sample] = {}
     with (
         LLM(model, **settings) as llm,
+        frozen_heap(),  # as a server has it
         tqdm(total=len(cases) * repeats, desc="measuring", unit="reading", file=sys.stderr) as bar,
     ):
         for batch in batches:

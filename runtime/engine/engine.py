@@ -43,13 +43,6 @@ class _Live(NamedTuple):
     sink: Sink
 
 
-class _Awaited(NamedTuple):
-    """A step that is waited for, and since when."""
-
-    since: float
-    schedule: Schedule
-
-
 class Engine:
     """Runs requests on the shard group of a generation; when the group dies, on that of the next.
 
@@ -96,7 +89,7 @@ class Engine:
         self._cpu_seconds = 0.0
         self._check = IdleCheck(scheduler.checks)
         self._num_paused = 0
-        self._awaited: _Awaited | None = None
+        self._awaited: tuple[float, Schedule] | None = None  # since when the engine waits for which step
         self._capacity: int | None = None  # tokens that fit the KV memory, once another group has it
         self._pinned: list[Pinned] = []  # when the group died
         self._reset_wanted = False
@@ -110,7 +103,7 @@ class Engine:
     def step_limit_s(self) -> float:
         """How long the step that is waited for may take, or any other. May be read by other threads."""
         awaited = self._awaited
-        return self._limit_s(awaited.schedule) if awaited else self.pace.limit_s(0)
+        return self._limit_s(awaited[1]) if awaited else self.pace.limit_s(0)
 
     @property
     def hang(self) -> str | None:
@@ -410,13 +403,13 @@ class Engine:
 
     def _collect_oldest(self) -> None:
         started = time.perf_counter()
-        self._awaited = awaited = _Awaited(time.monotonic(), self._in_flight[0])
+        since, schedule = self._awaited = time.monotonic(), self._in_flight[0]
         output = self.generation.group.collect()
         collected = time.perf_counter()
         if failpoints.ENABLED:
             failpoints.hit(Point.ENGINE_OUTPUT)
-        if not awaited.schedule.plan.capture:
-            self.pace.saw_step(time.monotonic() - awaited.since, awaited.schedule.num_tokens)
+        if not schedule.plan.capture:
+            self.pace.saw_step(time.monotonic() - since, schedule.num_tokens)
         self._awaited = None
         self._check_order(output)
         self._process(self._in_flight.popleft(), output)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from headwise.runtime.engine.request import Request
 from headwise.runtime.output import FinishReason
 from headwise.workers.plan import TokenLogprobs
 
 
-class Delta(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Delta:
     """What is new of a request since its last delta.
 
     Attributes:

@@ -23,6 +23,7 @@ from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.handoff.service import HandoffService
+from headwise.runtime.heap import frozen_heap
 from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.handoff import AsyncHandoffService
@@ -141,7 +142,8 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
     with _terminable():
         llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
         try:
-            return asyncio.run(run(Server(llm, options, llm.handoff_service())))
+            with frozen_heap():
+                return asyncio.run(run(Server(llm, options, llm.handoff_service())))
         finally:
             llm.shutdown()  # where something came before run() could
 
