@@ -38,6 +38,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: a collection need not look through it, and takes a tenth of the time
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton, at exit, reports what nobody collects as leaks
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Gives the directory of a small checkpoint by shape and config changes; each is written once."""
