@@ -12,7 +12,6 @@ import pytest
 from headwise.runtime import LLM
 from headwise.runtime.engine.engine import Engine
 from tests.cluster.test_ray_group import nothing_left
-from tests.cluster.test_ray_group import one_ray as one_ray
 from tests.runtime.kv.test_prefix_parity import (
     GREEDY,
     SHAPE,
@@ -22,13 +21,14 @@ from tests.runtime.kv.test_prefix_parity import (
     settle,
     some_tokens,
     tokens,
+    without_cache,
 )
 
-__all__ = ["always_restore", "one_ray"]  # fixtures
+__all__ = ["always_restore"]  # a fixture
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("always_restore")
+@pytest.mark.usefixtures("always_restore", "one_ray")
 def test_ranks_in_processes_restore_from_host_and_disk(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     chance = random.Random(4)
     starts = [some_tokens(chance, length) for length in (64, 80, 96, 97, 112)]
@@ -38,8 +38,7 @@ def test_ranks_in_processes_restore_from_host_and_disk(checkpoint: Callable[...,
         common = {"tensor_parallel_size": 2, "cpus_per_rank": 0.5, "max_model_len": 176, "quiet": True}
         return LLM(checkpoint(SHAPE), **{"kv_memory": "64MiB"} | common | settings)
 
-    with llm(enable_prefix_caching=False) as plain:
-        expected = tokens(plain.generate(prompts, GREEDY))
+    expected = without_cache(checkpoint(SHAPE), prompts)
     pids: list[int] = []
     tiers = {"num_blocks": 12, "host_kv_memory": 13 * block_bytes(2), "disk_kv_path": tmp_path / "kv"}
     with llm(**tiers) as first:

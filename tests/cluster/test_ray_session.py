@@ -96,7 +96,7 @@ def test_a_ray_that_the_program_starts_later_prints(
     assert "hello" in capsys.readouterr().out
 
 
-@pytest.mark.thorough
+@pytest.mark.slow  # tests above show what the harness of chaos needs of it
 def test_on_a_ray_of_somebody_elses(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
     """Ranks have the failpoints, and the placement groups of others are not taken for this program's."""
     run = subprocess.run(

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ from tests.runtime.test_parity import prompts
 DEADLINE_S = 60.0
 LONG = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.9, seed=7, max_tokens=300, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    yield
-    ray.shutdown()
 
 
 def make(directory: Path, **settings: Any) -> LLM:
@@ -89,7 +82,7 @@ def test_streams_go_on_when_any_rank_or_all_are_killed(checkpoint: Callable[...,
     with make(checkpoint("uneven")) as llm:
         streams = Streams(llm)
         right, dead = streams.alone(), list[int]()
-        for count, ranks in enumerate([[0], [1], [0, 1]], start=1):
+        for count, ranks in enumerate([[0], [0, 1]], start=1):  # rank 1 alone is killed in the test of spares
             pids = llm.stats()["shard_pids"]
 
             def kill(pids: list[int] = pids, ranks: list[int] = ranks) -> None:
@@ -138,6 +131,7 @@ def test_spare_shards_are_refused_where_they_are_of_no_use(checkpoint: Callable[
 
 @pytest.mark.slow
 def test_ranks_of_a_node_that_is_gone_are_started_on_another(checkpoint: Callable[..., Path]) -> None:
+    ray.shutdown()  # the one of other tests
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
     try:
         node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
