@@ -5,11 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,7 @@ from headwise.workers.errors import HeadwiseError
 from tests.checkpoints import write_checkpoint
 from tests.runtime.conftest import LOCAL, Run
 from tests.runtime.inputs.test_tokenizer import TOKENIZERS, byte_level
-
-DEADLINE_S = 120
+from tests.runtime.server.conftest import Running, serve  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +74,10 @@ def test_generate_streams_the_text_to_stdout(headwise: Run, model: Path) -> None
     assert (code, out) == (0, text + "\n")
 
 
-@pytest.mark.thorough
-def test_generate_json_is_one_object_and_nothing_else(model: Path) -> None:
-    arguments = ["generate", "hello", "--model", str(model), "--max-tokens", "6", "--json", *LOCAL]
-    done = subprocess.run(
-        [sys.executable, "-m", "headwise.runtime.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    output = json.loads(done.stdout)
+def test_generate_json_is_one_object_and_nothing_else(headwise: Run, model: Path) -> None:
+    code, out, _ = headwise("generate", "hello", "--model", str(model), "--max-tokens", "6", "--json", *LOCAL)
+    assert code == 0 and out.count("\n") == 1
+    output = json.loads(out)
     assert output["prompt"] == "hello" and output["finished"] and output["error"] is None
     [sample] = output["outputs"]
     assert (sample["index"], sample["text"], sample["finish_reason"]) == (0, expected(model, "hello"), "length")
@@ -152,34 +140,19 @@ def test_a_form_that_only_the_model_can_refuse_is_told_in_flags(
     assert (code, out) == (2, "") and err.endswith("headwise: --choice=['left', 'right']: knows no grammars\n")
 
 
-@contextmanager
-def ended(server: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        server.terminate()
-        assert server.wait(DEADLINE_S) == 0
-
-
-def test_generate_asks_a_server(headwise: Run, model: Path) -> None:
-    arguments = ["serve", "--model", str(model), "--port", "0", "--json", *LOCAL]
-    command = [sys.executable, "-m", "headwise.runtime.cli", *arguments]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server,
-        ended(server),
-    ):
-        assert server.stdout is not None
-        address = json.loads(server.stdout.readline())["address"]
-        question = ["generate", "hello", "--server", address, "--max-tokens", "6"]
-        code, out, err = headwise(*question)
-        assert (code, out, err) == (0, expected(model, "hello") + "\n", "")
-        code, out, _ = headwise(*question, "--chat", "--json")
-        answer = json.loads(out)
-        assert code == 0 and answer["samples"][0]["text"] == expected(model, "user:hello ")
-        code, out, err = headwise(*question, "--choice", "left", "--choice", "right")
-        assert code == 0 and out in ("left\n", "right\n")
-        code, out, err = headwise(*question, "--temperature", "-1")
-        assert (code, out) == (2, "") and "temperature=-1" in err
+def test_generate_asks_a_server(headwise: Run, model: Path, serve: Callable[..., Running]) -> None:  # noqa: F811
+    server = serve(model)
+    question = ["generate", "hello", "--server", server.address, "--max-tokens", "6"]
+    code, out, err = headwise(*question)
+    assert (code, out, err) == (0, expected(model, "hello") + "\n", "")
+    code, out, _ = headwise(*question, "--chat", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["samples"][0]["text"] == expected(model, "user:hello ")
+    code, out, err = headwise(*question, "--choice", "left", "--choice", "right")
+    assert code == 0 and out in ("left\n", "right\n")
+    code, out, err = headwise(*question, "--temperature", "-1")
+    assert (code, out) == (2, "") and "temperature=-1" in err
+    assert server.end() == 0
     code, out, err = headwise(*question)
     assert (code, out) == (1, "") and "Traceback" not in err
 
