@@ -277,9 +277,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, cache: Path) -> 
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("cache")
-def test_smollm2() -> None:
-    smollm2 = resolve("smollm2")
+def test_smollm2(smollm2: Path) -> None:
     config = load_model_config(smollm2)
     verify_checkpoint(smollm2, config)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
