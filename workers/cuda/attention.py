@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwise.workers.cuda.attention_plan import Items, cut_step
-from headwise.workers.cuda.launch import INTERPRETED, TRITON, num_programs, padded
+from headwise.workers.cuda.launch import FP_FUSION, INTERPRETED, TRITON, num_programs, padded
 from headwise.workers.cuda.step_pack import pack_attention
 from headwise.workers.cuda.tiling import SMALL_ROWS, Tiling, tilings
 from headwise.workers.kv.cache import KVCache
@@ -120,12 +120,18 @@ class TritonAttention(AttentionBackend):
                 INTERPRETED=INTERPRETED,
                 num_warps=tiling.warps,
                 num_stages=tiling.stages,
+                enable_fp_fusion=FP_FUSION,
             )
             if launch.num_sums:
                 elements = tiling.rows * sizes["PADDED_DIM"]
                 warps = min(16, max(4, elements // 256))  # 8 elements of each sum a thread; with more, registers spill
                 kernels.add_parts[programs](
-                    *(o_THD, self._sums, *shared), TILES=launch.tiles, **sizes, ROWS=tiling.rows, num_warps=warps
+                    *(o_THD, self._sums, *shared),
+                    TILES=launch.tiles,
+                    **sizes,
+                    ROWS=tiling.rows,
+                    num_warps=warps,
+                    enable_fp_fusion=FP_FUSION,
                 )
         return o_THD
 

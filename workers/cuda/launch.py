@@ -13,6 +13,10 @@ TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on the CPU, slowly; read at import, as Triton does."""
 
+FP_FUSION = True
+"""Of every launch: a product and a sum become one instruction. Each launch says so, for what Triton does by itself will
+be another in 3.10."""
+
 _PROGRAMS_PER_PROCESSOR = 4
 
 

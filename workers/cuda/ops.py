@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headwise.workers.cuda import ops_kernels as kernels
-from headwise.workers.cuda.launch import padded
+from headwise.workers.cuda.launch import FP_FUSION, padded
 from headwise.workers.kv.cache import KVCache
 
 _COLUMNS = 1024
@@ -31,7 +31,9 @@ class TritonOps:
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         rows, size = len(gate_up_TM), gate_up_TM.shape[1] // 2
         o_TM = torch.empty((rows, size), dtype=gate_up_TM.dtype, device=gate_up_TM.device)
-        kernels.gate_rows[(rows, -(-size // _COLUMNS))](o_TM, gate_up_TM, SIZE=size, COLUMNS=_COLUMNS)
+        kernels.gate_rows[(rows, -(-size // _COLUMNS))](
+            o_TM, gate_up_TM, SIZE=size, COLUMNS=_COLUMNS, enable_fp_fusion=FP_FUSION
+        )
         return o_TM
 
     def rotate_and_write(
@@ -46,10 +48,11 @@ class TritonOps:
             BLOCK_SIZE=cache.block_size,
             PADDED_HEADS=padded(heads),
             PADDED_HALF=padded(head_dim // 2),
+            enable_fp_fusion=FP_FUSION,
         )
 
 
 def _row(size: int) -> dict[str, int]:
-    """The sizes of a row, and warps that each take about eight elements a thread."""
-    room = padded(size)
-    return {"SIZE": size, "PADDED": room, "num_warps": min(16, max(1, room // 256))}
+    """Of a launch: the sizes of a row, and warps that each take about eight elements a thread."""
+    room, fusion = padded(size), {"enable_fp_fusion": FP_FUSION}
+    return {"SIZE": size, "PADDED": room, "num_warps": min(16, max(1, room // 256))} | fusion

@@ -19,6 +19,11 @@ from headwise.workers.cuda.ops import TritonOps
 from headwise.workers.kv.cache import INTEGERS, KVCache
 from headwise.workers.model.attention import AttentionBatch
 
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("error:TRITON_DEFAULT_FP_FUSION"),  # a launch has left that to Triton
+]
+
 OF_SERVING = [(torch.bfloat16, 64), (torch.bfloat16, 128)]
 OTHERS = [
     (dtype, dim)
