@@ -1,4 +1,4 @@
-"""Runs the tests of interpreted/ in a process of their own."""
+"""Runs the tests of interpreted/ in a process of their own: one for all, for it starts with seconds of imports."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.effort import thorough
+
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
-DEADLINE_S = 280.0
+FOLDER = Path(__file__).parent / "interpreted"
+DEADLINE_S = 580.0
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "interpreted").glob("test_*.py")))
-def test_in_the_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted" / file)]
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("which", [thorough("not slow"), pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, str(FOLDER)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -26,25 +26,25 @@ def triton(case: Case, dtype: torch.dtype = torch.float32) -> TritonAttention:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
+    groups = draw(st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2))
+    most_queries = 2 * 64 // max(groups) + 6  # on three tiles; more would only take the interpreter seconds
     rows = []
     for _ in range(draw(st.integers(1, 4))):
         context = draw(st.sampled_from(BORDERS) | st.integers(1, 300))
-        queries = draw(st.just(1) | st.integers(1, min(context, 70)))
+        queries = draw(st.just(1) | st.integers(1, min(context, 70, most_queries)))
         rows.append((queries, context))
-    groups = draw(st.lists(st.sampled_from(GROUPS), min_size=1, max_size=2))
     q_starts = tuple(np.cumsum([0, *groups]).tolist())
     head_dim, block_size = draw(st.sampled_from([64, 80, 96, 128, 256])), draw(st.sampled_from([16, 16, 32]))
     return Case(rows, q_starts, head_dim, block_size, draw(st.integers(0, 2**31)))
 
 
-@examples(40)
+@examples(25)
 @given(case=cases())
 def test_is_dense_attention(case: Case) -> None:
     assert_close(case.run(triton(case)), case.dense(), 1e-5)
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 16, 32])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 128), (3, 64), (4, 128), (8, 64), (16, 128), (32, 64)])
 def test_half_precision(group: int, head_dim: int) -> None:
     case = Case([(1, 600), (20, 90), (1, 1), (70, 130)], (0, group, 2 * group), head_dim)
     o_THD = case.run(triton(case, torch.float16))
@@ -58,7 +58,7 @@ def test_bfloat16_as_far_as_the_interpreter_goes() -> None:
     assert_close(case.run(triton(case, torch.bfloat16)), case.dense(), 0.05)
 
 
-@examples(15)
+@examples(8)
 @given(case=cases())
 def test_a_row_has_the_same_bits_alone(case: Case) -> None:
     backend = triton(case)

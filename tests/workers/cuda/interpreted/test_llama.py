@@ -25,7 +25,17 @@ def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GridExecutor, "__call__", locked)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("shape", list(test_llama.SHAPES))
+SHAPES_AND_RANKS = {("mha", 1), ("gqa", 1), ("uneven", 2), ("mqa", 2)}
+"""In CI: ranks with a head a KV head, with several, with unlike numbers of heads, and with copies of one KV head."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp"),
+    [
+        pytest.param(shape, tp, marks=() if (shape, tp) in SHAPES_AND_RANKS else pytest.mark.slow)
+        for shape in test_llama.SHAPES
+        for tp in (1, 2)
+    ],
+)
 def test_logits_are_those_of_transformers(checkpoint: Callable[..., Path], shape: str, tp: int) -> None:
     test_llama.test_logits_are_those_of_transformers(checkpoint, shape, "cuda", tp)
