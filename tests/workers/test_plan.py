@@ -156,7 +156,7 @@ def test_junk_bytes_raise_nothing_but_value_error(data: bytes) -> None:
     assert_value_error_or_nothing(data)
 
 
-@examples(500)
+@examples(250)
 @given(st.one_of(values, *(st.lists(values, min_size=n, max_size=n) for n in (6, 7))))
 def test_foreign_messages_raise_nothing_but_value_error(message: Any) -> None:
     assert_value_error_or_nothing(msgpack.packb(message))

@@ -386,6 +386,6 @@ class CollidingMachine(TablesMachine):
 
 
 for machine in (TablesMachine, CollidingMachine):
-    machine.TestCase.settings = examples(300, stateful_step_count=50)
+    machine.TestCase.settings = examples(150, stateful_step_count=50)
 TestTables = TablesMachine.TestCase
 TestColliding = CollidingMachine.TestCase

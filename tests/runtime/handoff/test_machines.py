@@ -195,7 +195,7 @@ class HandoffMachine(RuleBasedStateMachine):
 
 
 TestHandoffMachine = HandoffMachine.TestCase
-TestHandoffMachine.settings = examples(400, stateful_step_count=60)
+TestHandoffMachine.settings = examples(250, stateful_step_count=60)
 
 
 def make_wish(prompt: tuple[int, ...], transfer: int, sound: bool = True) -> Wish:
