@@ -322,6 +322,7 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
         r.streamed = data.draw(st.booleans())
     requests = list(todo)
     in_flight: deque[Schedule] = deque()
+    sampling: deque[set[Seat]] = deque()  # by those steps
     shard_computed: dict[int, int] = {}
     for _ in range(2000):
         if todo and data.draw(st.booleans()):
@@ -332,9 +333,13 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
         while len(in_flight) < depth and (step := sched.schedule()) is not None:
             _check_plan(step, shard_computed, budget, mixed)
             in_flight.append(step)
+            sampling.append({s for s in step.seats if s.num_computed >= s.num_given})
+            _check_counts(requests, in_flight, sampling)
         pool.check_integrity()
         if in_flight:
+            sampling.popleft()
             finish_step(sched, in_flight.popleft())
+            _check_counts(requests, in_flight, sampling)
         elif not todo:
             break
     assert all(r.state is RequestState.FINISHED for r in requests)
@@ -343,6 +348,21 @@ def test_everything_is_computed_once_and_everything_is_given_back(depth: int, da
 
 def _parts(step: Schedule) -> Iterator[tuple[Seat, tuple[int, int]]]:
     return zip(step.seats, step.plan.computes, strict=True)
+
+
+def _check_counts(requests: list[Request], in_flight: deque[Schedule], sampling: deque[set[Seat]]) -> None:
+    """What follows from the numbers of a seat is what comes out if the steps in flight are counted."""
+    for request in requests:
+        if (seat := request.seat) is None or request.state is RequestState.FINISHED:
+            continue
+        pending = sum(seat in seats for seats in sampling)
+        known = len(request.prompt_token_ids) + len(request.generated)
+        assert seat.num_pending == pending and request.num_tokens == known + pending
+        assert seat.is_in_flight is any(seat in step.seats for step in in_flight)
+        assert seat.num_slots == BLOCK * len(seat.block_ids)
+        if request.state is RequestState.RUNNING:
+            ends = len(request.generated) + pending >= request.max_tokens
+            assert request.num_uncomputed == (0 if ends else known + pending - seat.num_computed)
 
 
 def _check_plan(step: Schedule, shard_computed: dict[int, int], budget: int, mixed: int) -> None:
