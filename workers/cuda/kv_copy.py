@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headwise.workers.cuda import kv_copy_kernels as kernels
 from headwise.workers.cuda.gpu import Event, Gpu
+from headwise.workers.cuda.launch import FP_FUSION
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import INTEGERS, Bits, KVCache
 from headwise.workers.kv.handoff import Range
@@ -243,6 +244,7 @@ def launch(kernel: Any, cache: KVCache, staging: Tensor, listed: Tensor, heads: 
         *(staging, cache.keys.view(integer), cache.values.view(integer), listed),
         *(cache.num_blocks, layers[0], num_layers, cache.num_kv_heads * head, heads[0] * head, run),
         ELEMENTS=elements,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
