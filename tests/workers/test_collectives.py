@@ -150,6 +150,7 @@ def test_one_rank_keeps_its_tensors() -> None:
     group.all_reduce_(x)
     group.broadcast_(x)
     assert same_bits(group.all_gather(x, [3]), torch.arange(6.0).view(2, 3))
+    assert group.gather(x, [3]) is x
     with pytest.raises(InvalidValueError, match="sizes"):
         group.all_gather(x, [1, 2])
 
@@ -180,11 +181,16 @@ def test_all_reduce_is_the_rank_order_sum(world_size: int, shape: list[int], dty
     dtype=st.sampled_from((*DTYPES, torch.bool)),
     seed=st.integers(0, 2**20),
 )
-def test_all_gather_concatenates_by_rank(sizes: list[int], lead: list[int], dtype: torch.dtype, seed: int) -> None:
+def test_gathers_concatenate_by_rank(sizes: list[int], lead: list[int], dtype: torch.dtype, seed: int) -> None:
     parts = [random_tensor([*lead, size], dtype, seed + rank) for rank, size in enumerate(sizes)]
     expected = torch.cat(parts, dim=-1)
-    gathered = in_threads(len(sizes), lambda group: group.all_gather(parts[group.rank], sizes))
-    assert all(same_bits(x, expected) for x in gathered)
+
+    def act(group: Collectives) -> tuple[Tensor, Tensor | None]:
+        return group.all_gather(parts[group.rank], sizes), group.gather(parts[group.rank], sizes)
+
+    everywhere, at_rank_0 = zip(*in_threads(len(sizes), act), strict=True)
+    assert all(same_bits(x, expected) for x in everywhere)
+    assert same_bits(at_rank_0[0], expected) and at_rank_0[1:] == (None,) * (len(sizes) - 1)
 
 
 @pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
@@ -194,16 +200,18 @@ def test_tensors_larger_than_the_buffer(kind: str, dtype: torch.dtype) -> None:
     parts = [random_tensor([count], dtype, rank) for rank in range(3)]
     sizes = [count, 0, 5]
 
-    def act(group: Collectives) -> tuple[Tensor, Tensor, Tensor]:
-        total = parts[group.rank].clone()
+    def act(group: Collectives) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        total, own = parts[group.rank].clone(), parts[group.rank][: sizes[group.rank]]
         group.all_reduce_(total)
         first = parts[group.rank].clone()
         group.broadcast_(first, source=2)
-        return total, group.all_gather(parts[group.rank][: sizes[group.rank]], sizes), first
+        return total, group.all_gather(own, sizes), group.gather(own, sizes), first
 
-    for total, gathered, first in in_threads(3, act, kind):
+    expected = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    for rank, (total, gathered, at_rank_0, first) in enumerate(in_threads(3, act, kind)):
         assert same_bits(total, rank_order_sum(parts))
-        assert same_bits(gathered, torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+        assert same_bits(gathered, expected)
+        assert at_rank_0 is None if rank else same_bits(at_rank_0, expected)
         assert same_bits(first, parts[2])
 
 
@@ -231,7 +239,8 @@ def run_mixed_operations(group: Collectives, count: int) -> int:
     choose = random.Random(11)
     wrong = 0
     for index in range(count):
-        kind, dtype = choose.choice(["reduce", "reduce", "gather", "broadcast", "barrier"]), choose.choice(DTYPES)
+        kind = choose.choice(["reduce", "reduce", "gather", "gather at rank 0", "broadcast", "barrier"])
+        dtype = choose.choice(DTYPES)
         rows, width = choose.randint(1, 4), choose.choice([1, 8, 100, 576])
         parts = [random_tensor([rows, width + rank], dtype, index + rank) for rank in range(group.world_size)]
         if kind == "reduce":
@@ -242,6 +251,10 @@ def run_mixed_operations(group: Collectives, count: int) -> int:
         elif kind == "gather":
             x = group.all_gather(parts[group.rank], [part.shape[-1] for part in parts])
             wrong += not same_bits(x, torch.cat(parts, dim=-1))
+        elif kind == "gather at rank 0":
+            at_rank_0 = group.gather(parts[group.rank], [part.shape[-1] for part in parts])
+            wrong += (at_rank_0 is None) != (group.rank != 0)
+            wrong += at_rank_0 is not None and not same_bits(at_rank_0, torch.cat(parts, dim=-1))
         elif kind == "broadcast":
             source = choose.randrange(group.world_size)
             x = parts[source].clone() if group.rank == source else torch.zeros_like(parts[source])
@@ -490,23 +503,79 @@ def test_a_closed_group_gives_back_memory_and_descriptors() -> None:
     assert len(os.listdir("/proc/self/fd")) < before + rounds
 
 
-@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
-def test_nccl_is_told_which_gpu(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
-    chosen: list[int] = []
+class FakeNccl:
+    """Stands for torch's NCCL group: says what it is asked for, and does nothing."""
 
-    class FakeNccl:
-        class Options:
-            pass
+    class Options:
+        pass
 
-        def __init__(self, store: Any, rank: int, world_size: int, options: Options) -> None:
-            assert (rank, world_size) == (0, 1)
+    def __init__(self, store: Any, rank: int, world_size: int, options: Options) -> None:
+        self.calls: list[tuple[str, Any]] = []
 
-    # As torch.cuda.set_device, a device without an index is a ValueError.
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    def __getattr__(self, name: str) -> Callable[..., FakeNccl]:
+        def call(*arguments: Any) -> FakeNccl:
+            self.calls.append((name, arguments))
+            return self
+
+        return call
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which thread has chosen which GPU."""
+    made: list[tuple[str, int]] = []
+
+    def choose(device: torch.device) -> None:
+        made.append((threading.current_thread().name, _get_device_index(device)))  # an error without an index
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setattr(TorchDistributed, "barrier", lambda self: None)
+    return made
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_nccl_is_told_which_gpu(chosen: list[tuple[str, int]], device: str, index: int) -> None:
     connect(open_rendezvous("nccl", 1), 0, 1, 10.0, device).close()
-    assert chosen == [index]
+    assert chosen == [("MainThread", index), ("headwise-nccl", index)]
+
+
+def test_a_sum_of_nccl_is_one_call(chosen: list[tuple[str, int]]) -> None:
+    group = connect(open_rendezvous("nccl", 1), 0, 1, 10.0, "cuda")
+    assert isinstance(group, TorchDistributed)
+    nccl = group._group
+    x = torch.ones(3, 4)
+    group.all_reduce_(x)
+    assert [name for name, _ in nccl.calls] == ["allreduce", "wait"] and nccl.calls[0][1][0][0] is x
+    nccl.calls.clear()
+    group.all_reduce_(x.T)
+    assert [name for name, _ in nccl.calls] == ["allreduce", "wait"]
+    group.close()
+
+
+def test_ranks_that_nccl_does_not_connect_are_not_waited_for(
+    chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch waits without a limit while NCCL connects."""
+    connected = threading.Event()
+    monkeypatch.setattr(TorchDistributed, "barrier", lambda self: connected.wait(DEADLINE_S))
+    start = time.monotonic()
+    with pytest.raises(RendezvousError, match=r"NCCL did not connect rank 0 of 1 with the others within 0\.2 s"):
+        connect(open_rendezvous("nccl", 1), 0, 1, 0.2, "cuda")
+    assert time.monotonic() - start < 5
+    connected.set()
+    for thread in threading.enumerate():
+        if thread.name == "headwise-nccl":
+            thread.join(DEADLINE_S)
+
+
+def test_why_nccl_did_not_connect_is_told(chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TorchDistributed) -> None:
+        raise RuntimeError("unhandled cuda error")
+
+    monkeypatch.setattr(TorchDistributed, "barrier", fail)
+    with pytest.raises(RendezvousError, match="rank 0 of 1 found no nccl peers: unhandled cuda error"):
+        connect(open_rendezvous("nccl", 1), 0, 1, 10.0, "cuda")
 
 
 def test_why_a_rank_gave_up_can_be_read_once_its_status_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

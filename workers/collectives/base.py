@@ -24,9 +24,9 @@ class Collectives(ABC):
 
     Contract: every rank calls the same operations in the same order with matching shapes and dtypes, from one thread
     at a time. An operation returns on a rank as soon as that rank has its result; only :meth:`barrier` says that the
-    others have come so far. Sums are taken in rank order, ((x0 + x1) + x2) + ..., so that they have the same bits on
-    every rank and in every run. After an operation raised, or after :meth:`abort`, the object is only good for
-    :meth:`close`.
+    others have come so far. On CPUs sums are taken in rank order, ((x0 + x1) + x2) + ..., so that they have the same
+    bits on every rank, in every run and over every transport; on GPUs their bits are those of NCCL's all-reduce. After
+    an operation raised, or after :meth:`abort`, the object is only good for :meth:`close`.
 
     Every operation raises:
         PeerDiedError: a rank died, aborted or closed before it came to this operation.
@@ -40,7 +40,7 @@ class Collectives(ABC):
     def all_reduce_(self, x: Tensor) -> None:
         """Replace ``x`` on every rank by the sum over ranks; any shape.
 
-        float16 and bfloat16 are summed in float32 and rounded once, every other dtype in its own.
+        On CPUs float16 and bfloat16 are summed in float32 and rounded once, every other dtype in its own.
         """
 
     @abstractmethod
@@ -49,6 +49,14 @@ class Collectives(ABC):
 
         Raises:
             InvalidValueError: ``sizes`` does not have a size a rank, or ``x`` not this rank's.
+        """
+
+    @abstractmethod
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """As :meth:`all_gather` on rank 0; None on the other ranks, which get nothing to hold.
+
+        Raises:
+            InvalidValueError: as :meth:`all_gather`.
         """
 
     @abstractmethod
@@ -91,6 +99,9 @@ class Solo(Collectives):
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         self._check_gather(x, sizes)
         return x
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        return self.all_gather(x, sizes)
 
     def broadcast_(self, x: Tensor, source: int = 0) -> None:
         if source != 0:

@@ -31,8 +31,8 @@ SLOT_BYTES = 256 << 10
 """What a rank shows at once; a larger tensor goes in pieces. Two slots of either parity stay in a core's cache."""
 
 _ABSENT, _ATTACHED, _ABORTED, _CLOSED = 0, 1, 2, 3
-_BARRIER, _ALL_REDUCE, _ALL_GATHER, _BROADCAST = 0, 1, 2, 3
-_NAMES = ("barrier", "all_reduce_", "all_gather", "broadcast_")
+_NAMES = ("barrier", "all_reduce_", "all_gather", "broadcast_", "gather")
+_BARRIER, _ALL_REDUCE, _ALL_GATHER, _BROADCAST, _GATHER = range(5)
 
 
 def create_file(world_size: int) -> SharedMemoryFile:
@@ -112,20 +112,11 @@ class SharedMemory(Collectives):
             x.copy_(dense)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        self._check_gather(x, sizes)
-        dense = _dense(x)
-        lead = x.shape[:-1]
-        lengths = [prod(lead) * size * x.element_size() for size in sizes]
-        signature = _signature(_ALL_GATHER, sum(lengths))
-        in_pieces = max(lengths) > SLOT_BYTES
-        pieces: list[list[Tensor]] = [[dense.new_empty(0)] for _ in sizes]
-        for start in range(0, max(lengths), SLOT_BYTES):
-            shown = [max(0, min(length - start, SLOT_BYTES)) for length in lengths]
-            self._exchange(signature, dense.data_ptr() + start, shown[self.rank])
-            for rank, length in enumerate(shown):
-                piece = self._shown(rank, length, x.dtype)
-                pieces[rank].append(piece.clone() if in_pieces else piece)
-        return torch.cat([torch.cat(pieces[rank]).view(*lead, size) for rank, size in enumerate(sizes)], dim=-1)
+        return _side_by_side(self._show_all(x, sizes, _ALL_GATHER, look=True), x, sizes)
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        pieces = self._show_all(x, sizes, _GATHER, look=self.rank == 0)
+        return _side_by_side(pieces, x, sizes) if self.rank == 0 else None
 
     def broadcast_(self, x: Tensor, source: int = 0) -> None:
         if not 0 <= source < self.world_size:
@@ -160,6 +151,22 @@ class SharedMemory(Collectives):
                 os.close(descriptor)
             self._watched.clear()
             # The mapping goes with the object, so that a thread still inside an operation finds it in place.
+
+    def _show_all(self, x: Tensor, sizes: Sequence[int], operation: int, look: bool) -> list[list[Tensor]]:
+        """Shows ``x`` to every rank; returns what each rank has shown, in pieces, if this one is to ``look``."""
+        self._check_gather(x, sizes)
+        dense = _dense(x)
+        lengths = [prod(x.shape[:-1]) * size * x.element_size() for size in sizes]
+        signature = _signature(operation, sum(lengths))
+        in_pieces = max(lengths) > SLOT_BYTES
+        pieces: list[list[Tensor]] = [[dense.new_empty(0)] for _ in sizes]
+        for start in range(0, max(lengths), SLOT_BYTES):
+            shown = [max(0, min(length - start, SLOT_BYTES)) for length in lengths]
+            self._exchange(signature, dense.data_ptr() + start, shown[self.rank])
+            for rank, length in enumerate(shown if look else []):
+                piece = self._shown(rank, length, x.dtype)
+                pieces[rank].append(piece.clone() if in_pieces else piece)
+        return pieces
 
     def _exchange(self, signature: int, address: int, num_bytes: int, num_sums: int = 0) -> None:
         """Show ``num_bytes`` in this rank's slot and wait until every rank has shown its own."""
@@ -280,6 +287,11 @@ def _map_file(path: str, world_size: int) -> mmap.mmap:
         os.close(descriptor)
 
 
+def _side_by_side(pieces: Sequence[Sequence[Tensor]], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    parts = [torch.cat(list(part)).view(*x.shape[:-1], size) for part, size in zip(pieces, sizes, strict=True)]
+    return torch.cat(parts, dim=-1)
+
+
 def _dense(x: Tensor) -> Tensor:
     if not x.is_cpu:
         raise InvalidValueError("x.device", str(x.device), "shared-memory collectives take CPU tensors", "use nccl")
@@ -287,8 +299,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _signature(operation: int, num_bytes: int, source: int = 0) -> int:
-    return (num_bytes << 18) + (source << 2) + operation
+    return (num_bytes << 19) + (source << 3) + operation
 
 
 def _describe(signature: int) -> str:
-    return f"{_NAMES[signature & 3]} of {signature >> 18} bytes"
+    return f"{_NAMES[signature & 7]} of {signature >> 19} bytes"

@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import GatherOptions, PrefixStore, Store, TCPStore
 
 from headwise.workers.collectives.base import Collectives, RendezvousError, sum_in_rank_order
 from headwise.workers.errors import InvalidValueError, PeerDiedError
@@ -38,9 +40,10 @@ def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
 class TorchDistributed(Collectives):
     """A process group of its own, apart from torch's default group: several may live in one process.
 
-    Sums gather every rank's tensor and add them in rank order, on Gloo as on NCCL: a library's own all-reduce sums in
-    an order that depends on the ranks, the size and the network, and this one gives the bits of every other transport.
-    For two ranks it moves as much as a ring does; for n, (n - 1) / 2 times that.
+    On Gloo, sums gather every rank's tensor and add them in rank order: a library's own all-reduce sums in an order
+    that depends on the ranks, the size and the network, and this one gives the bits of every other transport between
+    CPUs. For two ranks it moves as much as a ring does; for n, (n - 1) / 2 times that. On NCCL a sum is its own
+    all-reduce, one call, and has its bits: another size, network or release of NCCL may sum in another order.
 
     A killed peer closes its connections, which Gloo notices at once; who it was is found out by asking the others, so
     that with more than two ranks one that is busy for over a second may be named in its place. NCCL does not notice:
@@ -55,7 +58,8 @@ class TorchDistributed(Collectives):
         device: the rank's own; NCCL wants one CUDA device a rank. ``cuda`` is the first that the process sees.
 
     Raises:
-        RendezvousError: not all ranks came in time, or torch is built without the backend.
+        RendezvousError: not all ranks came in time, or could not connect in as much time again, or torch is built
+            without the backend.
     """
 
     def __init__(
@@ -81,26 +85,36 @@ class TorchDistributed(Collectives):
                 f"ranks {missing} of {world_size} did not come to {store.host}:{store.port} within {timeout_s:g} s; "
                 "look at their logs and at the firewall, or allow more time"
             )
+        self._group: Any = None
         try:
-            self._group: Any = _make_group(backend, store.host, self._store, rank, world_size, self._device)
-            self.barrier()
+            if backend == "nccl":
+                torch.cuda.set_device(self._device)  # of this thread
+                self._form_in_time(partial(self._form, backend, store.host), timeout_s)
+            else:
+                self._form(backend, store.host)
         except (AttributeError, RuntimeError, PeerDiedError) as error:
             raise RendezvousError(f"rank {rank} of {world_size} found no {backend} peers: {error}") from error
 
     def all_reduce_(self, x: Tensor) -> None:
         dense = x.contiguous()
+        if self._device.type == "cuda":
+            self._run(lambda: self._group.allreduce([dense]))
+            if dense is not x:
+                x.copy_(dense)
+            return
         parts = self._gather_bytes(dense.view(-1).view(torch.uint8))
         sum_in_rank_order([part.view(x.dtype).view(x.shape) for part in parts], into=x)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        self._check_gather(x, sizes)
-        lead = x.shape[:-1]
-        padded = x.new_zeros((prod(lead) * max(sizes),))
-        padded[: x.numel()] = x.reshape(-1)
-        parts = [part.view(x.dtype) for part in self._gather_bytes(padded.view(torch.uint8))]
-        return torch.cat(
-            [part[: prod(lead) * size].view(*lead, size) for part, size in zip(parts, sizes, strict=True)], dim=-1
-        )
+        return _side_by_side(self._gather_bytes(self._padded(x, sizes)), x, sizes)
+
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        own = self._padded(x, sizes)
+        parts = [torch.empty_like(own) for _ in sizes] if self.rank == 0 else []
+        options = GatherOptions()
+        options.rootRank = 0
+        self._run(lambda: self._group.gather([parts] if parts else [], [own], options))
+        return _side_by_side(parts, x, sizes) if parts else None
 
     def broadcast_(self, x: Tensor, source: int = 0) -> None:
         if not 0 <= source < self.world_size:
@@ -117,15 +131,55 @@ class TorchDistributed(Collectives):
 
     def abort(self, cause: str) -> None:
         if self._gave_up is None and not self._closed:
-            self._gave_up = cause
-            with contextlib.suppress(RuntimeError):  # the store is gone with rank 0; the others see that
-                self._store.set(f"gave up/{self.rank}", cause)
+            self._tell(cause)
             self._group.abort()
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._drop_group()
+
+    def _form(self, backend: str, host: str) -> None:
+        self._group = _make_group(backend, host, self._store, self.rank, self.world_size, self._device)
+        self.barrier()  # NCCL connects in the first operation
+
+    def _form_in_time(self, form: Callable[[], None], timeout_s: float) -> None:
+        """Runs ``form`` on a thread that can be left behind: the timeout of torch's NCCL group is one of operations,
+        and while NCCL connects, torch waits for it without a limit. (NCCL's way to connect without blocking would have
+        one; torch has turned it off since it hung with NCCL 2.26, pytorch#153960.)
+
+        Raises:
+            RendezvousError: it takes longer.
+            PeerDiedError: another rank has given up meanwhile.
+        """
+        formed: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                form()
+                formed.set_result(None)
+            except BaseException as error:
+                formed.set_exception(error)
+
+        threading.Thread(target=run, name="headwise-nccl", daemon=True).start()
+        deadline = time.monotonic() + timeout_s
+        while not wait([formed], _LOOKS_EVERY_S).done:
+            self._check_aborts()
+            if time.monotonic() > deadline:
+                self._tell(f"NCCL did not connect the ranks within {timeout_s:g} s")
+                raise RendezvousError(
+                    f"NCCL did not connect rank {self.rank} of {self.world_size} with the others within {timeout_s:g} "
+                    "s; NCCL_DEBUG=INFO says what it waits for, NCCL_SOCKET_IFNAME which network it uses; or allow "
+                    "more time"
+                )
+        formed.result()
+
+    def _padded(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The bytes of ``x``, as many as of the rank that has most: both libraries want as many from each."""
+        self._check_gather(x, sizes)
+        padded = x.new_zeros((prod(x.shape[:-1]) * max(sizes),))
+        padded[: x.numel()] = x.reshape(-1)
+        return padded.view(torch.uint8)
 
     def _gather_bytes(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.world_size)]
@@ -159,6 +213,11 @@ class TorchDistributed(Collectives):
             if time.monotonic() > look_at:
                 self._check_aborts()
                 look_at = time.monotonic() + _LOOKS_EVERY_S
+
+    def _tell(self, cause: str) -> None:
+        self._gave_up = cause
+        with contextlib.suppress(RuntimeError):  # the store is gone with rank 0; the others see that
+            self._store.set(f"gave up/{self.rank}", cause)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -205,11 +264,17 @@ class TorchDistributed(Collectives):
             threading.Thread(target=doomed.clear, daemon=True).start()
 
 
+def _side_by_side(parts: Sequence[Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What ranks with tensors like ``x`` have padded, along the last dimension."""
+    lead, pairs = x.shape[:-1], zip(parts, sizes, strict=True)
+    return torch.cat([part.view(x.dtype)[: prod(lead) * size].view(*lead, size) for part, size in pairs], dim=-1)
+
+
 def _make_group(backend: str, host: str, store: Store, rank: int, world_size: int, device: torch.device) -> Any:
     # Not in every build of torch, nor in its type hints.
     c10d: Any = torch.distributed
     if backend == "nccl":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # of this thread; operations may be those of another
         return c10d.ProcessGroupNCCL(store, rank, world_size, c10d.ProcessGroupNCCL.Options())
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_own_address(host))]
