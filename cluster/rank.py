@@ -74,6 +74,7 @@ class Rank:
         from headwise.workers.shard import Shard
 
         spec, self._channel = self._spec, channel
+        self._use_gpu()
         peers = collectives.connect(rendezvous, self._rank, spec.tensor_parallel_size, timeout_s, spec.device)
         self.shard = Shard(
             spec,
@@ -91,6 +92,7 @@ class Rank:
         Raises: what the shard raises; the engine and the peers are told first.
         """
         assert self.shard is not None, "load() comes first"
+        self._use_gpu()
         transfers = threading.Thread(target=self._serve_transfers, args=(self.shard,), name="headwise-transfers")
         transfers.daemon = True
         transfers.start()
@@ -115,6 +117,13 @@ class Rank:
         shard, self.shard = self.shard, None
         if shard is not None:
             shard.close()
+
+    def _use_gpu(self) -> None:
+        """Has the calling thread compute on this rank's GPU: each thread starts on the first that the process sees."""
+        if self._spec.device != "cpu":
+            import torch
+
+            torch.cuda.set_device(torch.device(self._spec.device).index or 0)
 
     def _serve_transfers(self, shard: Shard) -> None:
         """Hands transfers to the shard, which runs them beside its steps: none of them waits for a step to end."""

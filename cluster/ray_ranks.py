@@ -84,6 +84,8 @@ class RayRanks:
                 scheduling_strategy=place,
                 runtime_env=ray_session.rank_environment(),
             )
+            # Plain data: a tensor among it would be unpickled before the rank has chosen its GPU, and so would have the
+            # process take memory of the first one, all ranks of the same (ray#63810).
             with self._making():
                 self._actors.append(actor.remote(rank, self._spec, max(1, int(bundle["CPU"])), EngineProcess.own()))
         self._places = self._all("place")
