@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from headwise.workers.cuda import attention_kernels, kv_copy_kernels, ops_kernels
+from headwise.workers.cuda import argmax_kernels, attention_kernels, kv_copy_kernels, ops_kernels
+from headwise.workers.cuda.argmax import best_keys
 from headwise.workers.cuda.attention import HEAD_DIMS, TritonAttention
 from headwise.workers.cuda.kv_copy import launch
 from headwise.workers.cuda.offline import SHARED_LIMITS, TARGETS, Compiled, compiled_of, offline
@@ -91,6 +92,16 @@ def test_copies_of_blocks(target: str) -> None:
             for access in ("ld", "st"):
                 assert len(re.findall(rf"{access}\.global[^;]*\.v4\.b32", compiled[-1].ptx)) == 8
                 assert not re.search(rf"{access}\.global[^;]*\.(b8|b16|v2)", compiled[-1].ptx)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_best_token(target: str) -> None:
+    with offline(target) as gpu:
+        best_keys(torch.empty(7, 128_256, device="meta"), 0)
+    assert [launch.grid for launch in gpu.launches] == [(7, 32, 1)]
+    [one] = compiled_of(argmax_kernels.best_keys, target)
+    assert_fits(one, target)
+    assert re.search(r"ld\.global[^;]*\.v4\.b32", one.ptx)
 
 
 def attend(dtype: torch.dtype, head_dim: int, group: int) -> None:
