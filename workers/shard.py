@@ -198,6 +198,8 @@ class Shard:
             self._grammars.close()
         if self._kv_cache is not None:
             self._kv_cache.close()
+        # Before the collectives: graphs of the model hold NCCL's operations, and NCCL waits for ever for a communicator
+        # that a graph still uses.
         if self._model is not None:
             self._model.detach()  # while the collectives are there
         self._handoff = self._copier = self._host = self._disk = self._grammars = None

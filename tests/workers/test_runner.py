@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from headwise.workers.collectives import Solo
+from headwise.workers.cuda import gpu
+from headwise.workers.model.model import StepInput
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.runner import Runner
+from headwise.workers.sampling.best import keys_of
 from headwise.workers.shard import Shard
 from tests.checkpoints import small_spec
+from tests.workers.cuda.fake_gpu import FakeGpu
 
 
 @pytest.fixture
@@ -51,32 +55,72 @@ def test_a_step_is_launched_before_the_one_before_it_is_finished(shard: Shard) -
     assert [token for output in found for _, token in output.tokens] == [o.tokens[0][1] for o in expected]
 
 
-class Work:
-    """Stands for what a GPU has to do."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def record(self, stream: object) -> None:
-        self.calls.append("record")
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """What stands for the GPU; ask for it before a shard."""
+    made = FakeGpu()
+    monkeypatch.setattr(gpu, "of", lambda device: made)
+    return made
 
 
-def test_a_step_without_a_token_is_finished_once_the_device_has_computed_it(
-    shard: Shard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the blocks of a chunk would be sent to another engine before they are computed."""
-    work, runner = Work(), shard._runner
+def test_on_a_gpu_a_step_is_finished_without_a_wait_for_the_next(fake: FakeGpu, shard: Shard) -> None:
+    """Else two steps in flight would be as slow as one after the other."""
+    runner = shard._runner
     assert runner is not None
-    monkeypatch.setattr(torch.cuda, "Event", lambda: work)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(runner, "_device", torch.device("cuda"))
-    launched = runner.launch(StepPlan(0, admits=[admit(0, list(range(3, 23)), [0, 1])], computes=[(0, 13)]))
-    assert work.calls == ["record"]
-    runner.finish(launched)
-    assert work.calls == ["record", "synchronize"]
+    plans = [
+        StepPlan(0, admits=[admit(0, list(range(3, 23)), [0, 1])], computes=[(0, 13)]),  # without a token
+        StepPlan(1, computes=[(0, 7)]),
+        StepPlan(2, computes=[(0, 1)]),
+    ]
+    fake.log.clear()
+    launched = [runner.launch(plan) for plan in plans]
+    assert fake.syncs == []
+    ends = [entry[1][0] for entry in fake.log if entry[0] == "record"][1::2]
+    # The copy of a step's tokens is queued before the point that is waited for: one copy a step that has tokens.
+    kinds = [entry[0] for entry in fake.log if entry[0] in ("record", "pinned")]
+    assert kinds == ["record", "record", *["record", "pinned", "record"] * 2]
+    outputs = [runner.finish(step) for step in launched]
+    assert fake.syncs == [("sync event", end) for end in ends]
+    assert [output.seconds for output in outputs] == [0.001] * 3, "measured by the events"
+
+
+@pytest.mark.parametrize("sampling", [RowSampling(), RowSampling(1.0, top_k=9, seed=3, num_logprobs=2)])
+def test_on_a_gpu_the_tokens_are_the_same(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampling: RowSampling
+) -> None:
+    tokens, outputs = list(range(3, 23)), []
+    for fake in (None, FakeGpu()):
+        monkeypatch.setattr(gpu, "of", lambda device, fake=fake: fake)
+        made = Shard(small_spec(checkpoint("gqa")), Solo(), 1)
+        made.load()
+        made.allocate(8)
+        plans = [StepPlan(0, admits=[RowAdmit(0, tokens, 20, 0, [0, 1], sampling)], computes=[(0, 20)])]
+        plans += [StepPlan(step, computes=[(0, 1)]) for step in (1, 2, 3)]
+        outputs.append([made.step(plan) for plan in plans])
+        made.close()
+    assert [o.tokens for o in outputs[0]] == [o.tokens for o in outputs[1]]
+    assert [o.logprobs for o in outputs[0]] == [o.logprobs for o in outputs[1]]
+
+
+def test_the_block_tables_of_a_step_follow_its_rows(shard: Shard) -> None:
+    """Those of the step before are kept where nothing changed."""
+    runner, seen = shard._runner, []
+    assert runner is not None and shard._model is not None
+    forward = shard._model.forward
+
+    def record(step: StepInput) -> Tensor:
+        seen.append(step.attention.block_tables_BN)
+        return forward(step)
+
+    shard._model.forward = record  # type: ignore[method-assign]
+    shard.step(StepPlan(0, admits=[admit(0, [3] * 15, [4]), admit(1, [5] * 3, [6])], computes=[(0, 15), (1, 3)]))
+    shard.step(StepPlan(1, computes=[(0, 1), (1, 1)]))
+    shard.step(StepPlan(2, appends=[(0, 2)], computes=[(0, 1), (1, 1)]))
+    shard.step(StepPlan(3, computes=[(1, 1), (0, 1)]))
+    shard.step(StepPlan(4, drops=[1], admits=[admit(1, [7] * 3, [1])], computes=[(1, 3), (0, 1)]))
+    assert seen[1] is seen[0]
+    assert [[row[0] for row in table] for table in seen] == [[4, 6], [4, 6], [4, 6], [6, 4], [1, 4]]
+    assert seen[2][0].tolist() == seen[3][1].tolist() == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -103,8 +147,8 @@ class Others(Solo):
         self._others = others
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        pairs = torch.tensor([value for pair in self._others for value in pair], dtype=x.dtype)
-        return torch.cat((x, pairs.expand(len(x), -1)), dim=1)
+        values, ids = zip(*self._others, strict=True)
+        return torch.cat((x, keys_of(torch.tensor(values), torch.tensor(ids)).expand(len(x), -1)), dim=1)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ def best_keys(logits_BV: Tensor, first_id: int = 0, num_threads: int = 1) -> Ten
     """
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
-    if logits_BV.device.type == "cpu" and not INTERPRETED:
-        ids_B = argmax(logits_BV, num_threads)
-        return keys_of(logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1), ids_B + first_id)
+    if _on_cpu(logits_BV):
+        values_B, ids_B = _best_on_cpu(logits_BV, num_threads)
+        return keys_of(values_B, ids_B + first_id)
     if TRITON:
         from headwise.workers.cuda import argmax as on_gpu  # who computes on a CPU needs no Triton
 
@@ -57,4 +57,17 @@ def read_keys(keys_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def greedy(logits_BV: Tensor, num_threads: int = 1) -> tuple[Tensor, Tensor]:
     """The best token of each row of the whole vocabulary, int64, and whether the row is finite."""
+    if _on_cpu(logits_BV) and logits_BV.stride(1) == 1:
+        # The same without keys: to make them takes longer than to find the tokens.
+        values_B, ids_B = _best_on_cpu(logits_BV, num_threads)
+        return ids_B, values_B.isfinite()
     return read_keys(best_keys(logits_BV, 0, num_threads))
+
+
+def _on_cpu(logits_BV: Tensor) -> bool:
+    return logits_BV.device.type == "cpu" and not INTERPRETED
+
+
+def _best_on_cpu(logits_BV: Tensor, num_threads: int) -> tuple[Tensor, Tensor]:
+    ids_B = argmax(logits_BV, num_threads)
+    return logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1), ids_B

@@ -27,6 +27,7 @@ from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.effort import examples
 from tests.workers.sampling.languages import Node, choice_grammar, is_open, languages, right_tokens
+from tests.workers.sampling.sampling import ints, read, sample
 
 TOKENS = token_bytes()
 IDS = {data: token for token, data in TOKENS.items()}
@@ -49,7 +50,7 @@ SAMPLINGS = st.builds(
 
 def move_on(sampler: Sampler, row: int, token: int) -> None:
     """Moves a row on in its grammar, if it has one."""
-    if (constraint := sampler.constraint(row)) is not None:
+    for constraint in sampler.constraints(ints([row])).values():
         constraint.accept(token)
 
 
@@ -75,9 +76,9 @@ def logits_of(seed: int, position: int) -> Tensor:
 
 def draw(sampler: Sampler, row: int, logits_1V: Tensor, done: int) -> int:
     """One step of a row, as a runner takes it."""
-    result = sampler.sample(logits_1V, [row], [5 + done], [done])
-    assert (result.failed, result.finite_B.tolist()) == ({}, [True])
-    sampler.observe([row], result.tokens_B)
+    result = sample(sampler, logits_1V, [row], [5 + done], [done])
+    assert read(result, [row]).failed == {}
+    sampler.observe(ints([row]), result.tokens_B)
     token = int(result.tokens_B[0])
     move_on(sampler, row, token)
     return token
@@ -151,14 +152,16 @@ def test_rows_with_and_without_a_grammar_do_not_disturb_each_other(
     for step in range(4):
         logits_BV = torch.cat([logits_of(seed + row, step) for row in range(len(rows))])
         before_BV = logits_BV.clone()
-        result = together.sample(logits_BV, range(len(rows)), [step] * len(rows), [step] * len(rows))
+        result = sample(together, logits_BV, range(len(rows)), [step] * len(rows), [step] * len(rows))
         assert torch.equal(logits_BV, before_BV)
-        together.observe(range(len(rows)), result.tokens_B)
+        together.observe(np.arange(len(rows)), result.tokens_B)
+        logprobs = read(result, range(len(rows))).logprobs
         for row, token in enumerate(result.tokens_B.tolist()):
-            one = alone.sample(logits_BV[row : row + 1], [row], [step], [step])
-            alone.observe([row], one.tokens_B)
-            assert (one.tokens_B.tolist(), one.finite_B.tolist(), one.failed) == ([token], [True], {})
-            assert one.logprobs().get(row) == result.logprobs().get(row)
+            one = sample(alone, logits_BV[row : row + 1], [row], [step], [step])
+            alone.observe(ints([row]), one.tokens_B)
+            sampled = read(one, [row])
+            assert (sampled.tokens, sampled.failed) == ([token], {})
+            assert sampled.logprobs.get(row) == logprobs.get(row)
             move_on(together, row, token)
             move_on(alone, row, token)
 
@@ -198,7 +201,7 @@ def test_the_log_probabilities_are_those_without_the_grammar(grammars: Grammars)
     sampler = Sampler(VOCAB, 1, "cpu", grammars)
     sampler.admit(0, RowSampling(num_logprobs=3, grammar=choice_grammar(["q"])), [7])
     logits_1V = logits_of(1, 0)
-    reported = sampler.sample(logits_1V, [0], [1], [0]).logprobs()[0]
+    reported = read(sample(sampler, logits_1V, [0], [1], [0]), [0]).logprobs[0]
     logprobs_V = logits_1V.log_softmax(-1)[0]
     assert reported.chosen == logprobs_V[IDS[b"q"]].item()
     assert list(reported.top_ids) == logprobs_V.topk(3).indices.tolist()
@@ -212,9 +215,9 @@ def test_steps_after_the_end_are_harmless(grammars: Grammars) -> None:
     tokens = []
     for step in range(6):
         logits_2V = torch.cat([logits_of(3, step), logits_of(4, step)])
-        result = sampler.sample(logits_2V, [0, 1], [step] * 2, [step] * 2)
-        assert result.failed == {} and result.finite_B.tolist() == [True, True]
-        tokens.append(result.tokens_B.tolist())
+        sampled = read(sample(sampler, logits_2V, [0, 1], [step] * 2, [step] * 2), [0, 1])
+        assert sampled.failed == {}
+        tokens.append(sampled.tokens)
         for row in range(2):
             move_on(sampler, row, tokens[-1][row])
     assert [token for token, _ in tokens] == [IDS[b"a"], *[EOS] * 5]
@@ -280,22 +283,23 @@ def test_a_grammar_that_is_too_much_fails_its_row_alone(grammars: Grammars) -> N
     for row, sampling in enumerate(samplings):
         free.admit(row, sampling, [7])
         sampler.admit(row, replace(sampling, grammar=TOO_AMBIGUOUS, num_logprobs=1) if row == 1 else sampling, [7])
-    failed = []
+    failed, rows = [], [0, 1, 2]
     for step in range(4):
         logits_3V = torch.cat([logits_of(row, step) for row in range(3)])
-        result, expected = (s.sample(logits_3V, [0, 1, 2], [step] * 3, [step] * 3) for s in (sampler, free))
-        assert result.tokens_B[[0, 2]].tolist() == expected.tokens_B[[0, 2]].tolist()
-        assert result.finite_B.tolist() == [True, not result.failed, True]
-        assert set(result.logprobs()) == (set() if result.failed else {1})
-        failed.append(result.failed)
-        if not result.failed:
-            move_on(sampler, 1, int(result.tokens_B[1]))
+        results = (sample(s, logits_3V, rows, [step] * 3, [step] * 3) for s in (sampler, free))
+        sampled, expected = (read(result, rows) for result in results)
+        assert sampled.tokens[::2] == expected.tokens[::2]
+        assert sampled.verified == list(sampled.failed)
+        assert set(sampled.logprobs) == (set() if sampled.failed else {1})
+        failed.append(sampled.failed)
+        if not sampled.failed:
+            move_on(sampler, 1, sampled.tokens[1])
     assert failed[0] == {} and list(failed[-1]) == [1]
     assert failed[-1][1].startswith("the grammar cannot be followed further: Parser Error: Current row has")
     # What is wrong with the model's own numbers is not put on the grammar: others must not get this row's blocks.
     logits_3V[1, 0] = math.nan
-    result = sampler.sample(logits_3V, [0, 1, 2], [4] * 3, [4] * 3)
-    assert (result.failed, result.finite_B.tolist()) == ({}, [True, False, True])
+    sampled = read(sample(sampler, logits_3V, rows, [4] * 3, [4] * 3), rows)
+    assert (sampled.failed, sampled.verified) == ({1: "the model's logits are not finite"}, [])
     # The row is as good as any other once it is given to somebody else.
     sampler.admit(1, RowSampling(grammar=choice_grammar(["é"])), [7])
     assert draw(sampler, 1, logits_of(1, 1), 0) in {IDS["é".encode()], IDS["é".encode()[:1]]}

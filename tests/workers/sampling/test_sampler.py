@@ -18,8 +18,12 @@ from torch import Tensor
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowSampling, TokenLogprobs
 from headwise.workers.sampling import sampler as module
-from headwise.workers.sampling.sampler import Sampler, greedy, uniform
+from headwise.workers.sampling.best import greedy
+from headwise.workers.sampling.philox import philox4x32, uniforms
+from headwise.workers.sampling.sampler import Sampler
+from headwise.workers.sampling.settings import GREEDY_TEMPERATURE
 from tests.effort import examples
+from tests.workers.sampling.sampling import ints, read, sample
 
 Floats = NDArray[np.float64]
 
@@ -74,8 +78,14 @@ def sample_one(
     sampler = Sampler(logits_1V.shape[1], 1, "cpu")
     sampler.admit(0, s, prompt, generated)
     at = len(prompt) + len(generated) if position is None else position
-    result = sampler.sample(logits_1V, [0], [at], [len(generated)])
-    return int(result.tokens_B[0]), bool(result.finite_B[0]), result.logprobs().get(0)
+    sampled = read(sample(sampler, logits_1V, [0], [at], [len(generated)]), [0])
+    return sampled.tokens[0], not sampled.failed, sampled.logprobs.get(0)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number of one token."""
+    [number] = uniforms(np.array([seed % 2**64], np.uint64), np.array([position], np.uint64))
+    return float(number)
 
 
 def mixed_rows(count: int, vocab_size: int) -> list[RowSampling]:
@@ -96,11 +106,16 @@ def mixed_rows(count: int, vocab_size: int) -> list[RowSampling]:
 
 def test_philox_gives_the_published_answers() -> None:
     # Random123's kat_vectors, philox4x32 with 10 rounds.
-    ones = 0xFFFFFFFF
-    assert module._philox4x32((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert module._philox4x32((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    pi = module._philox4x32((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
-    assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    counters = np.array([(0, 0, 0, 0), (ones,) * 4, pi], np.uint64)
+    keys = np.array([(0, 0), (ones,) * 2, (0xA4093822, 0x299F31D0)], np.uint64)
+    c0, c1, c2, c3 = counters.T
+    words = np.stack(philox4x32((c0, c1, c2, c3), (keys[:, 0], keys[:, 1])), axis=1)
+    assert words.tolist() == [
+        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8],
+        [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ]
 
 
 def test_uniform_is_pinned() -> None:
@@ -110,7 +125,15 @@ def test_uniform_is_pinned() -> None:
         0.8902591729757107,
         0.27738243478917834,
     ]
-    assert uniform(5 + 2**64, 3) == uniform(5, 3) != uniform(3, 5)
+    assert uniform(5, 3) != uniform(3, 5)
+
+
+def test_a_seed_counts_modulo_2_to_the_64() -> None:
+    logits = np.random.default_rng(2).normal(size=300)
+    for seed in (5, -1):
+        rows = (RowSampling(temperature=2.0, seed=seed + wrap) for wrap in (0, 2**64))
+        first, second = (sample_one(logits, s)[0] for s in rows)
+        assert first == second
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
@@ -119,7 +142,8 @@ def test_uniform_is_in_its_range(seed: int, position: int) -> None:
 
 
 def test_uniform_fills_its_range_over_positions_and_over_seeds() -> None:
-    for values in ([uniform(7, i) for i in range(20_000)], [uniform(i, 7) for i in range(20_000)]):
+    many, same = np.arange(20_000, dtype=np.uint64), np.full(20_000, 7, np.uint64)
+    for values in (uniforms(same, many), uniforms(many, same)):
         counts, _ = np.histogram(values, bins=100, range=(0, 1))
         assert ((counts - 200) ** 2 / 200).sum() < 149  # the 99.9% quantile at 99 degrees of freedom
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
@@ -187,8 +211,8 @@ def run_batch(
     for row in rows:
         sampler.admit(row, sampling[row], prompts[row], generated[row])
     positions = [len(p) + len(g) for p, g in zip(prompts, generated, strict=True)]
-    result = sampler.sample(logits_BV, rows, positions, [len(g) for g in generated])
-    return result.tokens_B.tolist(), result.finite_B.tolist(), result.logprobs()
+    sampled = read(sample(sampler, logits_BV, rows, positions, [len(g) for g in generated]), rows)
+    return sampled.tokens, [row not in sampled.failed for row in rows], sampled.logprobs
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
@@ -228,7 +252,7 @@ def draw_many(logits: list[float], s: RowSampling, count: int) -> list[int]:
     for row in range(count):
         sampler.admit(row, s, [], [])
     logits_BV = torch.tensor(logits).expand(count, -1)
-    return sampler.sample(logits_BV, range(count), range(count), [0] * count).tokens_B.tolist()
+    return sample(sampler, logits_BV, range(count), range(count), [0] * count).tokens_B.tolist()
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 2.0}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}])
@@ -259,22 +283,12 @@ def test_the_lowest_id_wins_a_tie() -> None:
     logits_BV = torch.zeros((3, 50_000))
     logits_BV[0, [40_000, 777, 49_999]] = 1.0
     logits_BV[1, 31:] = 2.0
-    values_B, ids_B, finite_B = greedy(logits_BV)
+    ids_B, finite_B = greedy(logits_BV)
     assert ids_B.tolist() == [777, 31, 0]
-    assert values_B.tolist() == [1.0, 2.0, 0.0]
     assert finite_B.all()
     assert run_batch(logits_BV, [RowSampling()] * 3, [[]] * 3, [[]] * 3)[0] == [777, 31, 0]
     # A penalty on another token takes the long way to the same answer.
     assert sample_one(logits_BV[0], RowSampling(repetition_penalty=2.0), [5])[0] == 777
-
-
-@given(st.lists(eighths, min_size=4, max_size=40), st.integers(1, 3))
-def test_slices_of_the_vocabulary_merge_to_the_whole(logits: list[float], cut: int) -> None:
-    logits_1V = torch.tensor([logits])
-    parts = [greedy(logits_1V[:, :cut]), greedy(logits_1V[:, cut:])]
-    best = torch.stack([p[0] for p in parts]).max(dim=0)
-    merged = int(parts[int(best.indices)][1]) + (0 if int(best.indices) == 0 else cut)
-    assert merged == int(greedy(logits_1V)[1]) == int(np.argmax(logits))
 
 
 @pytest.mark.parametrize(
@@ -303,19 +317,11 @@ def test_a_row_that_is_not_finite_fails_alone(s: RowSampling) -> None:
     assert sorted(logprobs) == [0, 2, 5]
 
 
-def test_greedy_says_which_rows_are_not_finite() -> None:
-    logits_BV = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [0.0, math.inf], [-math.inf] * 2, [-math.inf, 3.0]])
-    values_B, ids_B, finite_B = greedy(logits_BV)
-    assert finite_B.tolist() == [True, False, False, False, True]
-    assert ids_B.tolist()[::4] == [1, 1]
-    assert math.isnan(values_B[1])
-
-
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"min_p": 0.5}])
 def test_the_ends_of_the_range_hit_survivors(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     logits = [-math.inf, -90.0, 1.0, 0.9, -90.0, -math.inf]
     for u, token in ((0.0, 2), (1 - 2**-53, 3)):
-        monkeypatch.setattr(module, "uniform", lambda seed, position, u=u: u)
+        monkeypatch.setattr(module, "uniforms", lambda seeds_B, positions_B, u=u: np.full(len(seeds_B), u))
         assert sample_one(logits, RowSampling(temperature=1.0, **changes))[0] == token
 
 
@@ -345,7 +351,7 @@ def test_logit_bias_forces_and_bans() -> None:
 
 def test_extreme_temperatures() -> None:
     logits = [1.0, 1.001, 0.5, -80.0]
-    cold = RowSampling(temperature=module.GREEDY_TEMPERATURE)
+    cold = RowSampling(temperature=GREEDY_TEMPERATURE)
     assert set(draw_many(logits, cold, 200)) == {1}
     assert set(draw_many(logits, replace(cold, temperature=9e-6), 200)) == {1}
     assert set(draw_many([1e30, 2e30, 0.0], cold, 50)) == {1}
@@ -392,13 +398,13 @@ def test_penalties_see_the_same_tokens_whether_observed_or_admitted() -> None:
     for step in range(30):
         logits_BV = torch.randn((2, 50), generator=generator)
         args = ([0, 1], [2 + step] * 2, [step] * 2)
-        result = running.sample(logits_BV, *args)
-        assert torch.equal(result.tokens_B, watching.sample(logits_BV, *args).tokens_B)
+        result = sample(running, logits_BV, *args)
+        assert torch.equal(result.tokens_B, sample(watching, logits_BV, *args).tokens_B)
         resumed = Sampler(50, 2, "cpu")
         resumed.admit(1, s, [3, 4], generated)
-        assert int(resumed.sample(logits_BV[1:], [1], [2 + step], [step]).tokens_B[0]) == int(result.tokens_B[1])
+        assert int(sample(resumed, logits_BV[1:], [1], [2 + step], [step]).tokens_B[0]) == int(result.tokens_B[1])
         for sampler in (running, watching):
-            sampler.observe([0, 1], result.tokens_B)
+            sampler.observe(ints([0, 1]), result.tokens_B)
         generated.append(int(result.tokens_B[1]))
     assert len(set(generated)) < 30  # some token came twice, so counts mattered
 
@@ -409,14 +415,14 @@ def test_a_row_forgets_its_last_request() -> None:
     heavy = RowSampling(repetition_penalty=100.0, logit_bias=((3, 2.0),), min_tokens=5, stop_token_ids=(1,))
     for row in (0, 1, 2):
         sampler.admit(row, heavy, [0], [0])
-    assert [int(sampler.sample(logits_BV, [r], [2], [1]).tokens_B[0]) for r in (0, 1, 2)] == [3, 3, 3]
+    assert [int(sample(sampler, logits_BV, [r], [2], [1]).tokens_B[0]) for r in (0, 1, 2)] == [3, 3, 3]
     sampler.drop(1)
     sampler.drop(1)
     sampler.admit(1, replace(heavy, logit_bias=(), min_tokens=0), [1], [])
-    assert int(sampler.sample(logits_BV, [1], [1], [0]).tokens_B[0]) == 0
+    assert int(sample(sampler, logits_BV, [1], [1], [0]).tokens_B[0]) == 0
     sampler.admit(2, RowSampling(), [0], [])
-    assert int(sampler.sample(logits_BV, [2], [1], [0]).tokens_B[0]) == 0
-    assert int(sampler.sample(logits_BV, [0], [2], [1]).tokens_B[0]) == 3
+    assert int(sample(sampler, logits_BV, [2], [1], [0]).tokens_B[0]) == 0
+    assert int(sample(sampler, logits_BV, [0], [2], [1]).tokens_B[0]) == 3
 
 
 def test_memory_is_held_only_for_rows_with_penalties() -> None:
@@ -450,15 +456,14 @@ def test_which_rows_are_plain_greedy(changes: dict[str, Any], plain: bool) -> No
     sampler = Sampler(10, 2, "cpu")
     sampler.admit(0, RowSampling(), [1], [])
     sampler.admit(1, RowSampling(**changes), [1], [])
-    assert sampler.greedy_only([0])
-    assert sampler.greedy_only([0, 1]) is plain
-    assert sampler.greedy_only([0, 1], [0, 2]) is plain
+    assert sampler.greedy_only(ints([0]), ints([0]))
+    assert sampler.greedy_only(ints([0, 1]), ints([0, 2])) is plain
 
 
 def test_a_row_is_plain_once_its_min_tokens_are_there() -> None:
     sampler = Sampler(10, 1, "cpu")
     sampler.admit(0, RowSampling(min_tokens=3, stop_token_ids=(1,)), [1], [])
-    assert [sampler.greedy_only([0], [n]) for n in (2, 3, 4)] == [False, True, True]
+    assert [sampler.greedy_only(ints([0]), ints([n])) for n in (2, 3, 4)] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -486,7 +491,7 @@ def test_a_gpu_chooses_what_a_cpu_chooses() -> None:
         sampler = Sampler(49_152, 18, device)
         for row, s in enumerate(sampling):
             sampler.admit(row, s, [1, 2], [3])
-        result = sampler.sample(logits_BV.to(device), range(18), [3] * 18, [1] * 18)
+        result = sample(sampler, logits_BV.to(device), range(18), [3] * 18, [1] * 18)
         assert result.finite_B.all()
         chosen.append(result.tokens_B.tolist())
     assert chosen[0] == chosen[1]
