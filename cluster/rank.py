@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,15 @@ from headwise.workers.spec import ShardSpec
 if TYPE_CHECKING:
     from headwise.cluster.group import Progress
     from headwise.workers.collectives import Rendezvous
+    from headwise.workers.plan import StepPlan
+    from headwise.workers.runner import Launched
     from headwise.workers.shard import Shard
 
 TRANSFERS_END_S = 5.0
 """For the thread that takes transfers to end. It waits for nothing but the channel."""
+
+_LOOKS_EVERY_S = 5e-5
+"""For a message, and whether a GPU has computed a step."""
 
 QUERIES = ("affordable_blocks", "stats", "stored_blocks", "kv_endpoint")
 """The methods of Shard that a group may ask every rank for."""
@@ -51,6 +57,7 @@ class Rank:
     def __init__(self, spec: ShardSpec, rank: int, num_threads: int) -> None:
         self._spec, self._rank, self._num_threads = spec, rank, num_threads
         self.shard: Shard | None = None
+        self._launched: Launched | None = None
 
     def load(
         self,
@@ -97,7 +104,7 @@ class Rank:
         transfers.daemon = True
         transfers.start()
         try:
-            while (message := self._channel.receive(None)) is None or message[0] != Kind.CLOSE:
+            while (message := self._receive(self.shard)) is None or message[0] != Kind.CLOSE:
                 if message is not None:
                     self._serve_one(self.shard, *message)
         except BaseException as error:
@@ -135,15 +142,46 @@ class Rank:
         except BaseException as error:
             self._channel.fail(error)
 
+    def _receive(self, shard: Shard) -> tuple[Kind, bytes] | None:
+        """The next message. A step that is launched is finished meanwhile, once it is computed."""
+        while self._launched is not None:
+            if self._launched.computed:
+                self._finish(shard)
+            elif (message := self._channel.receive(0)) is not None:
+                return message
+            else:
+                time.sleep(_LOOKS_EVERY_S)
+        return self._channel.receive(None)
+
+    def _step(self, shard: Shard, plan: StepPlan) -> None:
+        """Launches a step, where it can be before the one before it is finished: then a GPU goes from one to the other
+        without a pause."""
+        if self._launched is not None and self._launched.precedes(plan):
+            self._finish(shard)
+        launched = shard.launch(plan)
+        self._finish(shard)
+        self._launched = launched
+
+    def _finish(self, shard: Shard) -> None:
+        """Waits for the step that is launched, if there is one, and sends what came of it."""
+        from headwise.workers.plan import encode_output
+
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        output = shard.finish(launched)
+        dropped = failpoints.ENABLED and failpoints.hit(Point.RANK_REPLY, self._rank)
+        if self._rank == 0 and not dropped:
+            self._channel.send(Kind.OUTPUT, encode_output(output))
+
     def _serve_one(self, shard: Shard, kind: Kind, payload: bytes) -> None:
-        from headwise.workers.plan import decode_plan, encode_output
+        from headwise.workers.plan import decode_plan
 
         if kind == Kind.STEP:
-            output = shard.step(decode_plan(payload))
-            dropped = failpoints.ENABLED and failpoints.hit(Point.RANK_REPLY, self._rank)
-            if self._rank == 0 and not dropped:
-                self._channel.send(Kind.OUTPUT, encode_output(output))
-        elif kind == Kind.QUERY and payload.decode() in QUERIES:
+            self._step(shard, decode_plan(payload))
+            return
+        self._finish(shard)
+        if kind == Kind.QUERY and payload.decode() in QUERIES:
             self._channel.send(Kind.REPLY, encode_reply(getattr(shard, payload.decode())))
         elif kind == Kind.ALLOCATE:
             self._channel.send(Kind.REPLY, encode_reply(partial(shard.allocate, *msgpack.unpackb(payload))))

@@ -19,7 +19,7 @@ from headwise.workers.failpoints import Point
 from headwise.workers.model.model import Model
 from headwise.workers.plan import StepOutput, StepPlan
 from headwise.workers.rows import Rows
-from headwise.workers.sampling.best import best_keys, read_keys
+from headwise.workers.sampling.best import best_keys, greedy, read_keys
 from headwise.workers.sampling.grammar import Constraint
 from headwise.workers.sampling.sampler import ResultCopy, Sampler, SampleResult
 
@@ -45,12 +45,25 @@ class Launched:
     constraints: dict[int, Constraint]
     span: tuple[gpu.Event, gpu.Event] | None
 
+    @property
+    def computed(self) -> bool:
+        """Whether :meth:`Runner.finish` has nothing to wait for."""
+        return self.span is None or self.span[1].query()
+
+    def precedes(self, plan: StepPlan) -> bool:
+        """Whether the step must be finished before that plan is launched: on a CPU to launch is to compute, and a
+        grammar follows the tokens that are read back."""
+        if self.span is None:
+            return True
+        return bool(self.constraints) and any(row in self.constraints for row, _ in plan.computes)
+
 
 class Runner:
     """One shard's rows and their steps.
 
     Attributes:
         seconds: wall time of building and sampling since the start; the model knows its own.
+        collected: on a GPU, the event after the work of the last finished step. Read by other threads.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class Runner:
         self._rows = Rows(block_size, max_num_seqs, max_model_len, device)
         self._device, self._gpu, self._num_threads = device, gpu.of(device), num_threads
         self._next_step = 0
+        self.collected: gpu.Event | None = None
         self.seconds = {"build": 0.0, "sample": 0.0}
 
     def step(self, plan: StepPlan) -> StepOutput:
@@ -85,8 +99,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Applies a plan (see :class:`~headwise.workers.plan.StepPlan` for the order), computes and samples. Does
-        not wait for a GPU, which may still be at work on earlier steps. Steps are finished in the order of their
-        launch; a row with a grammar is computed again only after that, for the grammar follows the tokens read back.
+        not wait for a GPU, which may still be at work on earlier steps: those that do not precede the plan (see
+        :meth:`Launched.precedes`). Steps are finished in the order of their launch.
 
         Raises:
             RuntimeError: the plan is out of order or asks for tokens that are not there: the engine and this shard
@@ -113,6 +127,7 @@ class Runner:
         output = StepOutput(launched.step)
         if launched.span is not None:
             launched.span[1].synchronize()
+            self.collected = launched.span[1]
         if launched.result is not None:
             started = time.perf_counter()
             self._collect(launched, launched.result, output)
@@ -176,11 +191,11 @@ class Runner:
 
     def _greedy(self, logits_BV: Tensor) -> SampleResult:
         """The best token of each row; ranks exchange the key of their best token instead of their logits."""
-        keys_B = best_keys(logits_BV, self._vocab_start, self._num_threads)
         ranks = self._collectives.world_size
-        if ranks > 1:
-            keys_B = self._collectives.all_gather(keys_B.unsqueeze(1), [1] * ranks).amax(dim=1)
-        return SampleResult(*read_keys(keys_B))
+        if ranks == 1:
+            return SampleResult(*greedy(logits_BV, self._num_threads))
+        keys_B = best_keys(logits_BV, self._vocab_start, self._num_threads)
+        return SampleResult(*read_keys(self._collectives.all_gather(keys_B.unsqueeze(1), [1] * ranks).amax(dim=1)))
 
     def _draw(self, logits_BV: Tensor, rows_B: Ints, positions_B: Ints, generated_B: Ints) -> SampleResult:
         """Rank 0 samples from all logits; the others take its word, so that ranks can never disagree."""

@@ -33,7 +33,7 @@ from headwise.workers.model.model_config import load_model_config
 from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
 from headwise.workers.processes import ProcessId
-from headwise.workers.runner import Runner
+from headwise.workers.runner import Launched, Runner
 from headwise.workers.sampling.grammar import Grammars
 from headwise.workers.sampling.sampler import Sampler
 from headwise.workers.spec import ShardSpec
@@ -136,8 +136,17 @@ class Shard:
 
     def step(self, plan: StepPlan) -> StepOutput:
         """Computes one step; only rank 0's output is of use."""
+        return self.finish(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """As :meth:`Runner.launch <headwise.workers.runner.Runner.launch>`."""
         assert self._runner is not None, "allocate() comes first"
-        return self._runner.step(plan)
+        return self._runner.launch(plan)
+
+    def finish(self, launched: Launched) -> StepOutput:
+        """As :meth:`Runner.finish <headwise.workers.runner.Runner.finish>`; only rank 0's output is of use."""
+        assert self._runner is not None, "allocate() comes first"
+        return self._runner.finish(launched)
 
     def transfer(self, job: TransferJob | HandoffJob) -> None:
         """Moves blocks between the device and a tier, or from or to another group, beside the steps; ``on_transfer``

@@ -23,8 +23,9 @@ from headwise.cluster.rank import death_of
 from headwise.workers.errors import InvalidValueError, PeerDiedError
 from headwise.workers.kv.transfer import Op, Tier, TransferJob
 from headwise.workers.machine import usable_cores
-from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan
+from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.processes import ProcessId
+from headwise.workers.runner import Launched
 from tests.checkpoints import small_spec
 from tests.thread_group import ThreadShardGroup
 
@@ -46,7 +47,7 @@ def test_a_rank_that_raises_ends_the_others_and_is_named(
     def fail(plan: StepPlan) -> None:
         raise ZeroDivisionError("for the test")
 
-    monkeypatch.setattr(group.shards[1], "step", fail)
+    monkeypatch.setattr(group.shards[1], "launch", fail)
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match="rank 1 on node localhost died: ZeroDivisionError: for the test") as death:
         group.collect()
@@ -64,7 +65,7 @@ def test_an_error_that_no_message_can_carry_is_told_all_the_same(
     def fail(plan: StepPlan) -> None:
         raise ValueError("half of a pair: \udcff")
 
-    monkeypatch.setattr(group.shards[0], "step", fail)
+    monkeypatch.setattr(group.shards[0], "launch", fail)
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match=r"rank 0 .*: ValueError: half of a pair: .*udcff"):
         group.collect()
@@ -79,7 +80,7 @@ def test_a_rank_that_cannot_tell_of_its_end_is_noticed(
     def send(kind: Kind, payload: bytes) -> None:
         raise OSError("no way to the engine")
 
-    monkeypatch.setattr(group.shards[0], "step", fail)
+    monkeypatch.setattr(group.shards[0], "launch", fail)
     monkeypatch.setattr(group._channel.rank(0), "send", send)
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match="OSError: no way to the engine"):
@@ -113,7 +114,7 @@ def test_the_end_of_a_rank_that_cannot_tell_is_text_that_a_message_can_carry(
     def fail(*ignored: object) -> None:
         raise ValueError("half of a pair: \udcff")
 
-    monkeypatch.setattr(group.shards[0], "step", fail)
+    monkeypatch.setattr(group.shards[0], "launch", fail)
     monkeypatch.setattr(group._channel.rank(0), "send", fail)
     group.submit(PLAN)
     with pytest.raises(ShardGroupDied, match=r"rank 0 .*: ValueError: half of a pair: .udcff"):
@@ -129,14 +130,17 @@ def test_a_transfer_waits_for_no_step(group: ThreadShardGroup, monkeypatch: pyte
     """A job comes while a rank is at a step, with another step before it."""
     at_work, moved = threading.Event(), threading.Event()
 
-    def step(plan: StepPlan) -> StepOutput:
+    def launched(plan: StepPlan) -> Launched:
+        return Launched(plan.step, 0.0, [], None, {}, None)
+
+    def launch(plan: StepPlan) -> Launched:
         at_work.set()
         assert moved.wait(DEADLINE_S)
-        return StepOutput(plan.step)
+        return launched(plan)
 
-    monkeypatch.setattr(group.shards[0], "step", step)
+    monkeypatch.setattr(group.shards[0], "launch", launch)
     monkeypatch.setattr(group.shards[0], "transfer", lambda job: moved.set())
-    monkeypatch.setattr(group.shards[1], "step", lambda plan: StepOutput(plan.step))
+    monkeypatch.setattr(group.shards[1], "launch", launched)
     monkeypatch.setattr(group.shards[1], "transfer", lambda job: None)
     group.submit(StepPlan(0))
     assert at_work.wait(DEADLINE_S)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from headwise.workers.model.model import StepInput
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.runner import Runner
 from headwise.workers.sampling.best import keys_of
+from headwise.workers.sampling.grammar import Constraint
 from headwise.workers.shard import Shard
 from tests.checkpoints import small_spec
 from tests.workers.cuda.fake_gpu import FakeGpu
@@ -82,6 +85,19 @@ def test_on_a_gpu_a_step_is_finished_without_a_wait_for_the_next(fake: FakeGpu, 
     outputs = [runner.finish(step) for step in launched]
     assert fake.syncs == [("sync event", end) for end in ends]
     assert [output.seconds for output in outputs] == [0.001] * 3, "measured by the events"
+
+
+def test_which_steps_must_be_finished_before_the_next_is_launched(fake: FakeGpu, shard: Shard) -> None:
+    """On a GPU only those with a row that is computed again and whose grammar follows its tokens."""
+    runner = shard._runner
+    assert runner is not None
+    launched = runner.launch(StepPlan(0, admits=[admit(0, [3] * 4, [0])], computes=[(0, 4)]))
+    with_grammar = replace(launched, constraints={2: cast(Constraint, None)})
+    on_a_cpu = replace(launched, span=None)
+    plans = [StepPlan(1, computes=[(0, 1)]), StepPlan(1, computes=[(0, 1), (2, 1)])]
+    found = [[step.precedes(plan) for plan in plans] for step in (launched, with_grammar, on_a_cpu)]
+    assert found == [[False, False], [False, True], [True, True]]
+    runner.finish(launched)
 
 
 @pytest.mark.parametrize("sampling", [RowSampling(), RowSampling(1.0, top_k=9, seed=3, num_logprobs=2)])

@@ -27,7 +27,8 @@ from headwise.runtime.server.serve import ServeOptions, Server
 from headwise.runtime.server.sessions import MAX_CHECKING
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
-from headwise.workers.plan import StepOutput, StepPlan
+from headwise.workers.plan import StepPlan
+from headwise.workers.runner import Launched
 from headwise.workers.shard import Shard
 from tests.runtime.server.conftest import DEADLINE_S, Running, steps_held
 from tests.runtime.server.test_service import PROMPT, TO_THE_END, no_blocks_are_held, wait_until
@@ -111,17 +112,17 @@ def test_stopping_twice_ends_at_once_while_a_step_hangs(serve: Serve, monkeypatc
 
 def test_stopping_twice_ends_soon_while_a_rank_hangs(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     running = serve()
-    reached, go_on, step = threading.Event(), threading.Event(), Shard.step
+    reached, go_on, launch = threading.Event(), threading.Event(), Shard.launch
 
-    def held(shard: Shard, plan: StepPlan) -> StepOutput:
+    def held(shard: Shard, plan: StepPlan) -> Launched:
         reached.set()
         assert go_on.wait(DEADLINE_S)
-        return step(shard, plan)
+        return launch(shard, plan)
 
     with running.client(retries=0) as client:
         stream = client.stream(PROMPT, TO_THE_END)
         next(stream)
-        monkeypatch.setattr(Shard, "step", held)
+        monkeypatch.setattr(Shard, "launch", held)
         try:
             assert reached.wait(DEADLINE_S)
             running.stop()
