@@ -25,6 +25,7 @@ import torch
 from gpu_parts.kernels import kernels_of_the_host
 
 from headwise.workers.cuda import kv_copy, kv_copy_kernels
+from headwise.workers.cuda.argmax import best_keys
 from headwise.workers.cuda.attention import HEAD_DIMS, TritonAttention
 from headwise.workers.cuda.offline import TARGETS, compiled_of, offline
 from headwise.workers.cuda.ops import TritonOps
@@ -119,6 +120,7 @@ def small_operations(dtype: torch.dtype) -> None:
     ops.rms_norm(x_TE, x_TE[0], 1e-5)
     ops.add_rms_norm(x_TE, x_TE, x_TE[0], 1e-5)
     ops.silu_mul(torch.empty(7, 2 * COLUMNS, dtype=dtype, device="meta"))
+    best_keys(torch.empty(7, 128_256, device="meta"), 0)
     cache, listed = (
         KVCache(1, 4, KV_HEADS, BLOCK_SIZE, 128, dtype, "meta"),
         torch.empty(3, dtype=torch.int32, device="meta"),

@@ -20,12 +20,14 @@ from gpu_parts.device import Device, relative_error
 from gpu_parts.sizes import BLOCK_SIZE, Sizes
 from headwise.workers import cuda
 from headwise.workers.cuda import kv_copy, kv_copy_kernels
+from headwise.workers.cuda.argmax import best_keys
 from headwise.workers.cuda.attention import TritonAttention
 from headwise.workers.cuda.ops import TritonOps
 from headwise.workers.kv.cache import INTEGERS, KVCache
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.reference.attention import ReferenceAttention
 from headwise.workers.reference.ops import ReferenceOps
+from headwise.workers.sampling.best import read_keys
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """The largest |got - exact| / |exact| that rounding explains."""
@@ -97,6 +99,8 @@ def _checks(device: Device, sizes: Sizes, dtype: torch.dtype) -> Iterator[Check]
         yield Check(("gate_rows",), f"{tokens} x {columns}", dtype, partial(_gate, draw, tokens, columns))
         case = f"{tokens} tokens, head_dim {sizes.shapes[0][0]}"
         yield Check(("rotate_and_write",), case, dtype, partial(_rotate, draw, tokens, *sizes.shapes[0]))
+    if dtype is torch.float32:  # as logits always are
+        yield Check(("best_keys",), "5 x 50,000", dtype, partial(_best, draw))
     yield Check(
         ("gather", "scatter"), "3 blocks, some heads and layers", dtype, partial(_move, draw, sizes.shapes[0][0])
     )
@@ -148,6 +152,17 @@ def _rotate(draw: _Draw, tokens: int, head_dim: int, group: int) -> float:
     TritonOps().rotate_and_write(qkv_TXD, cos_TD, sin_TD, cache, 1, slots_T)
     pairs = ((qkv_TXD, exact_TXD), (cache.keys, exact.keys), (cache.values, exact.values))
     return max(relative_error(*pair) for pair in pairs)
+
+
+def _best(draw: _Draw) -> float:
+    """0 if every token is the best of its row, and of equals the one with the lowest id; else infinite."""
+    logits_BV = draw(5, 50_000)
+    logits_BV[1, [7, 40_000]] = logits_BV[2, [49_999, 3]] = 100.0
+    values_B = logits_BV.amax(dim=1, keepdim=True)
+    ids_V = torch.arange(logits_BV.shape[1], device=draw.device)
+    exact_B = torch.where(logits_BV == values_B, ids_V, len(ids_V)).amin(dim=1)
+    tokens_B, finite_B = read_keys(best_keys(logits_BV, 0))
+    return 0.0 if torch.equal(tokens_B, exact_B) and bool(finite_B.all()) else math.inf
 
 
 def _move(draw: _Draw, head_dim: int) -> float:
