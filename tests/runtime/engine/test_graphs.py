@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.engine.graphs import STEPS_PER_CAPTURE, Graphs
 from headwise.runtime.engine.pace import CAPTURE_S, MIN_STEP_TIMEOUT_S
+from headwise.runtime.engine.scheduler import Schedule
 from headwise.workers.cuda.buckets import bucket_of, buckets_of
 from headwise.workers.plan import StepOutput, StepPlan
 from tests.effort import examples
@@ -166,3 +167,11 @@ def test_a_capture_may_take_long_and_tells_nothing_of_the_pace(monkeypatch: pyte
     bench.run()
     assert limits == [MIN_STEP_TIMEOUT_S, MIN_STEP_TIMEOUT_S + CAPTURE_S, MIN_STEP_TIMEOUT_S + CAPTURE_S]
     assert bench.engine.num_steps == 3
+
+
+@pytest.mark.parametrize("capture", [0, 8])
+def test_what_a_prompt_costs_is_not_learned_while_a_graph_is_captured(capture: int) -> None:
+    bench = Bench()
+    plan = StepPlan(0, computes=[(0, 64)], capture=capture)
+    bench.engine._learn_cost(Schedule(plan, [], 64, 64, 0), StepOutput(0, seconds=3.2))
+    assert bench.engine.pace.token_s == (None if capture else 0.05)
