@@ -28,7 +28,9 @@ TRANSFERS_END_S = 5.0
 """For the thread that takes transfers to end. It waits for nothing but the channel."""
 
 _LOOKS_EVERY_S = 5e-5
-"""For a message, and whether a GPU has computed a step."""
+"""For a message, and whether a GPU has computed a step, once half of the time is over that the step before took."""
+_RESTS_S = 1e-3
+"""Until then: a message is seen at once all the same."""
 
 QUERIES = ("affordable_blocks", "stats", "stored_blocks", "kv_endpoint")
 """The methods of Shard that a group may ask every rank for."""
@@ -58,6 +60,7 @@ class Rank:
         self._spec, self._rank, self._num_threads = spec, rank, num_threads
         self.shard: Shard | None = None
         self._launched: Launched | None = None
+        self._step_s = self._rest_until = 0.0
 
     def load(
         self,
@@ -121,7 +124,7 @@ class Rank:
 
     def close(self) -> None:
         """Idempotent."""
-        shard, self.shard = self.shard, None
+        shard, self.shard, self._launched = self.shard, None, None
         if shard is not None:
             shard.close()
 
@@ -145,11 +148,12 @@ class Rank:
     def _receive(self, shard: Shard) -> tuple[Kind, bytes] | None:
         """The next message. A step that is launched is finished meanwhile, once it is computed."""
         while self._launched is not None:
+            rests = time.monotonic() < self._rest_until
             if self._launched.computed:
                 self._finish(shard)
-            elif (message := self._channel.receive(0)) is not None:
+            elif (message := self._channel.receive(_RESTS_S if rests else 0)) is not None:
                 return message
-            else:
+            elif not rests:
                 time.sleep(_LOOKS_EVERY_S)
         return self._channel.receive(None)
 
@@ -161,6 +165,7 @@ class Rank:
         launched = shard.launch(plan)
         self._finish(shard)
         self._launched = launched
+        self._rest_until = time.monotonic() + self._step_s / 2
 
     def _finish(self, shard: Shard) -> None:
         """Waits for the step that is launched, if there is one, and sends what came of it."""
@@ -170,6 +175,7 @@ class Rank:
         if launched is None:
             return
         output = shard.finish(launched)
+        self._step_s = output.seconds
         dropped = failpoints.ENABLED and failpoints.hit(Point.RANK_REPLY, self._rank)
         if self._rank == 0 and not dropped:
             self._channel.send(Kind.OUTPUT, encode_output(output))

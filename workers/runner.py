@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
@@ -35,6 +36,7 @@ class Launched:
         rows: those that sample a token.
         result: their tokens on the way to the host, None if there are no such rows.
         constraints: of these rows; not looked up later, when another request may have the row.
+        constrained: the rows that have a grammar now, whichever step they are in.
         span: on a GPU, the points in its work before and after the step.
     """
 
@@ -43,6 +45,7 @@ class Launched:
     rows: list[int]
     result: ResultCopy | None
     constraints: dict[int, Constraint]
+    constrained: Collection[int]
     span: tuple[gpu.Event, gpu.Event] | None
 
     @property
@@ -51,11 +54,12 @@ class Launched:
         return self.span is None or self.span[1].query()
 
     def precedes(self, plan: StepPlan) -> bool:
-        """Whether the step must be finished before that plan is launched: on a CPU to launch is to compute, and a
-        grammar follows the tokens that are read back."""
-        if self.span is None:
+        """Whether the step must be finished before that plan is launched: where that takes long, the tokens would be
+        late. On a CPU to launch is to compute; a graph takes seconds to capture; and a grammar may have to be compiled,
+        or follows the tokens that are read back."""
+        if self.span is None or plan.capture or any(admit.sampling.grammar for admit in plan.admits):
             return True
-        return bool(self.constraints) and any(row in self.constraints for row, _ in plan.computes)
+        return bool(self.constrained) and any(row in self.constrained for row, _ in plan.computes)
 
 
 class Runner:
@@ -119,7 +123,8 @@ class Runner:
         copy = ResultCopy(result, rows, self._gpu) if result is not None else None
         ended = self._event()
         span = (begun, ended) if begun is not None and ended is not None else None
-        return Launched(plan.step, started, rows, copy, self._sampler.constraints(sampled_B), span)
+        sampler = self._sampler
+        return Launched(plan.step, started, rows, copy, sampler.constraints(sampled_B), sampler.constrained, span)
 
     def finish(self, launched: Launched) -> StepOutput:
         """Waits until a step is computed, though not for steps launched after it, and takes note of its tokens. Its

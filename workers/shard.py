@@ -17,7 +17,7 @@ from headwise.workers.backends import find_backend
 from headwise.workers.collectives import Collectives
 from headwise.workers.cuda import gpu
 from headwise.workers.cuda.launch import TRITON
-from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse
+from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse, staging_bytes
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache, bytes_per_block, parse_memory
@@ -239,18 +239,16 @@ class Shard:
 
     def _measure_steps(self, memory: GpuMemory, model: Model) -> None:
         spec = self._spec
-        free, block_bytes = memory.free, self._bytes_per_block()
-        kv = parse_memory(spec.kv_memory, max(free, block_bytes)) // block_bytes * spec.block_size
         rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
-        largest = LargestStep(rows, spec.max_num_batched_tokens, spec.max_model_len - 1, kv)
+        largest = LargestStep(rows, spec.max_num_batched_tokens, max(1, spec.max_model_len - 1))
 
         def start() -> Step:
-            cache = self._make_cache(num_blocks=1)
-            cache.num_blocks = max(1, kv // spec.block_size)  # by which graphs reserve; no step uses another block
-            model.attach(cache)
+            model.attach(self._make_cache(num_blocks=1))
             return self._make_runner(model, grammars=None).step
 
         memory.measure_steps(largest, start, model.detach)
+        if self._moves_blocks:
+            memory.reserve(staging_bytes(self._bytes_per_block()))
 
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
@@ -298,10 +296,16 @@ class Shard:
             place = f"GPU memory, beside the {memory.for_steps} bytes that steps need"
         return f"rank {self._collectives.rank} has {free} bytes of {place}"
 
+    @property
+    def _moves_blocks(self) -> bool:
+        """Whether blocks ever leave the device, or come from elsewhere."""
+        spec = self._spec
+        return bool(spec.host_kv_blocks or spec.disk_kv_path is not None or spec.handoff is not None)
+
     def _open_mover(self, kv_cache: KVCache, runner: Runner) -> None:
         """Gives a GPU's cache what moves its blocks, if any are ever moved."""
         spec, ours = self._spec, gpu.of(self._device)
-        if ours is None or not (spec.host_kv_blocks or spec.disk_kv_path is not None or spec.handoff is not None):
+        if ours is None or not self._moves_blocks:
             return
         if not TRITON:
             limit = "needs Triton for host_kv_memory, disk_kv_path and handoffs, which is not installed"

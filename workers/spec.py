@@ -15,7 +15,7 @@ class ShardSpec:
         model_dir: a directory in Hugging Face form, at the same path on every rank's host.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda`` (the first GPU that the process sees) or ``cuda:`` and a GPU's index there.
-        attention: the attention backend, ``reference`` or ``cpu``; None takes the best one for device and dtype.
+        attention: the attention backend, a name of backends.py; None takes the best one for device and dtype.
         kv_memory: what this rank may spend on KV: ``"2GiB"``, bytes, or a fraction of the memory that is free once
             the weights are loaded (on CPU shared out among the ranks of the group, and without what host_kv_blocks
             will take; on CUDA without what steps need).

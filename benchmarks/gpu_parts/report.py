@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def _worst(checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (kernels, dtype), group in groups.items():
         done = [check for check in group if "error" in check]
-        worst = max(done, key=lambda check: check["error"], default={})
+        worst = max(done, key=lambda check: math.inf if check["error"] is None else check["error"], default={})
         row = {"kernels": kernels, "dtype": dtype, "checks": len(done), "left out": len(group) - len(done)}
         rows.append(row | {key: worst.get(key) for key in ("case", "error", "limit", "right")})
     return rows

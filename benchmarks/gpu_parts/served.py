@@ -237,8 +237,9 @@ class Served:
         self._rows, self._new_rows = {}, []
 
     def _launch(self, plan: StepPlan) -> Launched:
+        launched = self._runner.launch(plan)
         self._next_step += 1
-        return self._runner.launch(plan)
+        return launched
 
     def _make_cache(self, wanted: list[int], dtype: torch.dtype) -> KVCache:
         """With blocks for the largest of what is wanted that there is memory for."""

@@ -204,6 +204,7 @@ class Engine:
             live.request for key, request in rows.items() if (live := self._live.get(key)) and live.request is request
         ]
         self.rebuilding, self._awaited = True, None
+        self.generation.graphs.lose_group(schedule.plan for schedule in self._in_flight)
         self._in_flight.clear()
         self._check.drop()
         self._end_failed()
@@ -387,7 +388,8 @@ class Engine:
         if schedule is None and graphs.due and not self._is_busy:
             schedule = self._scheduler.empty_step()
         if schedule is not None:
-            graphs.fill(schedule.plan)
+            # If the shards die of a capture, no request is to be blamed for it.
+            graphs.fill(schedule.plan, may_capture=not self._scheduler.num_suspects)
         scheduled = time.perf_counter()
         self._seconds["schedule"] += scheduled - started
         if schedule is None:

@@ -84,6 +84,7 @@ class Generation:
     def count_on(self, before: Generation) -> None:
         """Counts go on from those of the generation before this one."""
         self.cache.counts.update(before.cache.counts)
+        self.graphs.count_on(before.graphs)
         if self.tiers is not None and before.tiers is not None:
             self.tiers.books.counts.update(before.tiers.books.counts)
         if self.inbound is not None and before.inbound is not None:
@@ -212,7 +213,8 @@ class GenerationFactory:
         elif config.handoff is not None:
             outbound = Outbound(ledger, events.epoch, config.block_size)
         tables = BlockTables(cache, tiers, inbound)
-        pins, graphs = Pins(cache, spare), Graphs(config.max_num_seqs if config.device == "cuda" else 0)
+        decodes = config.device == "cuda" and outbound is None  # for others, an engine only computes prompts
+        pins, graphs = Pins(cache, spare), Graphs(config.max_num_seqs if decodes else 0)
         return Generation(events.epoch, group, cache, tables, ledger, tiers, pins, inbound, outbound, graphs)
 
     def close(self) -> None:

@@ -389,7 +389,7 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         seat = seat_of(request)
-        seat.num_wanted = seat.num_computed
+        seat.num_wanted = seat.num_computed  # no step computes it any more, the one that is being put together either
         if seat.is_used:
             self._leaving.append(request)
         else:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from headwise.workers.model.model import StepInput
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.runner import Runner
 from headwise.workers.sampling.best import keys_of
-from headwise.workers.sampling.grammar import Constraint
 from headwise.workers.shard import Shard
 from tests.checkpoints import small_spec
 from tests.workers.cuda.fake_gpu import FakeGpu
@@ -88,13 +86,15 @@ def test_on_a_gpu_a_step_is_finished_without_a_wait_for_the_next(fake: FakeGpu, 
 
 
 def test_which_steps_must_be_finished_before_the_next_is_launched(fake: FakeGpu, shard: Shard) -> None:
-    """On a GPU only those with a row that is computed again and whose grammar follows its tokens."""
+    """On a GPU only those before a plan with a row that has a grammar, or one that captures a graph."""
     runner = shard._runner
     assert runner is not None
     launched = runner.launch(StepPlan(0, admits=[admit(0, [3] * 4, [0])], computes=[(0, 4)]))
-    with_grammar = replace(launched, constraints={2: cast(Constraint, None)})
+    with_grammar = replace(launched, constrained={2})
     on_a_cpu = replace(launched, span=None)
     plans = [StepPlan(1, computes=[(0, 1)]), StepPlan(1, computes=[(0, 1), (2, 1)])]
+    new = replace(admit(1, [3], [1]), sampling=RowSampling(grammar="x"))
+    assert all(launched.precedes(plan) for plan in (StepPlan(1, capture=8), StepPlan(1, admits=[new])))
     found = [[step.precedes(plan) for plan in plans] for step in (launched, with_grammar, on_a_cpu)]
     assert found == [[False, False], [False, True], [True, True]]
     runner.finish(launched)

@@ -140,7 +140,10 @@ class TorchDistributed(Collectives):
             self._drop_group()
 
     def _form(self, backend: str, host: str) -> None:
-        self._group = _make_group(backend, host, self._store, self.rank, self.world_size, self._device)
+        # NCCL waits in the store for rank 0, and meanwhile a connection is of no use to others.
+        own: Any = self._store  # torch's type hints lack clone()
+        store = own.clone() if backend == "nccl" else own
+        self._group = _make_group(backend, host, store, self.rank, self.world_size, self._device)
         self.barrier()  # NCCL connects in the first operation
 
     def _form_in_time(self, form: Callable[[], None], timeout_s: float) -> None:

@@ -66,8 +66,9 @@ class TritonAttention(AttentionBackend):
         """Like :meth:`begin`, of a step whose array (see step_pack.py) is on the device."""
         counts = [(len(items.items_I8), items.num_slots) for items in (small, large)]
         self._begin(step_I, [self._launch(tiles, *count) for tiles, count in enumerate(counts) if count[0]])
-        floats = self.sums_size(max((num_slots for _, num_slots in counts), default=0))
+        floats = max((self._floats(launch.num_sums) for launch in self._launches), default=0)
         if floats > len(self._sums):
+            self._sums = torch.empty(0, device=self.cache.device)  # before there is the next: both take much
             self._sums = torch.empty(floats, device=self.cache.device)
 
     def begin_capture(self, step_I: Tensor, sums: Tensor, num_slots: int) -> None:
@@ -75,16 +76,18 @@ class TritonAttention(AttentionBackend):
         its items use no more slots.
 
         Args:
-            sums: float32, :meth:`sums_size` of so many slots.
+            sums: float32, :meth:`sums_of_decodes` of so many slots.
         """
-        tiles = 0 if self._group <= SMALL_ROWS else 1
-        self._begin(step_I, [self._launch(tiles, None, num_slots)])
+        self._begin(step_I, [self._launch(self._tiles_of_decodes, None, num_slots)])
         self._sums = sums
 
-    def sums_size(self, num_slots: int) -> int:
-        """How many float32 numbers the sums of so many slots are."""
-        rows = max(tiling.rows for tiling in self._tilings)
-        return num_slots * self.cache.num_kv_heads * rows * (self.cache.head_dim + 2)
+    def sums_of_decodes(self, num_slots: int) -> int:
+        """How many float32 numbers the sums of so many slots are, of rows with one token."""
+        return self._floats(self._launch(self._tiles_of_decodes, None, num_slots).num_sums)
+
+    @property
+    def _tiles_of_decodes(self) -> int:
+        return 0 if self._group <= SMALL_ROWS else 1
 
     def _begin(self, step_I: Tensor, launches: list[_Launch]) -> None:
         self._step_I, self._launches = step_I, launches
@@ -94,6 +97,9 @@ class TritonAttention(AttentionBackend):
         tiling = self._tilings[tiles]
         num_sums = num_slots * self.cache.num_kv_heads * tiling.rows
         return _Launch(tiles, tiling, num_programs(works, self.cache.device), num_sums)
+
+    def _floats(self, num_sums: int) -> int:
+        return num_sums * (self.cache.head_dim + 2)
 
     def attend(self, layer: int, q_THD: Tensor) -> Tensor:
         from headwise.workers.cuda import attention_kernels as kernels  # who computes on a CPU needs no Triton

@@ -53,6 +53,7 @@ def attend(
         GROUP: the most query heads of a KV head.
     """
     d = tl.arange(0, PADDED_DIM)
+    sums_end = num_sums.to(tl.int64)
     tables, table_stride = step + tl.load(step + 4), tl.load(step + 5)
     num_works = tl.load(step + 2 * TILES) * NUM_KV_HEADS
     for work in range(tl.program_id(0), num_works, tl.num_programs(0)):
@@ -88,8 +89,8 @@ def attend(
         else:
             at_M = (slot.to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
             tl.store(sums + at_M[:, None] * HEAD_DIM + d[None, :], o_MD, mask=is_query)
-            tl.store(sums + num_sums * HEAD_DIM + at_M, highest_M, mask=is_row)
-            tl.store(sums + num_sums * (HEAD_DIM + 1) + at_M, total_M, mask=is_row)
+            tl.store(sums + sums_end * HEAD_DIM + at_M, highest_M, mask=is_row)
+            tl.store(sums + sums_end * (HEAD_DIM + 1) + at_M, total_M, mask=is_row)
 
 
 @triton.jit
@@ -109,6 +110,7 @@ def add_parts(
 ):
     """Makes the outputs of tiles with several parts of the sums that :func:`attend` left; arguments as there."""
     d = tl.arange(0, PADDED_DIM)
+    sums_end = num_sums.to(tl.int64)
     num_works = tl.load(step + 2 * TILES) * NUM_KV_HEADS
     for work in range(tl.program_id(0), num_works, tl.num_programs(0)):
         item, kv_head, m, token, head, first_token, first_head, is_row = _tile(
@@ -124,8 +126,8 @@ def add_parts(
             for part in range(0, num_parts):
                 at_M = ((slot + part).to(tl.int64) * NUM_KV_HEADS + kv_head) * ROWS + m
                 # Each row sees a key of the first part, so `highest` is a number from there on.
-                part_highest_M = tl.load(sums + num_sums * HEAD_DIM + at_M, mask=is_row, other=0.0)
-                part_total_M = tl.load(sums + num_sums * (HEAD_DIM + 1) + at_M, mask=is_row, other=1.0)
+                part_highest_M = tl.load(sums + sums_end * HEAD_DIM + at_M, mask=is_row, other=0.0)
+                part_total_M = tl.load(sums + sums_end * (HEAD_DIM + 1) + at_M, mask=is_row, other=1.0)
                 part_MD = tl.load(sums + at_M[:, None] * HEAD_DIM + d[None, :], mask=is_query, other=0.0)
                 above_M = tl.maximum(highest_M, part_highest_M)
                 keep_M, add_M = tl.exp2(highest_M - above_M), tl.exp2(part_highest_M - above_M)

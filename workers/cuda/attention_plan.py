@@ -20,7 +20,7 @@ from headwise.workers.cuda.tiling import SMALL_ROWS
 from headwise.workers.model.attention import AttentionBatch
 
 PART_KEYS = 512
-"""The least keys of a part that is not the last one of its context."""
+"""A context has no more parts than there are so many keys in it, the last begun one counted."""
 
 _MAX_PARTS = 64
 """The most parts of all tiles of a row together, as long as it has fewer tiles: they fill a GPU, and bound the sums."""

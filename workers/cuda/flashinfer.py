@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headwise.workers.cuda import gpu
 from headwise.workers.cuda.launch import TRITON
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
@@ -54,6 +55,8 @@ class FlashInferAttention(AttentionBackend):
             workspace, "HND", use_tensor_cores=groups[0] >= _TENSOR_CORE_GROUP
         )
         self._planned = self._mixed
+        self._gpu = gpu.of(cache.device)
+        self._plan_taken: gpu.Event | None = None
 
     @classmethod
     def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
@@ -76,6 +79,9 @@ class FlashInferAttention(AttentionBackend):
         pages = [
             self._host(x) for x in (starts_B1, batch.block_tables_BN[used_BN], (batch.context_lens_B - 1) % size + 1)
         ]
+        if self._plan_taken is not None:
+            # A wrapper has one page-locked buffer for all its plans, from which the last may be on its way still.
+            self._plan_taken.synchronize()
         sizes = (self.q_starts[-1], cache.num_kv_heads, cache.head_dim, size)
         types: dict[str, Any] = {"sm_scale": self.scale, "q_data_type": cache.dtype, "kv_data_type": cache.dtype}
         if (np.diff(batch.query_starts_B1) == 1).all():
@@ -84,6 +90,9 @@ class FlashInferAttention(AttentionBackend):
         else:
             self._planned = self._mixed
             self._mixed.plan(self._host(batch.query_starts_B1), *pages, *sizes, causal=True, **types)
+        if self._gpu is not None:
+            self._plan_taken = self._gpu.new_event()
+            self._plan_taken.record(self._gpu.current_stream())
 
     def attend(self, layer: int, q_THD: Tensor) -> Tensor:
         # Contiguous, because not all of its kernels heed strides.

@@ -7,8 +7,10 @@ and see it. Ask for it with ``gpu.of(device)``, and not by importing ``of``.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +109,10 @@ class Gpu(Protocol):
         """Memory that only this process's allocator keeps is free for others."""
 
 
+_ALONE = threading.RLock()
+"""Of who captures, or waits for a whole device: that another thread waits for it spoils a capture."""
+
+
 def of(device: torch.device) -> Gpu | None:
     """The GPU of a device; None where the device is none."""
     return TorchGpu(device) if device.type == "cuda" else None
@@ -151,9 +157,11 @@ class TorchGpu:
         return memory.is_pinned()
 
     def capture(self, run: Callable[[], None], pool: Any) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls can spoil it: those of copies and of NCCL's watchdog go on meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
+        # Only this thread's calls can spoil it: those of copies and of NCCL's watchdog go on meanwhile. The stream is
+        # entered here, too, for torch does not leave it where the capture fails in its end.
+        capturing = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with _ALONE, torch.cuda.stream(stream), capturing:
             run()
         return graph
 
@@ -161,7 +169,8 @@ class TorchGpu:
         return torch.cuda.graph_pool_handle()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self._device)
+        with _ALONE:
+            torch.cuda.synchronize(self._device)
 
     def free_memory(self) -> int:
         self.empty_cache()
@@ -172,8 +181,14 @@ class TorchGpu:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         run()
-        torch.cuda.synchronize(self._device)
+        self.synchronize()
         return int(torch.cuda.max_memory_allocated(self._device)) - before
 
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: libraries keep memory for each stream that they were used on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

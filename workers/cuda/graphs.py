@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from headwise.workers.cuda.attention import TritonAttention
-from headwise.workers.cuda.attention_plan import PART_KEYS, max_slots
+from headwise.workers.cuda.attention_plan import max_slots
 from headwise.workers.cuda.gpu import Gpu, Graph
 from headwise.workers.cuda.step_pack import most_items, token_places
+
+Compute = Callable[[Tensor, bool], Tensor]
+"""The logits of all rows of a step whose array it gets; of this rank alone, without those of the others, if told so."""
 
 _logger = logging.getLogger(__name__)
 
@@ -83,18 +86,15 @@ class DecodeGraphs:
         graph = self._graphs.get(bucket)
         return graph if graph is not None and graph.takes(size, num_slots) else None
 
-    def capture(self, bucket: int, compute: Callable[[Tensor], Tensor]) -> None:
+    def capture(self, bucket: int, compute: Compute) -> None:
         """Makes the graph of a bucket. If that cannot be done, it says so once, and such steps are launched kernel by
-        kernel.
-
-        Args:
-            compute: computes the logits of all rows of a step of that bucket whose array it gets.
-        """
+        kernel. Other ranks may have the graph all the same: it does what the launches do."""
         if self._gpu is None or bucket in self._graphs:
             return
         try:
             self._graphs[bucket] = self._make(self._gpu, bucket, compute)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self._pool = None  # torch takes no graph into a pool after one that failed
             self._warn(bucket, error)
 
     def close(self) -> None:
@@ -106,15 +106,16 @@ class DecodeGraphs:
         self._graphs.clear()
         self._pool, self._room = None, _Room(torch.empty(0), torch.empty(0), torch.empty((0, 0)))
 
-    def _make(self, gpu: Gpu, bucket: int, compute: Callable[[Tensor], Tensor]) -> DecodeGraph:
-        num_slots = self._num_slots(bucket)
+    def _make(self, gpu: Gpu, bucket: int, compute: Compute) -> DecodeGraph:
+        num_slots = max_slots(bucket, self._max_model_len)
         step_I, sums = self._room_for(bucket, num_slots)
         # A step without rows: no item is attended to, and no token writes anything.
         step_I.zero_()
         step_I[token_places(bucket, bucket).slots] = -1
         self._attention.begin_capture(step_I, sums, num_slots)
-        # Compiles kernels and opens what libraries open at first, neither of which can be captured.
-        logits_BV = compute(step_I)
+        # Compiles kernels and opens what libraries open at first, neither of which can be captured. Alone: if memory
+        # runs out on this rank in the midst of it, the others' sums would wait for those that this one has left out.
+        logits_BV = compute(step_I, True)
         if bucket <= len(self._room.logits_BV):
             logits_BV = self._room.logits_BV  # of every graph: those of 256 rows are 131 MB
         self._room = room = _Room(step_I, sums, logits_BV)
@@ -122,14 +123,9 @@ class DecodeGraphs:
             self._pool = gpu.new_pool()
 
         def run() -> None:
-            room.logits_BV[:bucket] = compute(step_I)
+            room.logits_BV[:bucket] = compute(step_I, False)
 
         return DecodeGraph(gpu.capture(run, self._pool), room, num_slots)
-
-    def _num_slots(self, bucket: int) -> int:
-        """As many as its rows can use, unless they share most of the cache's blocks with each other."""
-        cache = self._attention.cache
-        return min(max_slots(bucket, self._max_model_len), cache.num_blocks * cache.block_size // PART_KEYS + bucket)
 
     def _room_for(self, bucket: int, num_slots: int) -> tuple[Tensor, Tensor]:
         """The step's array and the sums: those of the graph before, where they are large enough."""
@@ -137,8 +133,8 @@ class DecodeGraphs:
         size = token_places(bucket, bucket).end + bucket * self._max_blocks + most_items(bucket + num_slots) + 4
         if size > len(step_I):
             step_I = torch.empty(size, dtype=torch.int32, device=device)
-        if self._attention.sums_size(num_slots) > len(sums):
-            sums = torch.empty(self._attention.sums_size(num_slots), device=device)
+        if (floats := self._attention.sums_of_decodes(num_slots)) > len(sums):
+            sums = torch.empty(floats, device=device)
         return step_I, sums
 
     def _warn(self, bucket: int, error: RuntimeError) -> None:

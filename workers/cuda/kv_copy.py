@@ -17,14 +17,11 @@ from torch import Tensor
 from headwise.workers.cuda import kv_copy_kernels as kernels
 from headwise.workers.cuda.gpu import Event, Gpu
 from headwise.workers.cuda.launch import FP_FUSION
+from headwise.workers.cuda.memory import NUM_LANES, STAGING_BYTES
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import INTEGERS, Bits, KVCache
 from headwise.workers.kv.handoff import Range
 
-STAGING_BYTES = 16 << 20
-"""At each end of a lane, unless one block has more: enough to keep the bus busy, and little beside a cache."""
-
-_NUM_LANES = 2
 _PIECES_AT_ONCE = 8
 """In a call: the bus has nothing to do while the first one is gathered, and while the last one is handed out."""
 _MAX_BLOCKS = 4096
@@ -73,8 +70,8 @@ class BlockMover:
         block_bytes = cache.range_bytes(1, cache.num_kv_heads, cache.num_layers)
         lane_bytes = max(block_bytes, min(STAGING_BYTES, cache.nbytes))
         self.blocks_at_once = _PIECES_AT_ONCE * (lane_bytes // block_bytes)
-        host = _page_locked(gpu, [lane_bytes, 4 * _MAX_BLOCKS] * _NUM_LANES)
-        self._lanes = [_Lane(cache, gpu, *host[2 * lane :][:2]) for lane in range(_NUM_LANES)]
+        host = _page_locked(gpu, [lane_bytes, 4 * _MAX_BLOCKS] * NUM_LANES)
+        self._lanes = [_Lane(cache, gpu, *host[2 * lane :][:2]) for lane in range(NUM_LANES)]
         self._made = gpu.new_event()
         self._check()
 
@@ -82,7 +79,7 @@ class BlockMover:
         with self._alone():
             under_way: deque[_Piece] = deque()
             for piece in self._pieces(blocks, heads, layers, out):
-                if len(under_way) == _NUM_LANES:
+                if len(under_way) == NUM_LANES:
                     under_way.popleft().take_out()
                 with piece.lane.submit(piece.blocks) as listed:
                     launch(kernels.gather, self._cache, piece.lane.on_gpu, listed, heads, layers)

@@ -81,7 +81,11 @@ class CudaLlama:
     @torch.inference_mode()
     def capture(self, bucket: int, tokens_RL: Tensor) -> None:
         assert self._graphs is not None, "attach() comes first"
-        self._graphs.capture(bucket, lambda step_I: self._llama.compute(_inputs(step_I, tokens_RL, bucket, None)))
+
+        def compute(step_I: Tensor, alone: bool) -> Tensor:
+            return self._llama.compute(_inputs(step_I, tokens_RL, bucket, None), alone)
+
+        self._graphs.capture(bucket, compute)
 
     def detach(self) -> None:
         if self._graphs is not None:

@@ -16,6 +16,10 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
 from headwise.workers.spec import ShardSpec
 
+NUM_LANES, STAGING_BYTES = 2, 16 << 20
+"""What moves KV blocks has two lanes, each with staging memory at both ends: of that size, unless one block has more.
+It is enough to keep the bus busy, and little beside a cache."""
+
 T = TypeVar("T")
 Step = Callable[[StepPlan], object]
 """Computes a plan."""
@@ -38,36 +42,33 @@ class LargestStep(NamedTuple):
     Attributes:
         rows: of the step; each samples a token.
         tokens: that it computes.
-        row_tokens: of one row, those before the step included.
-        all_tokens: of all rows together, as many as the KV memory may hold.
+        row_tokens: of each row, those before the step included: rows may share the blocks of a long beginning.
     """
 
     rows: int
     tokens: int
     row_tokens: int
-    all_tokens: int
 
-    def plan(self, block_size: int) -> StepPlan:
-        """A first plan that computes it in a cache of one block. All blocks of all rows are that one, so what comes out
-        means nothing."""
-        counts = self._counts()
-        others = (self.all_tokens - self.row_tokens) // max(1, self.rows - 1)
-        lengths = [self.row_tokens] + [min(max(1, others), self.row_tokens)] * (self.rows - 1)
-        plan = StepPlan(0)
-        for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-            length = max(count, length)
-            blocks = [0] * -(-length // block_size)
+    def plans(self, block_size: int) -> list[StepPlan]:
+        """The first plans, which compute it in a cache of one block. All blocks of all rows are that one, so what comes
+        out means nothing. There are two ways to share out the tokens: the reference needs the most for a row with as
+        many as possible, and Triton's attention for the sums of many rows with a few each."""
+        in_few, left = [1] * self.rows, min(self.tokens, self.rows * self.row_tokens) - self.rows
+        in_all = [1 + left // self.rows + (row < left % self.rows) for row in range(self.rows)]
+        for row in range(self.rows):
+            more = min(left, self.row_tokens - 1)
+            in_few[row], left = in_few[row] + more, left - more
+        first, second = (self._plan(step, counts, block_size) for step, counts in enumerate((in_few, in_all)))
+        second.drops = list(range(self.rows))
+        return [first, second]
+
+    def _plan(self, step: int, counts: list[int], block_size: int) -> StepPlan:
+        length, plan = self.row_tokens, StepPlan(step)
+        blocks = [0] * -(-length // block_size)
+        for row, count in enumerate(counts):
             plan.admits.append(RowAdmit(row, [0] * length, length, length - count, blocks, _DEMANDING))
             plan.computes.append((row, count))
         return plan
-
-    def _counts(self) -> list[int]:
-        """As many as possible in the first rows: a long row needs more than several short ones."""
-        counts, left = [1] * self.rows, self.tokens - self.rows
-        for row in range(self.rows):
-            more = min(left, self.row_tokens - 1)
-            counts[row], left = counts[row] + more, left - more
-        return counts
 
 
 class GpuMemory:
@@ -108,15 +109,19 @@ class GpuMemory:
             InvalidValueError: the GPU has no memory for the largest step.
         """
         free = self.free
-        plan = largest.plan(self._spec.block_size)
+        plans = largest.plans(self._spec.block_size)
 
         def measure() -> None:
             try:
-                self.for_steps = self._measure(plan, start)
+                self.for_steps = self._measure(plans, start)
             finally:
                 end()
 
         or_refuse(measure, lambda: self._no_steps("more than it can have", free))
+
+    def reserve(self, num_bytes: int) -> None:
+        """So much is taken later by what moves KV blocks, and counts to what steps need."""
+        self.for_steps += num_bytes
 
     def for_kv(self) -> int:
         """Bytes that KV may take now.
@@ -129,20 +134,21 @@ class GpuMemory:
             raise self._no_steps(f"{self.for_steps} bytes", free)
         return free - self.for_steps
 
-    def _measure(self, plan: StepPlan, start: Callable[[], Step]) -> int:
+    def _measure(self, plans: list[StepPlan], start: Callable[[], Step]) -> int:
         steps: list[Step] = []
 
         def compute() -> None:
             steps.append(start())
-            steps[0](plan)
+            for plan in plans:
+                steps[0](plan)
 
         peak = self._gpu.peak_memory(compute)
-        buckets = buckets_of(len(plan.computes))
-        shared = self._taken(lambda: steps[0](StepPlan(1, capture=buckets[-1])))
+        buckets = buckets_of(len(plans[0].computes))
+        shared = self._taken(lambda: steps[0](StepPlan(len(plans), capture=buckets[-1])))
         if len(buckets) == 1:
             return peak + shared
         # The memory that graphs share is the largest one's; every other takes what the smallest does.
-        own = self._taken(lambda: steps[0](StepPlan(2, capture=buckets[0])))
+        own = self._taken(lambda: steps[0](StepPlan(len(plans) + 1, capture=buckets[0])))
         return peak + shared + own * (len(buckets) - 1)
 
     def _taken(self, run: Callable[[], object]) -> int:
@@ -159,6 +165,11 @@ class GpuMemory:
         )
         fix = "lower one of them (--max-num-batched-tokens, --max-num-seqs, --max-model-len)"
         return InvalidValueError("max_num_batched_tokens", spec.max_num_batched_tokens, limit, fix)
+
+
+def staging_bytes(block_bytes: int) -> int:
+    """What moving KV blocks takes of a GPU's memory, of blocks of such a size."""
+    return NUM_LANES * max(block_bytes, STAGING_BYTES)
 
 
 def or_refuse(compute: Callable[[], T], refusal: Callable[[], InvalidValueError]) -> T:

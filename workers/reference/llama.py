@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headwise.workers.collectives import Collectives
+from headwise.workers.collectives import Collectives, Solo
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
@@ -94,34 +94,39 @@ class Llama:
         rows_T, positions_T, slots_T, logit_tokens_B = (upload(x, self._cos_LD.device) for x in arrays)
         return Inputs(step.tokens_RL[rows_T, positions_T], positions_T, slots_T, logit_tokens_B)
 
-    def compute(self, inputs: Inputs) -> Tensor:
-        """Like :meth:`forward`, of tokens that are on the device, once the attention has begun the step."""
+    def compute(self, inputs: Inputs, alone: bool = False) -> Tensor:
+        """Like :meth:`forward`, of tokens that are on the device, once the attention has begun the step.
+
+        Args:
+            alone: the other ranks do not compute it, so nothing is added up, and what comes out means nothing.
+        """
+        collectives = Solo() if alone else self._collectives
         weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
-        residual_TE = self._embed(inputs.token_ids_T)
+        residual_TE = self._embed(inputs.token_ids_T, collectives)
         cos_TD, sin_TD = self._cos_LD[inputs.positions_T], self._sin_LD[inputs.positions_T]
         for index, layer in enumerate(weights.layers):
             x_TE = ops.rms_norm(residual_TE, layer.attn_norm_E, eps)
             attn_TX = self._attend(index, layer, x_TE, cos_TD, sin_TD, inputs.slots_T)
             attn_TE = functional.linear(attn_TX, layer.o_weight, layer.o_bias)
-            self._collectives.all_reduce_(attn_TE)
+            collectives.all_reduce_(attn_TE)
             x_TE = ops.add_rms_norm(residual_TE, attn_TE, layer.mlp_norm_E, eps)
             act_TM = ops.silu_mul(functional.linear(x_TE, layer.gate_up_weight, layer.gate_up_bias))
             mlp_TE = functional.linear(act_TM, layer.down_weight, layer.down_bias)
-            self._collectives.all_reduce_(mlp_TE)
+            collectives.all_reduce_(mlp_TE)
             residual_TE += mlp_TE
         if inputs.logit_tokens_B is not None:
             residual_TE = residual_TE[inputs.logit_tokens_B]
         last_BE = ops.rms_norm(residual_TE, weights.final_norm_E, eps)
         return functional.linear(last_BE, weights.lm_head_VE).float()
 
-    def _embed(self, token_ids_T: Tensor) -> Tensor:
+    def _embed(self, token_ids_T: Tensor, collectives: Collectives) -> Tensor:
         """Each rank looks up the tokens it owns; the others contribute zeros, so the sum is exact."""
         start, stop = self._partition.vocab
         local_T = token_ids_T - start
         foreign_T = (local_T < 0) | (local_T >= stop - start)
         x_TE = functional.embedding(local_T.masked_fill(foreign_T, 0), self._weights.embed_VE)
         x_TE.masked_fill_(foreign_T.unsqueeze(1), 0)
-        self._collectives.all_reduce_(x_TE)
+        collectives.all_reduce_(x_TE)
         return x_TE
 
     def _attend(

@@ -8,7 +8,7 @@ top_p.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -197,6 +197,11 @@ class Sampler:
             tokens_B: int64 on the device, one for each of ``rows_B``.
         """
         self._penalties.observe(rows_B, tokens_B)
+
+    @property
+    def constrained(self) -> Collection[int]:
+        """The rows that have a grammar, as they are when somebody looks."""
+        return self._constraints.keys()
 
     def constraints(self, rows_B: Ints) -> dict[int, Constraint]:
         """By row that has a grammar, where it is in it; the row's tokens move it on."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime.engine.graphs import STEPS_PER_CAPTURE, Graphs
+from headwise.runtime.engine.graphs import MAX_DEATHS, STEPS_PER_CAPTURE, Graphs
 from headwise.runtime.engine.pace import CAPTURE_S, MIN_STEP_TIMEOUT_S
 from headwise.runtime.engine.scheduler import Schedule
 from headwise.workers.cuda.buckets import bucket_of, buckets_of
@@ -175,3 +175,30 @@ def test_what_a_prompt_costs_is_not_learned_while_a_graph_is_captured(capture: i
     plan = StepPlan(0, computes=[(0, 64)], capture=capture)
     bench.engine._learn_cost(Schedule(plan, [], 64, 64, 0), StepOutput(0, seconds=3.2))
     assert bench.engine.pace.token_s == (None if capture else 0.05)
+
+
+def test_shards_that_die_again_and_again_of_captures_have_no_graphs_at_last(caplog: pytest.LogCaptureFixture) -> None:
+    bench, last = Bench(group=Watched(), graph_rows=4), Watched()
+    for number in range(MAX_DEATHS):
+        bench.add(make_request(str(number), [1, 2, 3], 2))
+        while f"{number}#0" not in bench.ended:
+            bench.step()
+        bench.engine._submit_next()
+        assert bench.engine._in_flight[-1].plan.capture
+        bench.engine.lose_group(ShardGroupDied(0, "here", "a test"))
+        assert "graphs" not in caplog.text
+        bench.resume(last := Watched())
+    bench.add(make_request("last", [1, 2, 3], 20))
+    bench.run()
+    assert last.captures == [] and all(plan.bucket == 0 for plan in last.seen) and "last#0" in bench.ended
+    assert "died 2 times while they captured graphs" in caplog.text
+
+
+def test_no_graph_is_captured_beside_a_request_that_shards_may_have_died_of() -> None:
+    graphs = Graphs(1)
+    graphs.begin()
+    plan = StepPlan(0)
+    graphs.fill(plan, may_capture=False)
+    assert plan.capture == 0
+    graphs.fill(plan)
+    assert plan.capture == 1

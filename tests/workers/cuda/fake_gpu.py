@@ -40,6 +40,7 @@ class FakeGpu:
         self._current = [self.steps]
         self._num_streams = self._num_events = 0
         self.free, self.peak = 1 << 30, 0
+        self._spoiled: Any = None  # the pool of a capture that has failed
         self._pinned: dict[int, Tensor] = {}  # by address, which nothing else gets as long as this object lives
 
     @property
@@ -89,9 +90,13 @@ class FakeGpu:
 
     def capture(self, run: Callable[[], None], pool: Any) -> FakeGraph:
         self.log.append(("capture", pool))
+        if self._spoiled == pool:
+            raise RuntimeError("use_count > 0: torch takes no graph into a pool in which a capture has failed")
         graph = FakeGraph(self)
+        self._spoiled = pool
         with _Recording(graph), _recorded_kernels(graph), waits_are_errors(self):
             run()
+        self._spoiled = None
         return graph
 
     def new_pool(self) -> Any:

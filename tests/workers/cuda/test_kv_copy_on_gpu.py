@@ -23,14 +23,16 @@ def test_blocks_move_between_a_gpu_and_the_host() -> None:
     ours, collected = gpu.of(device), torch.cuda.Event()
     assert ours is not None
     cache = KVCache(3, 40, 2, 16, 64, torch.bfloat16, device)
-    cache.mover = BlockMover(cache, ours, lambda: collected)
+    recorded: list[torch.cuda.Event] = []
+    cache.mover = BlockMover(cache, ours, lambda: recorded[0] if recorded else None)
     cache.keys.normal_()
     cache.values.normal_()
     collected.record()
+    recorded.append(collected)
+    store = HostStore(4, cache.block_shape, cache.dtype, ours)  # before: to lock its pages may wait for the GPU
     in_flight = torch.cuda.Event()
     torch.cuda._sleep(4_000_000_000)  # cycles: seconds
     in_flight.record()
-    store = HostStore(4, cache.block_shape, cache.dtype, ours)
     store.put([b"a", b"b"], lambda slots: cache.read_blocks([4, 1], slots))
     held = [store.get(digest) for digest in (b"a", b"b")]
     assert all(block is not None and block.is_pinned() for block in held)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from headwise.workers.collectives import Solo
-from headwise.workers.cuda.graphs import DecodeGraphs
+from headwise.workers.cuda.graphs import DecodeGraph
 from headwise.workers.cuda.llama import CudaLlama
 from headwise.workers.cuda.memory import GpuMemory
 from headwise.workers.plan import RowAdmit, RowSampling, StepPlan
+from headwise.workers.reference.llama import Inputs, Llama
 from headwise.workers.shard import Shard
 from tests.checkpoints import small_spec
 from tests.workers.cuda.fake_gpu import FakeGpu, waits_are_errors
@@ -144,11 +145,46 @@ def test_what_cannot_be_captured_is_said_once_and_computed_all_the_same(
     assert len(said) == 1 and "4 rows" in said[0] and "--kv-memory" in said[0]
 
 
+def test_after_a_capture_that_failed_others_succeed(
+    checkpoint: Callable[..., Path], fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, fails = Llama.compute, [True]
+
+    def failing(self: Llama, inputs: Inputs, alone: bool = False) -> torch.Tensor:
+        if fails and not alone:
+            fails.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, inputs, alone)
+
+    with shard(checkpoint("gqa")) as one:
+        prefill, *captures = plans([4, 2], 4, 1)[:3]
+        tokens(one, [prefill])
+        monkeypatch.setattr(Llama, "compute", failing)
+        tokens(one, captures)
+        assert isinstance(one._model, CudaLlama) and one._model._graphs is not None
+        assert list(one._model._graphs._graphs) == [2]
+
+
+def test_ranks_warm_up_alone(checkpoint: Callable[..., Path], fake_gpu: FakeGpu) -> None:
+    """If memory runs out there on one rank, the others do not wait for its part of a sum."""
+    meetings: list[str] = []
+
+    class Counted(Solo):
+        def all_reduce_(self, x: torch.Tensor) -> None:
+            meetings.append("warm" if not any(what == "capture" for what, _ in fake_gpu.log) else "capture")
+
+    with closing(Shard(small_spec(checkpoint("gqa"), attention="cuda"), Counted(), 1)) as one:
+        one.load()
+        one.allocate(12)
+        meetings.clear()
+        one.step(StepPlan(0, capture=4))
+    assert set(meetings) == {"capture"} and len(meetings) == 5, "the embedding's, and two a layer"
+
+
 def test_a_step_that_a_graph_has_no_room_for_is_launched(
     checkpoint: Callable[..., Path], fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of rows that share most blocks, and have more parts together than blocks of their own could have."""
-    monkeypatch.setattr(DecodeGraphs, "_num_slots", lambda self, bucket: -1)
+    monkeypatch.setattr(DecodeGraph, "takes", lambda self, size, num_slots: False)
     with shard(checkpoint("gqa"), "reference") as one:
         expected = tokens(one, plans([], 0))
     with shard(checkpoint("gqa")) as one:
