@@ -81,6 +81,11 @@ class RayGroupFactory(GroupFactory):
         bundle = placement.bundle_specs[0]
         wanted = {name: amount * placement.bundle_count for name, amount in bundle.items()}
         has, free = ray.cluster_resources(), ray.available_resources()  # of which Ray leaves out what is all taken
+        if bundle.get("GPU") and not has.get("GPU"):
+            return (
+                f"device=cuda (--device) wants {placement.bundle_count} GPUs, one a rank, and the cluster has none in "
+                f"{num_nodes} nodes; start Ray where nvidia-smi shows them, or compute on CPUs (--device cpu)"
+            )
         return (
             f"{placement.bundle_count} ranks want {_amounts(wanted)}; the cluster has "
             f"{_amounts(has)} in {num_nodes} nodes, of which {_amounts(dict.fromkeys(has, 0.0) | free)} "

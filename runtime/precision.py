@@ -29,7 +29,7 @@ def resolve_dtype(dtype: str, device: str, checkpoint: str) -> str:
 
 
 def precision_notes(dtype: str, spec: ShardSpec, model: ModelConfig, weights: SafetensorsIndex) -> Iterator[str]:
-    """A line each about what a user of a CPU may not expect.
+    """A line each about what a user may not expect.
 
     Args:
         dtype: as set, perhaps ``auto``.
@@ -40,6 +40,9 @@ def precision_notes(dtype: str, spec: ShardSpec, model: ModelConfig, weights: Sa
     cache = (torch.device(spec.device), DTYPES[spec.dtype], spec.block_size, model.head_dim)
     backend = find_backend(spec.attention, *cache)
     if spec.device != "cpu":
+        if spec.attention is None and backend is BACKENDS["reference"]:
+            reasons = " and ".join(BACKENDS["cuda"].attention.obstacles(*cache))
+            yield f"slow: {reasons}, so the reference backend computes the model, without Triton's kernels"
         return
     if dtype == "auto" and spec.dtype != model.dtype:
         yield (

@@ -367,6 +367,9 @@ def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: i
 
 def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:
     if config.executor == "local":
+        if spec.device == "cuda" and _best_device() != "cuda":
+            fix = "device=cpu (--device), or a build of torch with CUDA and a GPU that nvidia-smi shows"
+            raise InvalidValueError("device", spec.device, "torch finds no GPU here", fix)
         return LocalGroupFactory(spec, config.cpus_per_rank)
     # Here and not above: executor="local" works where Ray is not installed.
     from headwise.cluster.ray_factory import RayGroupFactory

@@ -8,12 +8,14 @@ from typing import Annotated
 from headwise.runtime.cli.options import (
     Address,
     AsJson,
+    Attention,
     CpusPerRank,
     Device,
     Dtype,
     Executor,
     KvMemory,
     MaxModelLen,
+    MaxNumBatchedTokens,
     MaxTokens,
     Model,
     Seed,
@@ -43,6 +45,8 @@ def chat(
     kv_memory: KvMemory = None,
     cpus_per_rank: CpusPerRank = None,
     address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    attention: Attention = None,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a model.
@@ -54,7 +58,11 @@ def chat(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     messages = [{"role": "system", "content": system}] if system else []
-    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(
+        *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention=attention,
+    )
     with LLM(model, **settings) as llm:
         while line := _ask():
             messages.append({"role": "user", "content": line})

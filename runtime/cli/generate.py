@@ -15,6 +15,7 @@ from headwise.runtime.cli.options import (
     MODEL_HELP,
     Address,
     AsJson,
+    Attention,
     CpusPerRank,
     Device,
     Dtype,
@@ -22,6 +23,7 @@ from headwise.runtime.cli.options import (
     FlagError,
     KvMemory,
     MaxModelLen,
+    MaxNumBatchedTokens,
     MaxTokens,
     Seed,
     Temperature,
@@ -85,6 +87,8 @@ def generate(
     kv_memory: KvMemory = None,
     cpus_per_rank: CpusPerRank = None,
     address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    attention: Attention = None,
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or answer it with --chat.
@@ -124,7 +128,11 @@ def generate(
         _ask_server(server, token, files, timeout, question, params, as_json)
         return
     assert model is not None
-    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(
+        *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention=attention,
+    )
     with told_in_flags(form):
         _generate_here(model, settings, question, params, as_json)
 

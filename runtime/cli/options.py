@@ -45,6 +45,10 @@ PipelineDepth = Annotated[int | None, option("n", "Steps in flight at the same t
 MaxNumBatchedTokens = Annotated[
     int | None, option("n", "Most tokens of a step, longer prompts are split; default: 1024.")
 ]
+Attention = Annotated[
+    str | None,
+    option("backend", "cpu, cuda (Triton), flashinfer, or reference (plain torch, slow); default: the fastest."),
+]
 HostKvMemory = Annotated[
     str | None, option("size", "Host memory of each rank for KV blocks that left the device: 4GiB; default: none.")
 ]
@@ -85,6 +89,7 @@ def engine_settings(
     address: str | None,
     pipeline_depth: int | None = None,
     max_num_batched_tokens: int | None = None,
+    attention: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``LLM``; an option that is None is left out, so that ``LLM``'s own default holds."""
     settings = {
@@ -98,6 +103,7 @@ def engine_settings(
         "address": address,
         "pipeline_depth": pipeline_depth,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "attention": attention,
     }
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -25,6 +25,7 @@ from headwise.runtime.cli.handoff import (
 from headwise.runtime.cli.options import (
     Address,
     AsJson,
+    Attention,
     CacheQuota,
     CpusPerRank,
     Device,
@@ -35,6 +36,7 @@ from headwise.runtime.cli.options import (
     HostKvMemory,
     KvMemory,
     MaxModelLen,
+    MaxNumBatchedTokens,
     Model,
     OnShardDeath,
     PrefixCaching,
@@ -115,6 +117,8 @@ def serve(
     disk_kv_limit: DiskKvLimit = None,
     cpus_per_rank: CpusPerRank = None,
     address: Address = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    attention: Attention = None,
     role: Role = None,
     prefill: Prefill = None,
     decode: Decode = None,
@@ -137,7 +141,11 @@ def serve(
     from headwise.runtime.server.serve import serve as run
 
     refuse_idle_flags(ctx, role, prefill)
-    settings = engine_settings(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address)
+    settings = engine_settings(
+        *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention=attention,
+    )
     tiers = {
         "cache_quota": cache_quota,
         "host_kv_memory": host_kv_memory,

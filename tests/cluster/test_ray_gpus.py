@@ -15,6 +15,7 @@ from headwise.cluster import ray_ranks
 from headwise.cluster.actor import ShardActor, index_of_gpu
 from headwise.cluster.engine_watch import EngineProcess
 from headwise.cluster.rank import Rank
+from headwise.cluster.ray_factory import RayGroupFactory
 from headwise.cluster.ray_ranks import RayRanks
 from headwise.workers import collectives
 from headwise.workers.errors import InvalidValueError
@@ -136,3 +137,19 @@ def assert_plain(value: Any) -> None:
             assert_plain(one)
     else:
         assert value is None or isinstance(value, str | bytes | int | float), type(value)
+
+
+def test_a_cluster_without_gpus_is_told_from_one_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Placement:
+        bundle_count = 2
+        bundle_specs = ({"CPU": 1.0, "GPU": 1.0},)
+
+    factory = RayGroupFactory.__new__(RayGroupFactory)
+    factory._start_timeout_s = 1.0
+    resources: dict[str, float] = {"CPU": 8.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(ray, "available_resources", lambda: resources)
+    placement: Any = Placement()
+    assert factory._no_room(placement, 1).startswith("device=cuda (--device) wants 2 GPUs, one a rank, and the cluster")
+    resources["GPU"] = 1.0
+    assert "lower cpus_per_rank" in factory._no_room(placement, 1)

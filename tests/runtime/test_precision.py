@@ -11,9 +11,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from headwise.runtime import LLM, SamplingParams
-from headwise.runtime.precision import resolve_dtype
+from headwise.runtime.precision import precision_notes, resolve_dtype
+from headwise.workers.cuda import attention
 from headwise.workers.errors import InvalidValueError
-from tests.checkpoints import write_checkpoint
+from headwise.workers.model.checkpoint import verify_checkpoint
+from headwise.workers.model.model_config import load_model_config
+from tests.checkpoints import small_spec, write_checkpoint
 from tests.conftest import MakeLLM
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -106,3 +109,22 @@ def test_auto_is_the_checkpoints_dtype_on_a_gpu() -> None:
     assert resolve_dtype("auto", "cuda", "bfloat16") == "bfloat16"
     assert resolve_dtype("auto", "cpu", "bfloat16") == resolve_dtype("float32", "cuda", "bfloat16") == "float32"
     assert resolve_dtype("float16", "cpu", "float32") == "float16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused_by_name(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidValueError, match=r"^device='cuda': torch finds no GPU here; device=cpu \(--device\)"):
+        LLM(checkpoint("gqa"), executor="local", device="cuda", quiet=True)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_without_triton_is_said_to_be_slow(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, triton: bool
+) -> None:
+    monkeypatch.setattr(attention, "TRITON", triton)
+    directory = checkpoint("gqa")
+    spec = small_spec(directory, device="cuda", dtype="bfloat16")
+    index = verify_checkpoint(directory, load_model_config(directory))
+    said = list(precision_notes("auto", spec, load_model_config(directory), index))
+    assert [note.partition(":")[0] for note in said] == ([] if triton else ["slow"])
+    assert triton or "triton is not installed (pip install 'headwise[cuda]')" in said[0]

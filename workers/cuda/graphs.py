@@ -140,9 +140,8 @@ class DecodeGraphs:
     def _warn(self, bucket: int, error: RuntimeError) -> None:
         if not self._has_warned:
             _logger.warning(
-                "no graph of decode steps of %d rows (%s: %s): such steps, and others of which that is true, are "
-                "launched kernel by kernel, which takes the host longer; lower kv_memory (--kv-memory) if memory is "
-                "short",
+                "no graph of %d rows can be captured (%s: %s): steps of such buckets are launched kernel by kernel, "
+                "which is slower; lower kv_memory (--kv-memory) if memory is short",
                 *(bucket, type(error).__name__, error),
             )
         self._has_warned = True

@@ -45,6 +45,7 @@ class CudaLlama:
         self._device = weights.embed_VE.device
         self._gpu = gpu.of(self._device)
         self._graphs: DecodeGraphs | None = None  # until attach()
+        self._is_checked = False
         self._seconds = 0.0
         self.nbytes = self._llama.nbytes
 
@@ -55,8 +56,9 @@ class CudaLlama:
     @torch.inference_mode()
     def attach(self, cache: KVCache) -> None:
         self._llama.attach(cache)
-        if self._device.type == "cuda":
+        if self._gpu is not None and not self._is_checked:
             check_kernels(cache, self._attention.q_starts, self._attention.scale, self._width)
+            self._is_checked = True
         self._graphs = DecodeGraphs(self._attention, self._max_model_len, self._gpu)
 
     @torch.inference_mode()

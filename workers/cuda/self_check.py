@@ -130,6 +130,6 @@ def _compare(ours: Mapping[str, Tensor], plain: Mapping[str, Tensor], tolerance:
     for name, expected in plain.items():
         off = float((ours[name].float() - expected.float()).abs().max())
         if not off <= tolerance:  # it may be NaN
-            limit = f"on this GPU the kernel of {name} is off by {off:.3g}, and by {tolerance:g} it may be"
-            fix = 'attention="reference" is slow and right; please report this with the GPU, its driver and Triton'
+            limit = f"on this GPU the kernel of {name} is off by {off:.3g}; at most {tolerance:g} is allowed"
+            fix = 'attention="reference" (--attention) is slow and right; please report this with GPU and driver'
             raise InvalidValueError("attention", backend, limit, fix)

@@ -165,7 +165,7 @@ class TablesMachine(RuleBasedStateMachine):
 
     def take_job(self, job: TransferJob) -> None:
         """A GPU's copies do not wait for steps in flight: these have no part in the blocks of a job that is sent."""
-        used = {block for schedule in self.in_flight for part in schedule.rows for block in part.seat.block_ids}
+        used = {block for schedule in self.in_flight for seat in schedule.seats for block in seat.block_ids}
         assert not used & set(job.blocks), "a block moves that a step in flight computes with"
         self.ranks.take_job(job)
 

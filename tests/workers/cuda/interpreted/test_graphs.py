@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from headwise.workers.collectives import Solo
+from headwise.workers.cuda import llama
 from headwise.workers.cuda.graphs import DecodeGraph
 from headwise.workers.cuda.llama import CudaLlama
 from headwise.workers.cuda.memory import GpuMemory
@@ -28,6 +29,7 @@ PROMPTS = [[5, 9, 200, 31, 7], [1] * 17, [77, 3]]
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What steps need: the largest one takes the interpreter long."""
     monkeypatch.setattr(GpuMemory, "measure_steps", lambda *args: None)
+    monkeypatch.setattr(llama, "check_kernels", lambda *args: None)
 
 
 @contextmanager
@@ -141,7 +143,7 @@ def test_what_cannot_be_captured_is_said_once_and_computed_all_the_same(
     with shard(checkpoint("gqa")) as one, caplog.at_level(logging.WARNING):
         got = tokens(one, plans([4, 2], 4))
     assert got[:1] + got[3:] == expected
-    said = [record.getMessage() for record in caplog.records if "no graph" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "can be captured" in record.getMessage()]
     assert len(said) == 1 and "4 rows" in said[0] and "--kv-memory" in said[0]
 
 
@@ -191,6 +193,18 @@ def test_a_step_that_a_graph_has_no_room_for_is_launched(
         got = tokens(one, plans([4], 4))
     assert got[:1] + got[2:] == expected
     assert "replay" not in [what for what, _ in fake_gpu.log]
+
+
+def test_a_gpu_s_kernels_are_checked_once(
+    checkpoint: Callable[..., Path], fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(llama, "check_kernels", lambda *args: checked.append(args))
+    with shard(checkpoint("gqa")) as one:
+        assert one._model is not None and one._kv_cache is not None
+        one._model.detach()
+        one._model.attach(one._kv_cache)
+    assert len(checked) == 1 and checked[0][1] == (0, 2, 4, 6, 8)
 
 
 def test_without_a_gpu_there_are_no_graphs(checkpoint: Callable[..., Path]) -> None:
