@@ -205,13 +205,15 @@ def _recorded_kernels(graph: FakeGraph) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waits_are_errors(fake: FakeGpu) -> Iterator[None]:
-    """In it, the host must not read a tensor that is not pinned; the interpreter of kernels may."""
+    """In it, the host must not read a tensor that is not pinned, nor wait for a copy from or to one that is; the
+    interpreter of kernels may."""
     in_kernel = threading.local()
 
     def allow(run: Callable[[], None]) -> None:
         in_kernel.now = True
         try:
-            run()
+            with _disable_current_modes():
+                run()
         finally:
             in_kernel.now = False
 
@@ -223,10 +225,23 @@ def waits_are_errors(fake: FakeGpu) -> Iterator[None]:
 
         return refuse
 
-    with pytest.MonkeyPatch.context() as patch, _around_kernels(allow):
+    with pytest.MonkeyPatch.context() as patch, _around_kernels(allow), _CopiesOnly(fake):
         for name in WAITS:
             patch.setattr(Tensor, name, refusing(name, getattr(Tensor, name)))
         yield
+
+
+class _CopiesOnly(TorchDispatchMode):
+    def __init__(self, fake: FakeGpu) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            target, source, *non_blocking = args
+            if self._fake.is_pinned(target) != self._fake.is_pinned(source) and not any(non_blocking):
+                raise RuntimeError("the host would wait for a copy")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
