@@ -34,6 +34,7 @@ from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import MAX_MESSAGE_BYTES, StepOutput, StepPlan
 from headwise.workers.processes import ProcessId
 from headwise.workers.runner import Launched, Runner
+from headwise.workers.sampling.best_check import check_best_keys
 from headwise.workers.sampling.grammar import Grammars
 from headwise.workers.sampling.sampler import Sampler
 from headwise.workers.spec import ShardSpec
@@ -93,12 +94,14 @@ class Shard:
 
         Raises:
             CheckpointError: a file or tensor is missing or not what the configuration promises.
-            InvalidValueError: the host has no memory for ``host_kv_blocks``, or the GPU for the weights or a step.
+            InvalidValueError: the host has no memory for ``host_kv_blocks``, or the GPU for the weights or a step; or
+                a kernel is wrong on this GPU.
         """
         if self._gpu_memory is None:
             self._model = self._load_model(progress)
         else:
             self._model = self._gpu_memory.hold_weights(lambda: self._load_model(progress))
+            check_best_keys(self._device)
             self._measure_steps(self._gpu_memory, self._model)
         self._measure_memory()
 

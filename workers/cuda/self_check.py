@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.workers.cuda.argmax import best_keys
 from headwise.workers.cuda.attention import TritonAttention
 from headwise.workers.cuda.attention_plan import PART_KEYS
 from headwise.workers.cuda.ops import TritonOps
@@ -22,7 +21,6 @@ from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 from headwise.workers.model.ops import Ops
 from headwise.workers.reference.attention import ReferenceAttention
 from headwise.workers.reference.ops import ReferenceOps
-from headwise.workers.sampling.best import keys_of
 
 _ROWS = ((1, PART_KEYS + 100), (20, 90), (1, 1))
 """Tokens of the step and of the context: one that is divided into parts, a prefill chunk, and the shortest there is."""
@@ -41,7 +39,7 @@ def check_kernels(
     attention: type[AttentionBackend] = TritonAttention,
     name: str = "cuda",
 ) -> None:
-    """Compares attention, the small operations, and what finds the best tokens with plain torch.
+    """Compares attention and the small operations with plain torch.
 
     Args:
         like: a cache of the same dtype, block size, heads, head dim and device; it is left alone.
@@ -50,7 +48,7 @@ def check_kernels(
         attention, name: the backend's.
 
     Raises:
-        InvalidValueError: they differ; the field is ``attention``, or ``device`` where it makes no difference.
+        InvalidValueError: they differ; the field is ``attention``.
     """
     num_blocks = sum(-(-context // like.block_size) for _, context in _ROWS)
     caches = [
@@ -60,7 +58,6 @@ def check_kernels(
     ours = _results(TritonOps(), attention(caches[0], q_starts, scale), width)
     plain = _results(ReferenceOps(), ReferenceAttention(caches[1], q_starts, scale), width)
     _compare(ours, plain, _TOLERANCES[like.dtype], name)
-    _check_best_tokens(like.device)
 
 
 def _results(ops: Ops, attention: AttentionBackend, width: int) -> dict[str, Tensor]:
@@ -90,30 +87,6 @@ def _results(ops: Ops, attention: AttentionBackend, width: int) -> dict[str, Ten
         "add_rms_norm": ops.add_rms_norm(x_TE, delta_TE, weight_E, _EPS),
         "silu_mul": ops.silu_mul(random(tokens, 2 * width)),
     }
-
-
-def _check_best_tokens(device: torch.device) -> None:
-    """Of logits with ties, zeros of both signs, and what is no number."""
-    logits_BV = torch.randn((6, 9000), generator=torch.Generator().manual_seed(0))
-    logits_BV[1, [70, 8000]] = logits_BV[2, [8999, 3]] = 50.0
-    logits_BV[3] = -1.0
-    logits_BV[3, [5000, 40]] = torch.tensor([0.0, -0.0])
-    logits_BV[4, [100, 4097]] = torch.tensor([float("inf"), float("nan")])
-    logits_BV[5] = -float("inf")
-    if not torch.equal(best_keys(logits_BV.to(device), 0).cpu(), keys_of(*_first_best(logits_BV))):
-        limit = "on this GPU the kernel that finds the best token of each row is wrong"
-        fix = (
-            "without Triton plain torch finds it (pip uninstall triton); please report this with the GPU and its driver"
-        )
-        raise InvalidValueError("device", str(device), limit, fix)
-
-
-def _first_best(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row, NaN above all, and the lowest of the tokens that have it."""
-    values_B = logits_BV.amax(dim=1)  # NaN where there is one
-    is_best_BV = (logits_BV == values_B[:, None]) | (logits_BV.isnan() & values_B.isnan()[:, None])
-    ids_V = torch.arange(logits_BV.shape[1])
-    return values_B, torch.where(is_best_BV, ids_V, len(ids_V)).amin(dim=1)
 
 
 def _batch(rows: Sequence[tuple[int, int]], block_size: int) -> AttentionBatch:

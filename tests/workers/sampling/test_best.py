@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.sampling import best_check
 from headwise.workers.sampling.best import best_keys, greedy, keys_of, read_keys
 from tests.effort import examples
 
@@ -67,3 +69,11 @@ def test_which_rows_are_not_finite() -> None:
 def test_a_gpu_finds_what_a_cpu_finds() -> None:
     logits_BV = torch.randn(33, 49_153, generator=torch.Generator().manual_seed(1)).mul_(4).round_()
     assert best_keys(logits_BV.cuda(), 5).tolist() == best_keys(logits_BV, 5).tolist()
+
+
+def test_a_wrong_key_is_found_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    best_check.check_best_keys(device)
+    monkeypatch.setattr(best_check, "best_keys", lambda logits_BV: best_keys(logits_BV, first_id=1))
+    with pytest.raises(InvalidValueError, match=r"^device='cpu'.*best token.*pip uninstall triton"):
+        best_check.check_best_keys(device)

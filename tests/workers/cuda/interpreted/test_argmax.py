@@ -14,6 +14,7 @@ from torch import Tensor
 from headwise.workers.cuda import argmax
 from headwise.workers.cuda.argmax import best_keys
 from headwise.workers.sampling.best import keys_of, read_keys
+from headwise.workers.sampling.best_check import check_best_keys
 from tests.effort import examples
 
 SIZES = [1, 7, 64, 257, 4096, 4097, 9000]
@@ -59,3 +60,7 @@ def test_the_lowest_token_of_equals_in_several_parts(monkeypatch: pytest.MonkeyP
 
 def test_rows_that_lie_apart() -> None:
     assert_best(torch.randn(4, 300, generator=torch.Generator().manual_seed(2))[:, 17:250])
+
+
+def test_the_kernel_passes_the_check_that_a_start_makes() -> None:
+    check_best_keys(torch.device("cpu"))
