@@ -131,7 +131,7 @@ def test_a_transfer_waits_for_no_step(group: ThreadShardGroup, monkeypatch: pyte
     at_work, moved = threading.Event(), threading.Event()
 
     def launched(plan: StepPlan) -> Launched:
-        return Launched(plan.step, 0.0, [], None, {}, None)
+        return Launched(plan.step, 0.0, [], None, {}, (), None)
 
     def launch(plan: StepPlan) -> Launched:
         at_work.set()

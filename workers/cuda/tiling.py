@@ -36,6 +36,6 @@ def tilings(dtype: torch.dtype, head_dim: int, group: int) -> tuple[Tiling, Tili
     """
     wide, single = head_dim > 128, dtype is torch.float32
     keys, stages = (64, 3) if not (wide or single) else (32, 3) if not (wide and single) else (16, 2)
-    large_rows = 64 if not single else 32 if not wide else 16
+    large_rows = 64 if not single else 32 if head_dim <= 64 else 16
     large_rows = max(large_rows, 1 << (group - 1).bit_length())
     return Tiling(SMALL_ROWS, keys, 8 if wide and single else 4, stages), Tiling(large_rows, keys, 8, stages)
