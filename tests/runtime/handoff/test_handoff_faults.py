@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from headwise.runtime import LLM
-from headwise.runtime.engine.engine import Engine
-from headwise.runtime.engine.request import seat_of
+from headwise.runtime.engine.request import Seat
+from headwise.runtime.handoff.messages import TransferKey
+from headwise.runtime.handoff.outbound import Outbound
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.output import FinishReason
 from headwise.v1 import kv_transfer_pb2 as pb
@@ -376,25 +377,24 @@ def test_what_is_late_does_not_touch_the_next_owner_of_the_blocks(
 
 
 def test_keys_and_values_that_are_not_finite_are_never_read_at_decode(
-    checkpoint: Callable[..., Path], alone: Alone
+    checkpoint: Callable[..., Path], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of a block that prefill pushes become what is no number, as by a fault of its memory."""
-    with two_sides(checkpoint("uneven")) as (sides, _), ThreadPoolExecutor(1) as threads:
-        ids = prompt(3)
-        with stopped_at(sides, "between pushes") as point:
-            outcome = threads.submit(ask, sides, ids, "stopped")
-            assert point.reached.wait(DEADLINE_S)
+    with two_sides(checkpoint("uneven")) as (sides, _):
+        ids, computed, poisoned = prompt(3), Outbound.computed, list[int]()
 
-            def poison(engine: Engine) -> None:
-                [request] = [live.request for live in engine._live.values()]
-                seat = seat_of(request)
-                for _, cache in caches(sides.prefill_group):
-                    size = cache.range_bytes(1, cache.num_kv_heads, 2)
-                    nan = torch.full((size // 4,), float("nan")).numpy().tobytes()
-                    cache.write_range(seat.block_ids[:1], (0, cache.num_kv_heads), (0, 2), nan)
+        def poison(self: Outbound, key: TransferKey, seat: Seat, num_tokens: int) -> None:
+            """Before the first of four steps is pushed, and the third is submitted."""
+            for _, cache in caches(sides.prefill_group) if not poisoned else []:
+                size = cache.range_bytes(1, cache.num_kv_heads, 2)
+                nan = torch.full((size // 4,), float("nan")).numpy().tobytes()
+                cache.write_range(seat.block_ids[:1], (0, cache.num_kv_heads), (0, 2), nan)
+            poisoned.append(num_tokens)
+            computed(self, key, seat, num_tokens)
 
-            sides.prefill.loop.run(poison)
-        assert outcome.result(DEADLINE_S).tokens == alone(ids)
+        monkeypatch.setattr(Outbound, "computed", poison)
+        assert ask(sides, ids, "poisoned").tokens == alone(ids)
+        assert poisoned[0] == 32
         causes = fallbacks(sides)  # prefill says so, and ends its pushes: either may come first
         assert causes["peer"] + causes["transport"] == 1
         sides.settle()
