@@ -1,4 +1,4 @@
-"""The command line: ``headwise generate | chat | serve | warmup | bench | chaos``.
+"""The command line: ``headwise generate | chat | serve | plan | warmup | bench | chaos``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 130 interrupted.
 """
@@ -16,6 +16,7 @@ from headwise.runtime.cli.chaos import chaos
 from headwise.runtime.cli.chat import chat
 from headwise.runtime.cli.generate import generate
 from headwise.runtime.cli.options import FlagError
+from headwise.runtime.cli.plan import plan
 from headwise.runtime.cli.serve import serve
 from headwise.runtime.cli.warmup import warmup
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError, UnsupportedModelError
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, warmup, chaos):
+for command in (generate, chat, serve, plan, warmup, chaos):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
