@@ -1,11 +1,13 @@
-"""Targets and peers of gRPC: which of them are on this machine, and whose they are."""
+"""Targets and peers of gRPC: which of them are on this machine, and whose they are. Ports that can be listened on."""
 
 from __future__ import annotations
 
 import ipaddress
+import socket
 from urllib.parse import unquote, urlsplit
 
-from headwise.workers.addresses import is_loopback
+from headwise.workers.addresses import is_loopback, join
+from headwise.workers.errors import InvalidValueError
 
 
 def leads_to_loopback(target: str) -> bool:
@@ -36,3 +38,29 @@ def network_of(peer: str) -> str:
             return str(ipaddress.ip_network((address, 64), strict=False))
         address = address.ipv4_mapped
     return str(address)
+
+
+def check_port(flag: str, host: str, port: int) -> None:
+    """Binds an address that a server would listen on, and gives it back.
+
+    Args:
+        flag: that names the port, for the error.
+
+    Raises:
+        InvalidValueError: another process has the address, or this host does not have it.
+    """
+    failure = ""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                    return
+                except OSError as error:
+                    failure = failure or str(error.strerror)
+    except OSError as error:
+        failure = str(error.strerror)
+    raise InvalidValueError(
+        flag, join(host, port), f"cannot be bound: {failure}", "choose another, or 0 for a free one"
+    )

@@ -122,23 +122,24 @@ def _json(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> di
 
 def _table(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> Table:
     from headwise.runtime.bench.report import table
+    from headwise.runtime.sizes import size_text
 
     rows = [
         [
             f"rank {rank.rank}",
             _range(rank.query_heads),
             _range(rank.kv_heads),
-            _size(rank.weight_bytes),
-            _size(rank.kv_bytes_per_token),
-            _size(rank.kv_bytes_per_token * taken.request_tokens),
+            size_text(rank.weight_bytes),
+            size_text(rank.kv_bytes_per_token),
+            size_text(rank.kv_bytes_per_token * taken.request_tokens),
         ]
         for rank in taken.ranks
     ]
-    whole = [_size(n) for n in (taken.weight_bytes, taken.kv_bytes_per_token, taken.kv_bytes_per_request)]
+    whole = [size_text(n) for n in (taken.weight_bytes, taken.kv_bytes_per_token, taken.kv_bytes_per_request)]
     rows.append(["all", "", "", *whole])
     fits = [
-        f"{field} ({'+'.join(sorted({_size(n) for n in one.kv_bytes}))} of KV a rank) holds {one.tokens:,} tokens, or "
-        f"{one.requests:,} requests of {taken.request_tokens:,} tokens at a time"
+        f"{field} ({'+'.join(sorted({size_text(n) for n in one.kv_bytes}))} of KV a rank) holds {one.tokens:,} tokens, "
+        f"or {one.requests:,} requests of {taken.request_tokens:,} tokens at a time"
         for field, one in rooms.items()
     ]
     columns = ("", "query heads", "KV heads", "weights", "KV a token", f"KV of {taken.request_tokens:,} tokens")
@@ -169,10 +170,3 @@ def _draw(model: str, dtype: str, taken: Capacity, room: Room | None) -> Figure:
 def _range(bounds: tuple[int, int]) -> str:
     first, stop = bounds
     return f"{first}" if stop - first == 1 else f"{first}-{stop - 1}"
-
-
-def _size(num_bytes: int) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if num_bytes >= 1 << power:
-            return f"{num_bytes / (1 << power):,.4g} {unit}"
-    return f"{num_bytes} B"

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headwise.cluster.group import ShardGroupDied
+from headwise.runtime.addresses import check_port
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.handoff.service import HandoffService
@@ -409,29 +410,7 @@ def _check_ports(options: ServeOptions) -> None:
         ("--openai-port", options.host, options.openai_port),
     ):
         if port is not None:
-            _check_port(flag, host, port)
-
-
-def _check_port(flag: str, host: str, port: int) -> None:
-    """
-    Raises:
-        InvalidValueError: another process has the address, or this host does not have it.
-    """
-    failure = ""
-    try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(address)
-                    return
-                except OSError as error:
-                    failure = failure or str(error.strerror)
-    except OSError as error:
-        failure = str(error.strerror)
-    raise InvalidValueError(
-        flag, join(host, port), f"cannot be bound: {failure}", "choose another, or 0 for a free one"
-    )
+            check_port(flag, host, port)
 
 
 def _serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:

@@ -41,12 +41,17 @@ def create_file(world_size: int) -> SharedMemoryFile:
     Raises:
         RendezvousError: the folder does not have the space.
     """
-    needed = _file_bytes(world_size)
+    needed = file_bytes(world_size)
     try:
         return SharedMemoryFile(needed)
     except OSError as error:
         folder = shared_memory_folder()
         raise RendezvousError(f"{folder} has no room for {needed} bytes of {world_size} ranks: {error}") from error
+
+
+def file_bytes(world_size: int) -> int:
+    """Of the shared file of a group."""
+    return world_size * (spin.CONTROL_BYTES + 2 * SLOT_BYTES)
 
 
 class SharedMemory(Collectives):
@@ -266,10 +271,6 @@ class SharedMemory(Collectives):
         spin.write_word(self._address + self.rank * spin.CONTROL_BYTES + offset, value)
 
 
-def _file_bytes(world_size: int) -> int:
-    return world_size * (spin.CONTROL_BYTES + 2 * SLOT_BYTES)
-
-
 def _map_file(path: str, world_size: int) -> mmap.mmap:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -280,7 +281,7 @@ def _map_file(path: str, world_size: int) -> mmap.mmap:
         ) from error
     try:
         state = os.fstat(descriptor)
-        if state.st_uid != os.geteuid() or state.st_size != _file_bytes(world_size):
+        if state.st_uid != os.geteuid() or state.st_size != file_bytes(world_size):
             raise RendezvousError(f"{path} is not the file of a group of {world_size} ranks of this user")
         return mmap.mmap(descriptor, state.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     finally:
