@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray._private.worker as ray_worker
 from ray._private.state import actors as actor_table  # there is no public way without a dashboard
+from ray.exceptions import RayError
 from ray.util import placement_group_table
 
 from headwise.cluster.group import GroupStartError
@@ -42,7 +43,7 @@ def join(address: str | None) -> None:
             if target:
                 try:
                     ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
-                except (ConnectionError, RuntimeError, ValueError) as error:
+                except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # of a token, the last
                     raise GroupStartError(f"no Ray at address={target!r} (--address, RAY_ADDRESS): {error}") from error
             else:
                 ray.init(
