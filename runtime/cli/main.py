@@ -1,4 +1,4 @@
-"""The command line: ``headwise generate | chat | serve | plan | warmup | bench | chaos``.
+"""The command line: ``headwise generate | chat | serve | plan | doctor | warmup | bench | chaos``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 130 interrupted.
 """
@@ -14,6 +14,7 @@ import typer
 from headwise.runtime.cli.bench import bench
 from headwise.runtime.cli.chaos import chaos
 from headwise.runtime.cli.chat import chat
+from headwise.runtime.cli.doctor import doctor
 from headwise.runtime.cli.generate import generate
 from headwise.runtime.cli.options import FlagError
 from headwise.runtime.cli.plan import plan
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, plan, warmup, chaos):
+for command in (generate, chat, serve, plan, doctor, warmup, chaos):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,143 @@
+"""Ray: whether this process may join a cluster, and what its nodes say of themselves."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headwise.runtime.doctor.finding import Finding, Level, failed, passed, warned
+from headwise.runtime.doctor.machine import clock_skew, open_files
+from headwise.runtime.sizes import size_text
+
+if TYPE_CHECKING:
+    from headwise.cluster.ray_nodes import NodeFacts
+
+_MAKE_TOKEN = "ray get-auth-token --generate makes a token"
+LEAST_SHARED_MEMORY = 64 << 20
+"""What ranks of a node may take, and what Docker gives a container that asks for none."""
+
+
+def without_ray(tp: int) -> Finding:
+    """Of ``--executor local``."""
+    if tp > 1:
+        return failed("Ray", f"--executor local has one rank, and not --tp {tp}", "--executor ray, or --tp 1")
+    return passed("Ray", "none is needed: --executor local")
+
+
+def ray_auth(environment: Mapping[str, str], home: Path, joins: bool) -> Finding:
+    """Whether Ray lets in only who has its token, and this process has one. Says nothing of the token itself.
+
+    Args:
+        environment: of this process.
+        home: the folder where Ray keeps a token of its own.
+        joins: a cluster at an address, with which Ray uses a token only if it is told to; else it starts its own.
+    """
+    name, mode = "Ray auth", environment.get("RAY_AUTH_MODE", "").lower()
+    if mode not in ("", "token", "disabled"):
+        return failed(name, f"RAY_AUTH_MODE={mode} is no mode of Ray's", "set it to token, or to disabled")
+    if mode == "disabled":
+        said = "RAY_AUTH_MODE=disabled: who reaches the cluster's ports runs programs on it"
+        return warned(name, said, f"RAY_AUTH_MODE=token on every node and here; {_MAKE_TOKEN}")
+    where, problem = _token(environment, home)
+    if problem:
+        return failed(name, problem, f"write the cluster's token there, or unset RAY_AUTH_TOKEN_PATH; {_MAKE_TOKEN}")
+    if joins:
+        return _joining(name, mode, where)
+    if where is None and not os.access(home, os.W_OK):
+        said = f"{home} has no Ray token, and cannot be written to for one"
+        return failed(name, said, "give RAY_AUTH_TOKEN_PATH, or a HOME of this user's own")
+    return _kept(name, where) if where is not None else passed(name, f"Ray makes a token in {home}/.ray when it starts")
+
+
+def _joining(name: str, mode: str, where: str | Path | None) -> Finding:
+    put = "put the cluster's token (ray get-auth-token on its head) into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    if mode == "token":
+        said = "RAY_AUTH_MODE=token, and there is no token"
+        return failed(name, said, put) if where is None else _kept(name, where)
+    there = f"the token of {where} is not used" if where is not None else "there is no token"
+    said = f"RAY_AUTH_MODE is not set, so {there}; a cluster that asks for one does not let this process in"
+    return warned(name, said, "RAY_AUTH_MODE=token" if where is not None else f"RAY_AUTH_MODE=token, and {put}")
+
+
+def _token(environment: Mapping[str, str], home: Path) -> tuple[str | Path | None, str]:
+    """Where Ray finds a token, in the order in which it looks; and what is wrong with a file that is named."""
+    if environment.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN", ""
+    if named := environment.get("RAY_AUTH_TOKEN_PATH"):
+        try:
+            held = Path(named).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            return None, f"RAY_AUTH_TOKEN_PATH={named} cannot be read ({type(error).__name__})"
+        return (Path(named), "") if held else (None, f"RAY_AUTH_TOKEN_PATH={named} is empty")
+    own = home / ".ray" / "auth_token"
+    return (own if own.is_file() else None), ""
+
+
+def _kept(name: str, where: str | Path) -> Finding:
+    # Ray itself makes the file readable by all; a home that others may not enter keeps them from it.
+    if isinstance(where, Path) and where.stat().st_mode & 0o044 and _others_enter(where.parent):
+        said = f"other users may read the token in {where}, and run programs on the cluster with it"
+        return warned(name, said, f"chmod 600 {where}")
+    return passed(name, f"the token of {where}")
+
+
+def _others_enter(folder: Path) -> bool:
+    return all(one.stat().st_mode & 0o011 for one in (folder, *folder.resolve().parents))
+
+
+def unreachable(address: str, timeout_s: float = 5.0) -> Finding | None:
+    """The failure of a cluster at whose ``host:port`` nothing listens: Ray itself would try for minutes. None if
+    something does, or the address is of another form."""
+    host, _, number = address.rpartition("://")[2].rpartition(":")
+    if not host or not number.isdigit():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(number)), timeout_s).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        fix = "start it there (ray start --head), let the firewall pass, or give the address that ray status says"
+        return failed("Ray", f"nothing answers at {address}: {why}", fix)
+    return None
+
+
+def nodes(found: Sequence[NodeFacts], here: Mapping[str, str]) -> list[Finding]:
+    """What is so on each node of a cluster.
+
+    Args:
+        here: versions of packages on this machine, which the nodes have to have, too.
+    """
+    findings = []
+    for node in found:
+        name = f"Ray node {node.address}"
+        if node.problem:
+            fix = "install this Headwise there, in the Python that Ray runs with; else look at the node's logs"
+            findings.append(failed(name, f"does not answer: {node.problem}", fix))
+            continue
+        findings += _versions(name, node.versions or {}, here)
+        if node.shared_memory_bytes < LEAST_SHARED_MEMORY:
+            said = f"{size_text(node.shared_memory_bytes)} of shared memory are free"
+            fix = "make its /dev/shm larger: docker run --shm-size=2g, or an emptyDir with medium: Memory"
+            findings.append(failed(name, said, fix))
+        limit = resource.RLIM_INFINITY if node.open_files < 0 else node.open_files
+        skew = clock_skew(name, node.clock_ahead_s, node.clock_sure_to_s)
+        for one in (replace(open_files(limit, limit), name=f"open files of {name}"), skew):
+            if one.level is not Level.PASS:
+                findings.append(one)
+        findings.append(passed(name, f"{node.cpus:g} CPUs and {node.gpus:g} GPUs"))
+    return findings
+
+
+def _versions(name: str, there: Mapping[str, str], here: Mapping[str, str]) -> list[Finding]:
+    differ = [package for package, version in here.items() if there.get(package) != version]
+    if not differ:
+        return []
+    said = ", ".join(f"{package} {there.get(package, 'missing')} (here {here[package]})" for package in differ)
+    fix = "install the same on every node: one image, or pip install -c constraints.txt"
+    # Steps go from one to the other in messages of Headwise's own version.
+    make = failed if "headwise" in differ else warned
+    return [make(f"versions of {name}", said, fix)]
