@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("proto", "workers", "cluster", "runtime")  # from the ground up
-NO_TORCH = (ROOT / "runtime" / "kv", ROOT / "runtime" / "handoff")
+NO_TORCH = tuple(ROOT / "runtime" / name for name in ("kv", "handoff", "routing"))
 
 
 def modules(root: Path = ROOT) -> list[Path]:
