@@ -19,7 +19,7 @@ import typer.main
 import yaml
 
 from headwise.runtime.cli.main import app
-from headwise.workers.collectives.shared_memory import _file_bytes
+from headwise.workers.collectives.shared_memory import file_bytes
 from tests.cluster.manifests.kuberay import SCHEMAS
 
 ROOT = Path(__file__).parents[3]
@@ -135,7 +135,7 @@ def test_shared_memory_has_room_for_ray_and_for_ranks_that_add_up(file: str) -> 
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
         store = int(group["rayStartParams"]["object-store-memory"])
         assert (
-            store + _file_bytes(8)
+            store + file_bytes(8)
             < megabytes(limit) * 1e6
             < megabytes(container["resources"]["limits"]["memory"]) * 1e6 / 2
         )
