@@ -57,10 +57,11 @@ def doctor(
     openai_port: Annotated[int | None, option("port", "Its port for OpenAI's API.", min=0, max=65535)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for what would keep a server from starting here, and say what to do about it.
+    """Look for what would keep a server from starting.
 
-    Give it the options of the server. Each line is pass, warn (it works, but slower, less safely or not with every
-    setting) or fail. The exit code is 1 if a line is fail, and 0 else. Starts no Ray, and loads no weights.
+    And say what to do about it. Give it the options of the server. Each line is pass, warn (it works, but slower, less
+    safely or not with every setting) or fail. The exit code is 1 if a line is fail, and 0 else. Starts no Ray, loads no
+    weights.
     """
     from rich.console import Console
 

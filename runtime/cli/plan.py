@@ -24,9 +24,7 @@ _BATCHES = (1, 8, 32, 128)
 
 ModelFolder = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A directory with a config.json, that file, a .gguf file, or smollm2; no weights needed."
-    ),
+    typer.Argument(help="A directory with a config.json, that file, a .gguf file, or smollm2; no weights needed."),
 ]
 Dtype = Annotated[str, option("type", "float32, bfloat16, float16 (or fp32, bf16, fp16), or auto: the checkpoint's.")]
 GpuMemory = Annotated[str | None, option("size", "Memory of each rank's GPU, or of its part of a host: 80GiB.")]
