@@ -39,9 +39,6 @@ class Stream(Protocol):
     def wait_event(self, event: Any) -> None:
         """What the stream is given from now on comes after the event. The host does not wait."""
 
-    def synchronize(self) -> None:
-        """The host waits for what the stream has been given so far."""
-
 
 class Graph(Protocol):
     """Launches that were captured, and are done again by one."""

@@ -125,9 +125,6 @@ class FakeStream:
     def wait_event(self, event: FakeEvent) -> None:
         self._fake.log.append(("wait", (self.name, event.name)))
 
-    def synchronize(self) -> None:
-        self._fake.log.append(("sync stream", self.name))
-
 
 class FakeEvent:
     def __init__(self, fake: FakeGpu, name: str, timed: bool) -> None:
