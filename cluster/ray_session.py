@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -46,14 +48,7 @@ def join(address: str | None) -> None:
                 except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # of a token, the last
                     raise GroupStartError(f"no Ray at address={target!r} (--address, RAY_ADDRESS): {error}") from error
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=usable_cores(),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                )
+                _on_a_thread_that_stays(_start)
                 _started_here, _inherited = True, failpoints.environment()
             _keep_from_stdout()
         _users += 1
@@ -67,6 +62,38 @@ def leave() -> None:
         if _users == 0 and _started_here:
             _started_here, _inherited = False, {}
             ray.shutdown()
+
+
+def _start() -> None:
+    ray.init(
+        address="local",
+        num_cpus=usable_cores(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _on_a_thread_that_stays(function: Callable[[], None]) -> None:
+    """Runs a function that starts processes. Ray has Linux kill its processes when the thread that started them ends,
+    so that a program that makes its model on a thread, and uses it on another, would lose its Ray."""
+    if threading.current_thread() is threading.main_thread():
+        function()
+        return
+    done = Future[None]()
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            done.set_exception(error)
+            return
+        done.set_result(None)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="headwise-ray", daemon=True).start()
+    done.result()
 
 
 def _keep_from_stdout() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,31 @@ def test_a_ray_that_is_started_here_has_the_cores_that_may_be_used(monkeypatch: 
     ray_session.join(None)
     ray_session.leave()
     assert told["num_cpus"] == usable_cores()
+
+
+def test_a_ray_that_a_thread_has_started_outlives_that_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux kills Ray's processes when the thread that started them ends."""
+    starting: list[threading.Thread] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: starting.append(threading.current_thread()))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    user = threading.Thread(target=ray_session.join, args=(None,))
+    user.start()
+    user.join(30)
+    ray_session.leave()
+    assert len(starting) == 1 and starting[0] is not user and starting[0].is_alive()
+
+
+def test_what_a_thread_could_not_start_is_told_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with ThreadPoolExecutor(1) as thread, pytest.raises(OSError, match="no room"):
+        thread.submit(ray_session.join, None).result(30)
 
 
 def test_ranks_have_failpoints_also_on_a_ray_that_was_started_before_them(
