@@ -11,7 +11,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headwise.cluster.group import ShardGroupDied
-from headwise.runtime.aio import QueueFullError, TenantBusyError
+from headwise.runtime.async_model import QueueFullError, TenantBusyError
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.handoff.errors import MismatchError, NotFoundError, RefusedError
 from headwise.runtime.inputs.grammars import GrammarTrialError
@@ -67,6 +67,10 @@ class SubscribersError(HeadwiseError):
     """Too many clients are told of KV events."""
 
 
+class OneEngineError(HeadwiseError):
+    """A server of several engines does not do what only one engine can."""
+
+
 class DeadlineError(HeadwiseError):
     """A request took longer than a request may."""
 
@@ -90,6 +94,7 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
+    (OneEngineError, grpc.StatusCode.UNIMPLEMENTED),
     (GrammarTrialError, grpc.StatusCode.UNAVAILABLE),
     (HeadwiseError, grpc.StatusCode.INTERNAL),
 ]

@@ -7,7 +7,6 @@ import asyncio
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headwise.runtime.engine.loop import is_hung
 from headwise.runtime.server.errors import ENGINE_ENDED
 from headwise.runtime.server.sessions import Context, Sessions
 
@@ -40,9 +39,7 @@ class HealthMonitor:
 
     def problem(self) -> str | None:
         """Why clients should ask another server now; None if they need not."""
-        if self._sessions.llm.engine.rebuilding:
-            return "the shards are dead, and others are started"
-        return self.lasting_problem()
+        return self._sessions.llm.pause_reason or self.lasting_problem()
 
     def lasting_problem(self) -> str | None:
         """Why requests that come now will not be served here; None if they will be, be it after others were started in
@@ -52,7 +49,7 @@ class HealthMonitor:
             return ENGINE_ENDED
         if self._sessions.draining:
             return "this server drains"
-        return "a step makes no progress" if is_hung(llm.engine) else None
+        return llm.hang
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.kv.events import Subscription, decode_events
-from headwise.runtime.server.errors import UnavailableError
+from headwise.runtime.server.errors import OneEngineError, UnavailableError
 
 Kind: TypeAlias = Literal["snapshot", "events"]
 
@@ -19,13 +20,16 @@ _INTERVAL_S = 0.02
 """How late a message may be; an engine's step takes about as long."""
 
 
-async def kv_messages(llm: AsyncLLM, capacity: int = CAPACITY) -> AsyncGenerator[tuple[Kind, bytes]]:
+async def kv_messages(llm: AsyncModel[Any], capacity: int = CAPACITY) -> AsyncGenerator[tuple[Kind, bytes]]:
     """Yields a snapshot, then the messages that follow. The first of them may tell changes that the snapshot already
     has. When more than ``capacity`` messages wait, another snapshot takes their place. See runtime/kv/events.py.
 
     Raises:
+        OneEngineError: there are several engines.
         UnavailableError: the engine has ended.
     """
+    if not isinstance(llm, AsyncLLM):
+        raise OneEngineError("KV events are those of one engine, and this server routes to several by itself")
     with await _subscribe(llm, capacity) as subscription:
         yield "snapshot", await _snapshot(llm)
         while True:

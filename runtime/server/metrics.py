@@ -23,7 +23,7 @@ class Metrics:
     def __init__(self, engine_stats: Callable[[], dict[str, Any]]) -> None:
         """
         Args:
-            engine_stats: returns ``AsyncLLM.stats()``; may be called from any thread.
+            engine_stats: returns ``AsyncModel.stats()``; may be called from any thread.
         """
         self.registry = CollectorRegistry()
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.")

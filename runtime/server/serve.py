@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.addresses import check_port
 from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.heap import frozen_heap
@@ -156,7 +157,7 @@ class Server:
         sessions: the calls that run.
     """
 
-    def __init__(self, llm: AsyncLLM, options: ServeOptions, handoff: HandoffService | None = None) -> None:
+    def __init__(self, llm: AsyncModel[Any], options: ServeOptions, handoff: HandoffService | None = None) -> None:
         """
         Args:
             handoff: what the engine does for peers; None: nothing.
@@ -241,7 +242,7 @@ class Server:
     async def _idle(self, sessions: Sessions) -> None:
         """Returns once no call runs, and no prompt is computed for a peer."""
         await sessions.idle()
-        while self._llm.engine.generation.handing_over:
+        while self._llm.is_handing_over:
             await asyncio.sleep(_LOOK_S)
 
     async def _end(self, server: grpc.aio.Server) -> None:

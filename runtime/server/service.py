@@ -9,7 +9,7 @@ from functools import partial
 
 from google.protobuf.message import Message
 
-from headwise.runtime.aio import Lane
+from headwise.runtime.async_model import Lane
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.processor import MAX_MESSAGES, MAX_PROMPT_BYTES, InputProcessor
@@ -33,7 +33,7 @@ _STATS = (
 
 
 def lane_of(request: Message, inputs: InputProcessor, structured: StructuredOutputsParams | None = None) -> Lane | None:
-    """The lane of :meth:`AsyncLLM.off_loop <headwise.runtime.aio.AsyncLLM.off_loop>` to check a request on."""
+    """The lane to check a request on: :meth:`~headwise.runtime.async_model.AsyncModel.off_loop`."""
     if structured is not None and not inputs.knows_grammar(structured):
         return "grammar"
     return "text" if request.ByteSize() > _LARGE_BYTES else None

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from headwise.runtime.aio import AsyncLLM, Lane, TenantBusyError
+from headwise.runtime.async_model import AsyncModel, Lane, TenantBusyError
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
 from headwise.runtime.engine.waiting import share
@@ -56,7 +56,7 @@ MAX_SUBSCRIBERS = 16
 SPARE_CALLS = 256
 """Calls that a server takes at once beyond those whose requests run or wait: quick ones, and refusals."""
 MAX_CHECKING = 32
-"""Of a tenant, in each lane of :meth:`AsyncLLM.off_loop`, where a grammar takes up to a tenth of a second."""
+"""Of a tenant, in each lane of :meth:`AsyncModel.off_loop`, where a grammar takes up to a tenth of a second."""
 
 _begun: ContextVar[bool] = ContextVar("begun", default=False)
 """Whether something was written to the call, which has a task of its own."""
@@ -75,7 +75,7 @@ class Call:
         requests: its samples, once they are checked.
     """
 
-    def __init__(self, llm: AsyncLLM, method: str, peer: str) -> None:
+    def __init__(self, llm: AsyncModel[Any], method: str, peer: str) -> None:
         self.arrival, self.method, self.peer = time.monotonic(), method, peer
         self.tenant, self.engine_id = Tenant(), ""
         self.requests: list[Request] = []
@@ -94,7 +94,7 @@ class Call:
     async def run(self) -> AsyncGenerator[list[Delta]]:
         """Yields the new deltas of its samples, until all have ended.
 
-        Raises: as :meth:`AsyncLLM.stream <headwise.runtime.aio.AsyncLLM.stream>`.
+        Raises: as :meth:`AsyncModel.stream <headwise.runtime.async_model.AsyncModel.stream>`.
         """
         if self._aborted:
             for request in self.requests:
@@ -121,7 +121,7 @@ class Sessions:
     """
 
     def __init__(
-        self, llm: AsyncLLM, metrics: Metrics, access: Access, stall_timeout_s: float, max_request_s: float
+        self, llm: AsyncModel[Any], metrics: Metrics, access: Access, stall_timeout_s: float, max_request_s: float
     ) -> None:
         """
         Args:
@@ -130,7 +130,7 @@ class Sessions:
         """
         self.llm, self.metrics, self._access = llm, metrics, access
         self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
-        self.max_calls = llm.max_queued_requests + llm.config.max_num_seqs + SPARE_CALLS
+        self.max_calls = llm.max_queued_requests + llm.max_running + SPARE_CALLS
         self.draining = False
         self.drained = asyncio.Event()
         self._calls: dict[str, Call] = {}
@@ -264,7 +264,7 @@ class Sessions:
         return call.requests
 
     async def off_loop(self, call: Call, function: Callable[[], T], lane: Lane | None) -> T:
-        """Runs a function that works on a call's input off the event loop; see :meth:`AsyncLLM.off_loop`.
+        """Runs a function that works on a call's input off the event loop; see :meth:`AsyncModel.off_loop`.
 
         Raises:
             CheckQueueFullError: too many calls of the tenant wait for that.

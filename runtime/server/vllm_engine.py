@@ -114,7 +114,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             kv_cache_dtype="auto",
             block_size=config.block_size,
             model_dtype=self._llm.dtype,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=self._llm.max_running,
         )
 
     async def GetLoads(
@@ -133,7 +133,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             num_total_reqs=stats["num_running"] + stats["num_waiting"],
             token_usage=used / max(1, stats["num_blocks"]),
             cache_hit_rate=cache["hit_tokens"] / max(1, cache["queried_tokens"]) if sees_blocks else 0.0,
-            max_running_requests=self._llm.config.max_num_seqs,
+            max_running_requests=self._llm.max_running,
         )
         return vllm_engine_pb2.GetLoadsResponse(loads=[load])
 

@@ -10,17 +10,18 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from smg_grpc_proto.generated import common_pb2
 
-from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.kv.events import Cleared, KvEvent, Removed, Stored, decode_events, decode_snapshot
 from headwise.runtime.kv.identity import ROOT, TOKEN_BYTES
 from headwise.runtime.server.kv_messages import kv_messages
 
 
-async def kv_batches(llm: AsyncLLM, namespace: bytes) -> AsyncGenerator[common_pb2.KvEventBatch]:
+async def kv_batches(llm: AsyncModel[Any], namespace: bytes) -> AsyncGenerator[common_pb2.KvEventBatch]:
     """Yields the blocks of a namespace that are on the device, as one batch, and then the changes.
 
     A subscriber that fell behind gets another snapshot.
@@ -52,7 +53,7 @@ class _Numbers:
 
 
 async def _snapshot(
-    llm: AsyncLLM, namespace: bytes, number: int, blocks: Mapping[bytes, bytes]
+    llm: AsyncModel[Any], namespace: bytes, number: int, blocks: Mapping[bytes, bytes]
 ) -> common_pb2.KvEventBatch:
     events: list[KvEvent] = [Cleared(None)]
     events += [Stored("device", (digest,), parent) for digest, parent in blocks.items()]
@@ -62,7 +63,9 @@ async def _snapshot(
     return batch
 
 
-async def _batch(llm: AsyncLLM, namespace: bytes, number: int, events: Sequence[KvEvent]) -> common_pb2.KvEventBatch:
+async def _batch(
+    llm: AsyncModel[Any], namespace: bytes, number: int, events: Sequence[KvEvent]
+) -> common_pb2.KvEventBatch:
     digests = [digest for event in events if isinstance(event, Stored) for digest in event.digests]
     tokens = await llm.run(lambda engine: _tokens(engine, namespace, digests)) if digests else {}
     batch = common_pb2.KvEventBatch(sequence_number=number, timestamp=time.time())
