@@ -17,7 +17,7 @@ from rich.progress import Progress as RichProgress
 
 from headwise.cluster.group import GroupFactory, GroupStartError, Progress
 from headwise.cluster.local_group import LocalGroupFactory
-from headwise.runtime.config import DEFAULT_KV_MEMORY, DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig, HandoffConfig
+from headwise.runtime.config import DEFAULT_MIXED_PREFILL_TOKENS, EngineConfig, HandoffConfig
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.generation import Generation, GenerationFactory
 from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError, is_hung
@@ -29,13 +29,10 @@ from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.handoff.messages import VERSION, HelloAnswer, Identity
 from headwise.runtime.handoff.outbound import MAX_LEASE_S, MAX_TRANSFERS, Outbound
 from headwise.runtime.handoff.service import HandoffService
-from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.processor import InputProcessor
-from headwise.runtime.inputs.tokenizer import load_tokenizer
 from headwise.runtime.kv.events import KvEvents
-from headwise.runtime.kv.identity import KvIdentity
-from headwise.runtime.models import resolve
-from headwise.runtime.precision import precision_notes, resolve_dtype
+from headwise.runtime.precision import precision_notes
+from headwise.runtime.prepare import best_device, prepare
 from headwise.runtime.sides import decode_config, prefill_config
 from headwise.runtime.tls import channel_credentials
 from headwise.runtime.warmup import prepare_kernels
@@ -43,8 +40,8 @@ from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.handoff import HandoffSpec
 from headwise.workers.leftovers import sweep
-from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
-from headwise.workers.model.model_config import ModelConfig, load_model_config
+from headwise.workers.model.checkpoint import model_fingerprint
+from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import partition_model
 from headwise.workers.spec import ShardSpec
 
@@ -221,21 +218,16 @@ def _outbound(generation: Generation) -> Outbound:
 
 def _start(config: EngineConfig, quiet: bool) -> Started:
     _check_spare(config)
-    path = resolve(config.model)
     sweep()  # what engines have left that were killed together with all of their ranks
-    model = load_model_config(path)
-    partition_model(model, config.tensor_parallel_size)
-    weights = verify_checkpoint(path, model)
-    max_model_len = _max_model_len(config, model)
-    tokenizer = load_tokenizer(path)
-    spec = _spec(config, path, model, max_model_len)
-    for note in precision_notes(config.dtype, spec, model, weights):
+    model = prepare(config)
+    path, spec, max_model_len = model.path, model.spec, model.max_model_len
+    for note in precision_notes(config.dtype, spec, model.config, model.weights):
         if not quiet:
             print(f"headwise: {note}", file=sys.stderr)
-    sizes = tier_sizes(config, model, spec.dtype)
+    sizes = tier_sizes(config, model.config, spec.dtype)
     identity = wire = None
     if config.enable_prefix_caching:
-        identity = KvIdentity(model_fingerprint(path), spec.dtype, config.block_size)
+        identity = model.identity(spec.dtype)
         spec = replace(
             spec, host_kv_blocks=sizes.host, disk_kv_path=config.disk_kv_path, kv_identity=identity.namespace()
         )
@@ -243,7 +235,7 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
         if identity is None:
             limit = "handed-over blocks are kept in the prefix cache"
             raise InvalidValueError("enable_prefix_caching", False, limit)
-        wire = _identity(model, identity.fingerprint, spec)
+        wire = _identity(model.config, identity.fingerprint, spec)
         spec = replace(spec, handoff=_handoff_spec(config.handoff))
     if spec.device == "cpu":
         prepare_kernels(quiet)
@@ -260,9 +252,8 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
         mixed = config.max_mixed_prefill_tokens or DEFAULT_MIXED_PREFILL_TOKENS[spec.device]
         scheduler = Scheduler(generation.tables, config.max_num_seqs, config.max_num_batched_tokens, mixed)
         engine = Engine(generation, scheduler, events, config.pipeline_depth, config.step_timeout)
-        grammars = GrammarChecker(path, model.vocab_size, model.eos_token_ids)
-        inputs = InputProcessor(tokenizer, model, max_model_len, config.seed, grammars, identity)
-        prefilling = Prefilling(engine, max_model_len, model.vocab_size)
+        inputs = model.inputs(config.seed, identity)
+        prefilling = Prefilling(engine, max_model_len, model.config.vocab_size)
 
         def take_over(generation: Generation) -> None:
             inputs.max_model_len = min(max_model_len, generation.cache.pool.num_blocks * config.block_size)
@@ -288,7 +279,7 @@ def _check_spare(config: EngineConfig) -> None:
         "spare shards need on_shard_death='recover'": config.on_shard_death == "recover",
         "the shard of executor='local' dies with this process": config.executor == "ray",
         "spare shards need device='cpu': on GPUs they would need GPUs of their own": config.device == "cpu"
-        or (config.device == "auto" and _best_device() == "cpu"),
+        or (config.device == "auto" and best_device() == "cpu"),
     }
     for limit, holds in limits.items():
         if not holds:
@@ -339,35 +330,9 @@ def _kv_memory(generation: Generation) -> str:
     return f"KV memory: {num_blocks * size:,} tokens in {num_blocks:,} blocks of {size}"
 
 
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_len is None:
-        return model.max_position_embeddings
-    if config.max_model_len > model.max_position_embeddings:
-        raise InvalidValueError(
-            "max_model_len", config.max_model_len, f"the model was trained for {model.max_position_embeddings} tokens"
-        )
-    return config.max_model_len
-
-
-def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: int) -> ShardSpec:
-    device = config.device if config.device != "auto" else _best_device()
-    return ShardSpec(
-        model_dir=str(path),
-        tensor_parallel_size=config.tensor_parallel_size,
-        dtype=resolve_dtype(config.dtype, device, model.dtype),
-        device=device,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        kv_memory=DEFAULT_KV_MEMORY[device] if config.kv_memory is None else config.kv_memory,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        attention=config.attention,
-    )
-
-
 def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:
     if config.executor == "local":
-        if spec.device == "cuda" and _best_device() != "cuda":
+        if spec.device == "cuda" and best_device() != "cuda":
             fix = "device=cpu (--device), or a build of torch with CUDA and a GPU that nvidia-smi shows"
             raise InvalidValueError("device", spec.device, "torch finds no GPU here", fix)
         return LocalGroupFactory(spec, config.cpus_per_rank)
@@ -377,12 +342,6 @@ def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:
     return RayGroupFactory(
         spec, address=config.address, cpus_per_rank=config.cpus_per_rank, start_timeout_s=config.start_timeout
     )
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

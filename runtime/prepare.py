@@ -1,0 +1,97 @@
+"""What is known of a model before there is a shard: its files are checked, its tokenizer is loaded, no weight is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwise.runtime.config import DEFAULT_KV_MEMORY, EngineConfig
+from headwise.runtime.inputs.grammars import GrammarChecker
+from headwise.runtime.inputs.processor import InputProcessor
+from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
+from headwise.runtime.kv.identity import KvIdentity
+from headwise.runtime.models import resolve
+from headwise.runtime.precision import resolve_dtype
+from headwise.workers.errors import InvalidValueError
+from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
+from headwise.workers.model.model_config import ModelConfig, load_model_config
+from headwise.workers.model.partition import partition_model
+from headwise.workers.model.safetensors_index import SafetensorsIndex
+from headwise.workers.spec import ShardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A model that can be loaded, and what takes requests to it.
+
+    Attributes:
+        path: its directory.
+        weights: what its files hold, by their headers.
+        max_model_len: most tokens of a request, whatever the KV memory.
+        spec: of its shards, on the device that torch finds in this process; without tiers of the prefix cache.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: SafetensorsIndex
+    max_model_len: int
+    tokenizer: Tokenizer | None
+    spec: ShardSpec
+
+    def identity(self, dtype: str) -> KvIdentity:
+        """Of the KV that engines compute with this dtype."""
+        return KvIdentity(model_fingerprint(self.path), dtype, self.spec.block_size)
+
+    def inputs(self, seed: int, identity: KvIdentity | None) -> InputProcessor:
+        """Makes requests. Args: ``seed``: from which those without one get theirs."""
+        grammars = GrammarChecker(self.path, self.config.vocab_size, self.config.eos_token_ids)
+        return InputProcessor(self.tokenizer, self.config, self.max_model_len, seed, grammars, identity)
+
+
+def prepare(config: EngineConfig) -> PreparedModel:
+    """Checks everything of a model that can be checked without a shard.
+
+    Raises:
+        InvalidValueError: a setting does not fit the model.
+        UnsupportedModelError, CheckpointError: as of :class:`~headwise.runtime.llm.LLM`.
+    """
+    path = resolve(config.model)
+    model = load_model_config(path)
+    partition_model(model, config.tensor_parallel_size)
+    weights = verify_checkpoint(path, model)
+    max_model_len = _max_model_len(config, model)
+    tokenizer = load_tokenizer(path)
+    return PreparedModel(path, model, weights, max_model_len, tokenizer, _spec(config, path, model, max_model_len))
+
+
+def best_device() -> str:
+    """``cuda`` where torch finds a GPU, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise InvalidValueError(
+            "max_model_len", config.max_model_len, f"the model was trained for {model.max_position_embeddings} tokens"
+        )
+    return config.max_model_len
+
+
+def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: int) -> ShardSpec:
+    device = config.device if config.device != "auto" else best_device()
+    return ShardSpec(
+        model_dir=str(path),
+        tensor_parallel_size=config.tensor_parallel_size,
+        dtype=resolve_dtype(config.dtype, device, model.dtype),
+        device=device,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        kv_memory=DEFAULT_KV_MEMORY[device] if config.kv_memory is None else config.kv_memory,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        attention=config.attention,
+    )
