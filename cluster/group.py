@@ -110,6 +110,11 @@ class ShardGroup(ABC):
             ShardGroupDied: as :meth:`collect`.
         """
 
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """The node and the process id of each rank, by rank; empty before :meth:`load`. May be read on any thread."""
+        return []
+
     def wake(self) -> None:  # noqa: B027 - for groups that wait for something in transferred()
         """Lets a :meth:`transferred` that waits return None. May be called on any thread."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from headwise.workers.machine import usable_cores
 from headwise.workers.plan import StepOutput
 from headwise.workers.spec import ShardSpec
 
+HOST = "localhost"
+"""The node of all of its ranks."""
 MEET_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
 """How long loading or the steps under way may take until a rank's thread is left alone; a thread cannot be killed."""
@@ -68,7 +71,7 @@ class LocalShardGroup(ChannelGroup):
         self._runs: list[Future[None]] = []
 
     def load(self, progress: Progress | None = None) -> None:
-        self._mailbox = Mailbox(self._channel, ["localhost"] * self._tp)
+        self._mailbox = Mailbox(self._channel, [HOST] * self._tp)
         rendezvous = open_rendezvous("solo" if self._tp == 1 else "shared_memory", self._tp)
         self._ranks = [_RankThread(Rank(self._spec, rank, self._num_threads)) for rank in range(self._tp)]
         loads = [
@@ -80,6 +83,10 @@ class LocalShardGroup(ChannelGroup):
         self._runs = [thread.submit(Rank.serve) for thread in self._ranks]
         for number, run in enumerate(self._runs):
             run.add_done_callback(partial(self._ended, number))
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        return [(HOST, os.getpid())] * len(self._ranks)
 
     def collect(self) -> StepOutput:
         try:

@@ -34,6 +34,10 @@ class RayShardGroup(ChannelGroup):
         report = self._mailbox.declare_dead
         self._watchers = [RunWatcher(self._ranks.run(), report), ProcessWatch(self._ranks.processes, report)]
 
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        return self._ranks.places
+
     def give_up(self, cause: str) -> None:
         if self._mailbox is not None:
             stopped = self._ranks.stopped()

@@ -71,6 +71,11 @@ class RayRanks:
         """The address of each rank's node, once the actors are created."""
         return [place["address"] for place in self._places]
 
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """The address of each rank's node and the id of its process, once the actors are created."""
+        return [(place["address"], place["pid"]) for place in self._places]
+
     def create(self) -> EngineChannel:
         """Makes the actors in the placement group's bundles; returns the channel that they will serve."""
         for rank, bundle in enumerate(self._placement.bundle_specs):

@@ -460,8 +460,10 @@ class Engine:
                 outbound.computed(transfer, seat, seat.num_done + count)
 
     def _learn_cost(self, schedule: Schedule, output: StepOutput) -> None:
-        """What a token takes to compute: of steps that mostly compute prompts, and capture no graph."""
+        """What a token takes to compute: of steps that mostly compute prompts, or none, and capture no graph."""
         prefilled = schedule.num_prefilled
+        if not prefilled and schedule.seats and not schedule.plan.capture:
+            self.pace.saw_decode(output.seconds, len(schedule.seats))
         if prefilled < self.generation.cache.block_size or prefilled < len(schedule.seats) or schedule.plan.capture:
             return
         self.pace.saw_prefill(output.seconds, prefilled)

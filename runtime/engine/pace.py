@@ -27,11 +27,14 @@ class Pace:
 
     Attributes:
         token_s: seconds to compute a token of a prompt, of those computed lately; None before the first.
+        row_s: seconds that a request which generates tokens adds to a step, and so to the wait for a first token, of
+            steps that only generate; None before the first.
     """
 
     def __init__(self, step_timeout_s: float | None = None) -> None:
         """Args: ``step_timeout_s``: how long any step may take; None: by what steps took."""
         self.token_s: float | None = None
+        self.row_s: float | None = None
         self._step_timeout_s = step_timeout_s
         self._slowest = 0.0, time.monotonic()  # its seconds, and when it was over
         self._most_s = 0.0  # of a token, whichever kind of step it was in
@@ -51,6 +54,10 @@ class Pace:
     def saw_prefill(self, seconds: float, num_tokens: int) -> None:
         """A step computed so many tokens of prompts, and hardly anything else."""
         self.token_s = running_mean(self.token_s, seconds / num_tokens)
+
+    def saw_decode(self, seconds: float, num_rows: int) -> None:
+        """A step generated a token for each of so many requests, and did nothing else."""
+        self.row_s = running_mean(self.row_s, seconds / num_rows)
 
     def limit_s(self, num_tokens: int, num_grammars: int = 0, captures: bool = False) -> float:
         """How long a step may take with so many tokens, which waits for so many grammars, and maybe captures a graph.
