@@ -22,7 +22,9 @@ from headwise.runtime.addresses import leads_to_loopback
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
 from headwise.runtime.tls import channel_credentials
+from headwise.v1 import deployment_pb2
 from headwise.v1 import inference_pb2 as pb
+from headwise.v1.deployment_pb2_grpc import DeploymentServiceStub
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -174,6 +176,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.insecure_channel(address, options)
         self._stub = InferenceServiceStub(self._channel)
+        self._deployment = DeploymentServiceStub(self._channel)
 
     async def stream(
         self,
@@ -292,6 +295,27 @@ class AsyncClient:
         where there are tokens."""
         await self._call(self._stub.Drain, pb.DrainRequest(), timeout)
 
+    async def status(self) -> deployment_pb2.GetStatusResponse:
+        """How the deployment and each of its replicas are. Needs an admin's token where there are tokens, as
+        :meth:`scale` and :meth:`restart`."""
+        return await self._call(self._deployment.GetStatus, deployment_pb2.GetStatusRequest())
+
+    async def scale(self, replicas: int) -> None:
+        """Sets how many replicas there are to be; :meth:`status` tells when there are."""
+        try:
+            request = deployment_pb2.ScaleRequest(replicas=replicas)
+        except ValueError:
+            raise InvalidValueError("replicas", replicas, "must be a number from 1") from None
+        await self._call(self._deployment.Scale, request)
+
+    async def restart(self) -> str:
+        """Begins to replace every replica, one after another; :meth:`status` tells when it is over.
+
+        Returns:
+            What is being done, for people to read.
+        """
+        return str((await self._call(self._deployment.Restart, deployment_pb2.RestartRequest())).message)
+
     async def close(self) -> None:
         await self._channel.close()
 
@@ -381,6 +405,15 @@ class Client:
 
     def drain(self, timeout: float | None = None) -> None:
         self._run(self._client.drain(timeout))
+
+    def status(self) -> deployment_pb2.GetStatusResponse:
+        return self._run(self._client.status())
+
+    def scale(self, replicas: int) -> None:
+        self._run(self._client.scale(replicas))
+
+    def restart(self) -> str:
+        return self._run(self._client.restart())
 
     def close(self) -> None:
         """Ends the connection. Idempotent."""

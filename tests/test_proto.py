@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from headwise.v1 import inference_pb2, inference_pb2_grpc
+from headwise.v1 import deployment_pb2, deployment_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).parent.parent / "proto"
 FOLDER = ROOT / "headwise" / "v1"
@@ -58,3 +59,28 @@ def test_the_service_has_a_stub_and_a_servicer() -> None:
     for method in service.methods:
         assert method.input_type.name == f"{method.name}Request" and method.output_type.name == f"{method.name}Response"
         assert hasattr(inference_pb2_grpc.InferenceServiceServicer, method.name)
+
+
+def test_the_service_for_admins_has_a_stub_and_a_servicer() -> None:
+    service = deployment_pb2.DESCRIPTOR.services_by_name["DeploymentService"]
+    assert service.full_name == "headwise.v1.DeploymentService"
+    assert [method.name for method in service.methods] == ["GetStatus", "Scale", "Restart"]
+    for method in service.methods:
+        assert method.input_type.name == f"{method.name}Request" and method.output_type.name == f"{method.name}Response"
+        assert hasattr(deployment_pb2_grpc.DeploymentServiceServicer, method.name)
+
+
+def test_a_replica_has_the_fields_of_the_runtime() -> None:
+    from headwise.runtime.deployment.control import ReplicaStatus, Role, ShardPlace, State, Status
+
+    def fields(name: str) -> set[str]:
+        return {field.name for field in deployment_pb2.DESCRIPTOR.message_types_by_name[name].fields}
+
+    assert fields("GetStatusResponse") == Status.__annotations__.keys() | {"draining"}
+    assert fields("Replica") == ReplicaStatus.__annotations__.keys() - {"since_s"} | {"since"}
+    assert fields("Shard") == set(ShardPlace.__annotations__)
+    for enum, prefix, names in (
+        (deployment_pb2.ReplicaRole, "REPLICA_ROLE_", get_args(Role)),
+        (deployment_pb2.ReplicaState, "REPLICA_STATE_", get_args(State)),
+    ):
+        assert {name.removeprefix(prefix).lower() for name in enum.keys()} == {*names, "unspecified"}  # noqa: SIM118

@@ -35,9 +35,10 @@ from headwise.runtime.cli.options import (
     refuse_flags,
 )
 from headwise.runtime.cli.printing import print_json, raise_if_failed, take, write
-from headwise.workers.errors import InvalidValueError
+from headwise.runtime.cli.server import CONNECTION_PARAMETERS, TlsCa, TlsCert, TlsKey, Token, connected
 
 if TYPE_CHECKING:
+    from headwise.runtime.client import Client
     from headwise.runtime.output import RequestMetrics
     from headwise.runtime.sampling_params import SamplingParams
 
@@ -52,18 +53,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
     model: Annotated[str | None, option("path", MODEL_HELP, "--model", "-m")] = None,
     server: Annotated[str | None, option("host:port", "A running server to ask instead of loading a model.")] = None,
-    token: Annotated[str | None, option("text", "Your token for the server.", envvar="HEADWISE_TOKEN")] = None,
-    tls_ca: Annotated[
-        Path | None,
-        option("file", "Connect by TLS; the certificate (PEM) that signed the server's.", exists=True, dir_okay=False),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        option("file", "Your certificate (PEM), for servers that ask for one.", exists=True, dir_okay=False),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, option("file", "The key of that certificate (PEM).", exists=True, dir_okay=False)
-    ] = None,
+    token: Token = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     timeout: Annotated[
         float | None, option("seconds", "Time that the server gets to answer; default: no limit.", min=0)
     ] = None,
@@ -103,7 +96,7 @@ def generate(
     else:
         refuse_flags(
             ctx,
-            ("token", "tls_ca", "tls_cert", "tls_key", "timeout"),
+            (*CONNECTION_PARAMETERS, "timeout"),
             "is for a server",
             "leave it out, or give --server",
         )
@@ -124,8 +117,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     question: Any = [{"role": "user", "content": text}] if chat else text
     if server is not None:
-        files = {"ca": tls_ca, "cert": tls_cert, "key": tls_key}
-        _ask_server(server, token, files, timeout, question, params, as_json)
+        with connected(server, token, tls_ca, tls_cert, tls_key, timeout) as client:
+            _ask_server(client, question, params, as_json)
         return
     assert model is not None
     settings = engine_settings(
@@ -163,34 +156,13 @@ def _metrics(metrics: RequestMetrics) -> dict[str, float]:
     }
 
 
-def _ask_server(
-    server: str,
-    token: str | None,
-    files: dict[str, Path | None],
-    timeout: float | None,
-    question: Any,
-    params: SamplingParams,
-    as_json: bool,
-) -> None:
-    from grpc import StatusCode
+def _ask_server(client: Client, question: Any, params: SamplingParams, as_json: bool) -> None:
+    from headwise.runtime.client import Completion
 
-    from headwise.runtime.addresses import leads_to_loopback
-    from headwise.runtime.client import Client, Completion, ServerError
-
-    if token and not any(files.values()) and not leads_to_loopback(server):
-        limit = f"would go in clear text to {server}, which is not loopback"
-        raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")
-    try:
-        with Client(server, token=token, timeout=timeout, **files) as client:
-            for item in client.stream(question, params, whole=as_json):
-                if as_json and isinstance(item, Completion):
-                    print_json(asdict(item))
-                elif not as_json:
-                    write("\n" if isinstance(item, Completion) else item.text or "")
-                if isinstance(item, Completion):
-                    raise_if_failed(item.samples[0].finish_reason, item.samples[0].error)
-    except ServerError as error:
-        if error.code is not StatusCode.INVALID_ARGUMENT:
-            raise
-        print(f"headwise: {error}", file=sys.stderr)
-        sys.exit(2)
+    for item in client.stream(question, params, whole=as_json):
+        if as_json and isinstance(item, Completion):
+            print_json(asdict(item))
+        elif not as_json:
+            write("\n" if isinstance(item, Completion) else item.text or "")
+        if isinstance(item, Completion):
+            raise_if_failed(item.samples[0].finish_reason, item.samples[0].error)

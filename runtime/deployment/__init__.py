@@ -1,1 +1,1 @@
-"""Several engines behind one front."""
+"""Several engines, each a replica, behind one front."""

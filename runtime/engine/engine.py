@@ -52,6 +52,7 @@ class Engine:
         generation: whose shards compute now; while ``rebuilding``, whose shards have died.
         events: tell which blocks they hold.
         rebuilding: whether the shards are dead, and others are being started. Read by other threads.
+        rebuilding_changed: when ``rebuilding`` last changed, on the monotonic clock.
         busy_since: on the monotonic clock, while it is in a step or runs a function; read by other threads.
         pace: how long steps take; read by other threads.
         on_resume: called on the engine's thread with each generation but the first.
@@ -75,7 +76,7 @@ class Engine:
         self.generation, self.events = generation, events
         self._scheduler, self._depth = scheduler, pipeline_depth
         self.busy_since: float | None = None
-        self.rebuilding = False
+        self.rebuilding, self.rebuilding_changed = False, time.monotonic()
         self.pace = Pace(step_timeout_s)
         self.on_resume: list[Callable[[Generation], None]] = []
         self.recoveries: Callable[[], dict[str, Any]] = dict
@@ -204,6 +205,7 @@ class Engine:
             live.request for key, request in rows.items() if (live := self._live.get(key)) and live.request is request
         ]
         self.rebuilding, self._awaited = True, None
+        self.rebuilding_changed = time.monotonic()
         self.generation.graphs.lose_group(schedule.plan for schedule in self._in_flight)
         self._in_flight.clear()
         self._check.drop()
@@ -235,7 +237,7 @@ class Engine:
         if self._reset_wanted:
             self._reset()  # which may find that this group is dead, too
             self._reset_wanted = False
-        self.rebuilding = False
+        self.rebuilding, self.rebuilding_changed = False, time.monotonic()
         for pinned in self._pinned:
             repin(self, pinned, next(self._pin_numbers))
         self._pinned = []

@@ -23,6 +23,7 @@ Details: TypeAlias = grpc.HandlerCallDetails
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _FOR_PEERS = "/headwise.v1.KvHandoffService/"
+_FOR_ADMINS = "/headwise.v1.DeploymentService/"
 _FOR_PEERS_TOO = ("/headwise.v1.InferenceService/SubscribeKvEvents", "/grpc.reflection.")
 
 MIN_TOKEN_CHARACTERS = 16
@@ -35,7 +36,8 @@ class Tenant:
 
     Attributes:
         name: requests of different tenants share no cached blocks; empty on a server that does not tell them apart.
-        admin: may drain the server, read KV events and end the requests of other tenants.
+        admin: may see how the server is, scale, restart and drain it, read KV events and end the requests of other
+            tenants.
         peer: is another engine: may have KV computed for it, and read KV events.
     """
 
@@ -117,7 +119,8 @@ class Access:
 
 
 def check_method(tenant: Tenant, method: str) -> None:
-    """Keeps clients from the service for peers, and peers, unless they are admins too, from all that is for clients.
+    """Keeps clients from the services for peers and for admins, and peers, unless they are admins too, from all that is
+    for clients.
 
     Args:
         method: an RPC's full name, such as ``/headwise.v1.KvHandoffService/Hello``.
@@ -128,6 +131,9 @@ def check_method(tenant: Tenant, method: str) -> None:
     if method.startswith(_FOR_PEERS):
         if not tenant.peer:
             raise PermissionDeniedError("only a peer, another engine, may have KV handed over")
+    elif method.startswith(_FOR_ADMINS):
+        if not tenant.admin:
+            raise PermissionDeniedError("only an admin may see how the server is, scale and restart it")
     elif tenant.peer and not tenant.admin and not method.startswith(_FOR_PEERS_TOO):
         raise PermissionDeniedError("a peer hands over KV and reads KV events; for this, come as a tenant")
 

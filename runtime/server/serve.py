@@ -24,19 +24,23 @@ from headwise.runtime.addresses import check_port
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.deployment.control import Control
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.heap import frozen_heap
 from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
+from headwise.runtime.server.deployment import DeploymentService
 from headwise.runtime.server.gateway import Gateway, check_gateway
 from headwise.runtime.server.handoff import AsyncHandoffService
 from headwise.runtime.server.health import HealthMonitor
 from headwise.runtime.server.metrics import Metrics
 from headwise.runtime.server.service import InferenceService
 from headwise.runtime.server.sessions import Sessions
+from headwise.runtime.server.single import SingleEngine
 from headwise.runtime.server.slots import Slots
 from headwise.runtime.tls import server_credentials
+from headwise.v1 import deployment_pb2, kv_transfer_pb2
 from headwise.v1 import inference_pb2 as pb
-from headwise.v1 import kv_transfer_pb2
+from headwise.v1.deployment_pb2_grpc import add_DeploymentServiceServicer_to_server
 from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
 from headwise.workers.addresses import is_loopback, join
@@ -157,15 +161,26 @@ class Server:
         sessions: the calls that run.
     """
 
-    def __init__(self, llm: AsyncModel[Any], options: ServeOptions, handoff: HandoffService | None = None) -> None:
+    def __init__(
+        self,
+        llm: AsyncModel[Any],
+        options: ServeOptions,
+        handoff: HandoffService | None = None,
+        control: Control | None = None,
+    ) -> None:
         """
         Args:
             handoff: what the engine does for peers; None: nothing.
+            control: of the replicas; None: there is one engine, in this process.
 
         Raises:
             InvalidValueError: a file that the options name cannot be used, or everybody could use the server.
         """
         self._llm, self._options, self._handoff = llm, options, handoff
+        if control is None:
+            assert isinstance(llm, AsyncLLM), "several engines have a control of their own"
+            control = SingleEngine(llm)
+        self._control = control
         self._tokens, self._credentials = _checked(options)
         self._stopping, self._hurry = asyncio.Event(), asyncio.Event()
         self._gateway: Gateway | None = None
@@ -270,6 +285,7 @@ class Server:
         ]
         server = grpc.aio.server(interceptors=guards, options=options, maximum_concurrent_rpcs=slots.total)
         add_InferenceServiceServicer_to_server(InferenceService(sessions, self._options.name), server)
+        add_DeploymentServiceServicer_to_server(DeploymentService(sessions, self._control), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
         if self._handoff is not None:
             add_KvHandoffServiceServicer_to_server(AsyncHandoffService(sessions, self._handoff), server)
@@ -297,7 +313,7 @@ class Server:
 
     def _services(self) -> list[str]:
         gateway = [GATEWAY_SERVICE] if self._options.openai_port is not None else []
-        return [_SERVICE, *gateway, *([_HANDOFF_SERVICE] if self._handoff is not None else [])]
+        return [_SERVICE, _DEPLOYMENT_SERVICE, *gateway, *([_HANDOFF_SERVICE] if self._handoff is not None else [])]
 
     def _make_gateway(self, port: int, engine_port: int) -> Gateway:
         """
@@ -346,6 +362,7 @@ class Server:
 
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_DEPLOYMENT_SERVICE = deployment_pb2.DESCRIPTOR.services_by_name["DeploymentService"].full_name
 _HANDOFF_SERVICE = kv_transfer_pb2.DESCRIPTOR.services_by_name["KvHandoffService"].full_name
 GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
 

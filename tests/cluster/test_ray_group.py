@@ -174,6 +174,7 @@ def test_a_factory_makes_one_group_after_another_in_one_place(checkpoint: Callab
             group.submit(plan)
         assert [group.collect().tokens for _ in plans] == [[(0, token)] for token in wanted]
         pids += [shard["pid"] for shard in group.query("stats")]
+        assert group.places == [(ray.util.get_node_ip_address(), pids[-1])]
         group.close()
         assert not any(psutil.pid_exists(pid) for pid in pids)
         places |= {name for name, place in ray.util.placement_group_table().items() if place["state"] == "CREATED"}

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,8 @@ def test_exit_codes(
 
 def test_help_lists_the_commands(headwise: Run) -> None:
     code, out, _ = headwise("--help")
-    assert code == 0 and all(name in out for name in ("generate", "chat", "serve", "warmup", "bench"))
+    names = ("generate", "chat", "serve", "status", "scale", "restart", "drain", "plan", "doctor", "warmup", "bench")
+    assert code == 0 and all(f"\n  {name} " in out for name in names)
     code, out, _ = headwise("bench", "--help")
     benches = ("throughput", "latency", "step", "limits", "kv-cache", "prefix", "serve")
     assert code == 0 and all(name in out for name in benches)
@@ -335,3 +337,13 @@ def test_help_at_80_columns_cuts_nothing(
         assert "".join((parameter.help or "").split()) in together
         if parameter.param_type_name == "option" and not isinstance(parameter.default, bool | None):
             assert "".join(f"[default: {parameter.default}".split()) in together
+
+
+def test_version(headwise: Run) -> None:
+    version = metadata.version("headwise")
+    assert headwise("--version") == (0, f"headwise {version}\n", "")
+    code, out, _ = headwise("--version", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["headwise"] == version and {"python", "ray", "torch"} <= found.keys()
+    code, _, err = headwise("--json")
+    assert code == 2 and "--version" in err

@@ -17,6 +17,7 @@ from headwise.runtime import start as start_module
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.client import Client
 from headwise.runtime.config import engine_config
+from headwise.runtime.deployment.control import Control
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.server.serve import ServeOptions, Server
 from tests.thread_group import ThreadShardGroup, thread_groups
@@ -32,8 +33,14 @@ class Running:
         exit_code: done once the server has ended.
     """
 
-    def __init__(self, llm: AsyncLLM, options: ServeOptions, handoff: HandoffService | None = None) -> None:
-        self.llm, self._options, self._handoff = llm, options, handoff
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        options: ServeOptions,
+        handoff: HandoffService | None = None,
+        control: Control | None = None,
+    ) -> None:
+        self.llm, self._options, self._handoff, self._control = llm, options, handoff, control
         self._ready: Future[dict[str, Any]] = Future()
         self.exit_code: Future[int] = Future()
         self._thread = threading.Thread(target=self._serve, name="server", daemon=True)
@@ -66,7 +73,7 @@ class Running:
     def _serve(self) -> None:
         async def run() -> int:
             self.loop = asyncio.get_running_loop()
-            self.server = Server(self.llm, self._options, self._handoff)
+            self.server = Server(self.llm, self._options, self._handoff, self._control)
             return await self.server.run(self._ready.set_result)
 
         try:
@@ -101,9 +108,10 @@ def serve(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> I
 
     def start(model: Path | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Running:
         queued, service = settings.pop("max_queued_requests", 1024), settings.pop("service", None)
+        control = settings.pop("control", None)
         config = engine_config(model=str(model or checkpoint("gqa")), **{"kv_memory": "16MiB"} | settings)
         llm = AsyncLLM(config, max_queued_requests=queued, quiet=True)
-        started.append(Running(llm, ServeOptions(**{"name": "tiny", "port": 0} | (options or {})), service))
+        started.append(Running(llm, ServeOptions(**{"name": "tiny", "port": 0} | (options or {})), service, control))
         return started[-1]
 
     yield start
