@@ -40,7 +40,7 @@ class InputProcessor:
         """Args: ``identity``: of the KV blocks; None: requests take no part in a prefix cache."""
         self.tokenizer = tokenizer
         self.model, self.max_model_len = model, max_model_len
-        self._seed, self._grammars, self._identity = seed, grammars, identity
+        self._seed, self._grammars, self.identity = seed, grammars, identity
 
     @property
     def takes_grammars(self) -> bool:
@@ -53,7 +53,7 @@ class InputProcessor:
 
     def kv_namespace(self, cache_salt: str) -> bytes:
         """Of the blocks that requests with this salt share; empty where there is no prefix cache."""
-        return self._identity.namespace(cache_salt) if self._identity is not None else b""
+        return self.identity.namespace(cache_salt) if self.identity is not None else b""
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens.
@@ -150,7 +150,7 @@ class InputProcessor:
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
         params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
         check_salt(cache_salt)
-        blocks = self._identity.token_blocks(token_ids, cache_salt, tenant) if self._identity is not None else None
+        blocks = self.identity.token_blocks(token_ids, cache_salt, tenant) if self.identity is not None else None
         structured = params.structured_outputs
         grammar = self._grammars.grammar(structured) if structured is not None else ""
         room = self.max_model_len - len(token_ids)

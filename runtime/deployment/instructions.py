@@ -1,0 +1,57 @@
+"""What a deployment wants done: by its front, which does it and tells of the outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.runtime.deployment.messages import FrontMessage
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    """Start an engine.
+
+    Attributes:
+        name: no replica had it before.
+        place: number of the place that it takes.
+    """
+
+    name: str
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndReplica:
+    """End a replica's process, and say when it is gone.
+
+    Attributes:
+        ask: whether it can end by itself; else it is dead, or hangs.
+    """
+
+    name: str
+    ask: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Tell a replica something."""
+
+    replica: str
+    message: FrontMessage
+
+
+@dataclass(frozen=True, slots=True)
+class AskForNodes:
+    """Have the cluster provide room for so many replicas."""
+
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No replica is left, and none can be started any more."""
+
+    reason: str
+
+
+Instruction = StartReplica | EndReplica | Send | AskForNodes | GiveUp

@@ -1,0 +1,127 @@
+"""DeployedModel: a model in an asyncio program, on several replicas."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from headwise.cluster.replica import ReplicaFactory
+from headwise.runtime.async_model import AsyncModel
+from headwise.runtime.config import EngineConfig
+from headwise.runtime.deployment.control import Status
+from headwise.runtime.deployment.deployment import Deployment
+from headwise.runtime.deployment.front import Front
+from headwise.runtime.deployment.options import ReplicaOptions
+from headwise.runtime.prepare import prepare
+from headwise.workers.errors import InvalidValueError
+
+ANSWER_S = 5.0
+"""For the front to answer."""
+
+
+class DeployedModel(AsyncModel[Deployment]):
+    """A model that replicas compute; and the :class:`~headwise.runtime.deployment.control.Control` of these."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ReplicaOptions,
+        factory: ReplicaFactory,
+        *,
+        max_queued_requests: int = 1024,
+    ) -> None:
+        """Starts the replicas. That takes seconds and blocks the event loop: do it before anything is served.
+
+        Args:
+            config: of each replica.
+            factory: starts them; closed with this.
+            max_queued_requests: most requests that may wait for their first token, at all replicas together; each of
+                ``n`` samples counts as one. A tenant may have half of what other tenants leave free. Default: 1024.
+
+        Raises:
+            InvalidValueError: the config is none for several engines.
+            HeadwiseError: as :class:`~headwise.runtime.llm.LLM`, if no replica could be started.
+        """
+        try:
+            if config.handoff is not None and config.handoff.role == "prefill":
+                limit = "an engine that computes prompts for others is asked for them, and no front is between"
+                raise InvalidValueError("--role", "prefill", limit, "leave out --replicas, and start several servers")
+            prepared = prepare(config)
+        except BaseException:
+            factory.close()
+            raise
+        # Until it is known what the replicas compute with, nobody asks for a namespace of the prefix cache.
+        super().__init__(config, prepared.path, "", prepared.inputs(config.seed, None), max_queued_requests)
+        self._options, self._max_model_len = options, prepared.max_model_len
+        deployment = Deployment(options, config.block_size, config.max_num_seqs)
+        self._front = Front(deployment, factory, partial(_settings, config), self._fail)
+        try:
+            self._front.await_start()
+        except BaseException:
+            self.shutdown()
+            raise
+        self._blocks, first = 0, deployment.abouts[0]
+        self.dtype = first["dtype"]
+        if config.enable_prefix_caching:
+            self.inputs.identity = prepared.identity(self.dtype)
+        self._front.on_change = self._take_over
+        self._front.run(lambda _: self._take_over())
+
+    @property
+    def _loop(self) -> Front:
+        return self._front
+
+    @property
+    def num_blocks(self) -> int:
+        """How many KV blocks the replicas that serve have together."""
+        return self._blocks
+
+    @property
+    def max_running(self) -> int:
+        return self.config.max_num_seqs * self._options.most
+
+    @property
+    def is_handing_over(self) -> bool:
+        return False
+
+    @property
+    def pause_reason(self) -> str | None:
+        return None if self._front.deployment.abouts else "no replica serves, and others are started"
+
+    @property
+    def hang(self) -> str | None:
+        return None
+
+    def status(self) -> Status:
+        """As of the protocol."""
+        return self._front.run(lambda deployment: deployment.status(), ANSWER_S)
+
+    def scale(self, replicas: int) -> None:
+        """As of the protocol."""
+        self._front.run(lambda deployment: deployment.scale(replicas), ANSWER_S)
+
+    def restart(self) -> str:
+        """As of the protocol."""
+        self._front.run(lambda deployment: deployment.restart(), ANSWER_S)
+        return "each replica is replaced by another, one after another"
+
+    def shutdown(self) -> None:
+        try:
+            super().shutdown()
+        finally:
+            self.inputs.close()
+
+    def _take_over(self) -> None:
+        """Called on the front's thread when replicas have come or gone."""
+        if abouts := self._front.deployment.abouts:
+            self._blocks = sum(about["num_blocks"] for about in abouts)
+            fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
+            self.inputs.max_model_len = min(self._max_model_len, fits)
+
+
+def _settings(config: EngineConfig, place: int) -> dict[str, Any]:
+    """Of the replica in a place."""
+    settings = config.model_dump()
+    if config.disk_kv_path is not None:  # a folder of files is one engine's
+        settings["disk_kv_path"] = f"{config.disk_kv_path}/replica-{place}"
+    return settings
