@@ -61,7 +61,6 @@ class AsyncLLM(AsyncModel[Engine]):
         return "a step makes no progress" if is_hung(self.engine) else None
 
     def handoff_service(self) -> HandoffService | None:
-        """What other engines have this one compute prompts by; None where its role is not to do that."""
         if self.config.handoff is None or self.config.handoff.role != "prefill":
             return None
         return handoff_service(self._started, self._loop)

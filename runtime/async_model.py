@@ -21,6 +21,7 @@ from headwise.runtime.engine.engine import Sink
 from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.text import Delta, TextStream
 from headwise.runtime.engine.waiting import share
+from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.processor import InputProcessor, check_request_id
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -132,6 +133,10 @@ class AsyncModel(ABC, Generic[E]):
     @abstractmethod
     def hang(self) -> str | None:
         """Why nobody knows whether requests will be computed; None if they will."""
+
+    @abstractmethod
+    def handoff_service(self) -> HandoffService | None:
+        """What other engines have this one compute prompts by; None where its role is not to do that."""
 
     @property
     def ended(self) -> asyncio.Event:

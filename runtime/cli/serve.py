@@ -45,22 +45,28 @@ from headwise.runtime.cli.options import (
     engine_settings,
     option,
 )
+from headwise.runtime.cli.replicas import MaxReplicas, MinReplicas, Replicas
+
+MetricsPort = Annotated[
+    int | None, option("port", "Serve Prometheus metrics there; 0: any free one; default: none.", min=0, max=65535)
+]
+OpenaiPort = Annotated[
+    int | None, option("port", "Serve OpenAI's API there; 0: any free one; default: none.", min=0, max=65535)
+]
 
 
 def serve(
     ctx: typer.Context,
     model: Model,
     tp: Tp = 1,
+    replicas: Replicas = None,
+    min_replicas: MinReplicas = None,
+    max_replicas: MaxReplicas = None,
     host: Annotated[str, option("address", "The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option("port", "The port for gRPC; 0: any free one.", min=0, max=65535)] = 50051,
-    metrics_port: Annotated[
-        int | None,
-        option("port", "Serve Prometheus metrics there; 0: any free one; default: none.", min=0, max=65535),
-    ] = None,
+    metrics_port: MetricsPort = None,
     metrics_host: Annotated[str, option("address", "The address to serve metrics on.")] = "127.0.0.1",
-    openai_port: Annotated[
-        int | None, option("port", "Serve OpenAI's API there; 0: any free one; default: none.", min=0, max=65535)
-    ] = None,
+    openai_port: OpenaiPort = None,
     name: Annotated[str | None, option("name", "The model's name for clients; default: the end of --model.")] = None,
     tls_cert: Annotated[Path | None, option("file", "Encrypt with TLS: the server's certificate (PEM).")] = None,
     tls_key: Annotated[Path | None, option("file", "The key of that certificate (PEM).")] = None,
@@ -137,6 +143,7 @@ def serve(
     and ends.
     """
     from headwise.runtime.config import engine_config
+    from headwise.runtime.deployment.options import replica_options
     from headwise.runtime.server.serve import ServeOptions
     from headwise.runtime.server.serve import serve as run
 
@@ -186,6 +193,7 @@ def serve(
         drain_timeout_s=drain_timeout,
         stall_timeout_s=stall_timeout,
         max_request_s=max_request_time,
+        replicas=replica_options(replicas, min_replicas, max_replicas, drain_timeout),
         as_json=as_json,
     )
     sys.exit(run(config, options))

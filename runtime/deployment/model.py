@@ -111,12 +111,32 @@ class DeployedModel(AsyncModel[Deployment]):
         finally:
             self.inputs.close()
 
+    def handoff_service(self) -> None:
+        return None
+
     def _take_over(self) -> None:
         """Called on the front's thread when replicas have come or gone."""
         if abouts := self._front.deployment.abouts:
             self._blocks = sum(about["num_blocks"] for about in abouts)
             fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
             self.inputs.max_model_len = min(self._max_model_len, fits)
+
+
+def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFactory:
+    """Starts replicas on a Ray cluster.
+
+    Raises:
+        InvalidValueError: the config is for an engine without Ray.
+    """
+    if config.executor != "ray":
+        limit = "each replica is a Ray actor, and so are its ranks"
+        raise InvalidValueError("--executor", config.executor, limit, "leave out --executor, or --replicas")
+    # Here and not above: one engine works where Ray is not installed.
+    from headwise.cluster.ray_replicas import RayReplicas
+    from headwise.runtime.deployment.host import ReplicaHost
+
+    most = options.most if options.autoscale else options.replicas
+    return RayReplicas(ReplicaHost, [config.tensor_parallel_size] * most, config.address)
 
 
 def _settings(config: EngineConfig, place: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.async_model import QueueFullError, TenantBusyError
+from headwise.runtime.deployment.front import NoReplicaError
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.handoff.errors import MismatchError, NotFoundError, RefusedError
 from headwise.runtime.inputs.grammars import GrammarTrialError
@@ -93,6 +94,7 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (MismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
+    (NoReplicaError, grpc.StatusCode.UNAVAILABLE),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
     (OneEngineError, grpc.StatusCode.UNIMPLEMENTED),
     (GrammarTrialError, grpc.StatusCode.UNAVAILABLE),
@@ -121,7 +123,7 @@ async def abort(context: grpc.aio.ServicerContext[object, object], error: BaseEx
     """
     code = code_of(error)
     message = str(error) if isinstance(error, HeadwiseError) else f"internal error: {type(error).__name__}"
-    if isinstance(error, (ShardGroupDied, EngineStoppedError)) and not for_admin.get():
+    if isinstance(error, (ShardGroupDied, EngineStoppedError, NoReplicaError)) and not for_admin.get():
         message = ENGINE_ENDED
     if code is grpc.StatusCode.INTERNAL:
         _logger.error("%s\n%s", message, trace(error))

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from headwise.runtime.engine.request import Request
+from headwise.runtime.server.replica_metrics import replica_metrics
 
 SILENCE_S = 10.0
 """For a client of the metrics to say what it wants, and to take what it gets."""
@@ -108,6 +109,8 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, stats[key])
         yield from _cache_metrics(cache)
+        if "replicas" in stats:
+            yield from replica_metrics(stats["replicas"], stats["routing"])
         yield from _recovery_metrics(stats["epoch"], stats["recoveries"])
         # A server with a prefill engine of its own has both sides.
         handoffs = [side.get("handoff") for side in (stats, stats.get("prefill", {}))]

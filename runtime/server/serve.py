@@ -25,6 +25,9 @@ from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.config import EngineConfig
 from headwise.runtime.deployment.control import Control
+from headwise.runtime.deployment.front import NoReplicaError
+from headwise.runtime.deployment.model import DeployedModel, make_replicas
+from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.heap import frozen_heap
 from headwise.runtime.server.auth import Access, AuthInterceptor, Tokens, read_tokens
@@ -96,6 +99,8 @@ class ServeOptions:
         drain_timeout_s: seconds for running requests to end, once the server is told to stop. Default: 30.
         stall_timeout_s: seconds that a client may leave a stream unread. Default: 30.
         max_request_s: seconds that a request may take, its waiting included. Default: 3600.
+        replicas: how many engines serve the model, each in a process of its own; None, the default, is one in this
+            process.
         as_json: whether the line that says that the server is ready is JSON. Default: False.
     """
 
@@ -116,6 +121,7 @@ class ServeOptions:
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     max_request_s: float = 3600.0
+    replicas: ReplicaOptions | None = None
     as_json: bool = False
 
 
@@ -146,10 +152,10 @@ def serve(config: EngineConfig, options: ServeOptions) -> int:
         return await server.run(ready)
 
     with _terminable():
-        llm = AsyncLLM(config, max_queued_requests=options.max_queued_requests)
+        llm = _load(config, options)
         try:
             with frozen_heap():
-                return asyncio.run(run(Server(llm, options, llm.handoff_service())))
+                return asyncio.run(run(Server(llm, options, llm.handoff_service(), _control(llm))))
         finally:
             llm.shutdown()  # where something came before run() could
 
@@ -270,7 +276,7 @@ class Server:
 
     def _died(self) -> int:
         failure = self._llm.failure
-        expected = isinstance(failure, ShardGroupDied)
+        expected = isinstance(failure, (ShardGroupDied, NoReplicaError))
         _logger.error("the engine has ended: %s", failure, exc_info=None if expected else failure)
         return 3
 
@@ -349,6 +355,7 @@ class Server:
             "kv_tokens": llm.num_blocks * llm.config.block_size,
             "max_model_len": llm.inputs.max_model_len,
             "max_num_seqs": llm.config.max_num_seqs,
+            **({"replicas": options.replicas.replicas} if options.replicas is not None else {}),
             "max_queued_requests": llm.max_queued_requests,
             "tls": self._credentials is not None,
             "tokens": bool(self._tokens),
@@ -359,6 +366,19 @@ class Server:
         if self._gateway is not None:
             about["openai"] = f"{'https' if about['tls'] else 'http'}://{join(options.host, self._gateway.port)}/v1"
         return about
+
+
+def _load(config: EngineConfig, options: ServeOptions) -> AsyncModel[Any]:
+    """The model, on one engine of this process or on replicas."""
+    if options.replicas is None:
+        return AsyncLLM(config, max_queued_requests=options.max_queued_requests)
+    factory = make_replicas(config, options.replicas)
+    return DeployedModel(config, options.replicas, factory, max_queued_requests=options.max_queued_requests)
+
+
+def _control(llm: AsyncModel[Any]) -> Control | None:
+    """Of the replicas; None where there are none."""
+    return llm if isinstance(llm, DeployedModel) else None
 
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import pytest
 
 from headwise.cluster.channel import Kind
+from headwise.runtime import start
+from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.config import EngineConfig, engine_config
 from headwise.runtime.deployment.messages import (
     Add,
     FrontMessage,
@@ -22,6 +25,8 @@ from headwise.runtime.deployment.messages import (
 )
 from headwise.workers.plan import RowSampling
 from tests.local_replicas import LocalReplica
+from tests.runtime.deployment.deployed import Deployed
+from tests.thread_group import thread_groups
 
 T = TypeVar("T")
 
@@ -96,3 +101,23 @@ def talk(replica_settings: dict[str, Any], deaths: list[tuple[str, str]]) -> Ite
     replica = LocalReplica("replica-1", replica_settings, lambda name, cause: deaths.append((name, cause)))
     yield Talk(replica)
     replica.close()
+
+
+@pytest.fixture
+def config(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    monkeypatch.setattr(start, "make_factory", thread_groups())
+    return engine_config(model=str(checkpoint("gqa")), kv_memory="4MiB", max_num_seqs=8)
+
+
+@pytest.fixture
+def one(config: EngineConfig) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(config, quiet=True)
+    yield llm
+    llm.shutdown()
+
+
+@pytest.fixture
+def deployed(config: EngineConfig) -> Iterator[Deployed]:
+    made = Deployed(config)
+    yield made
+    made.close()

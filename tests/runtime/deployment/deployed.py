@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from headwise.runtime.async_model import AsyncModel
+from headwise.runtime.config import EngineConfig
+from headwise.runtime.deployment.model import DeployedModel
+from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.sampling_params import SamplingParams
+from tests.local_replicas import LocalReplicas
 
 DEADLINE_S = 60.0
+
+Asked = list[tuple[str, str | list[int], SamplingParams]]
+
+
+class Deployed:
+    """Deployments, and their replicas."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config, self._made = config, list[DeployedModel]()
+
+    def __call__(self, replicas: int, queued: int = 1024, **options: Any) -> DeployedModel:
+        self.factory = LocalReplicas()
+        self.llm = DeployedModel(
+            self._config, ReplicaOptions(replicas, **options), self.factory, max_queued_requests=queued
+        )
+        self._made.append(self.llm)
+        return self.llm
+
+    def kill(self, name: str) -> None:
+        next(replica for replica in self.factory.started if replica.name == name).die()
+
+    def states(self) -> dict[str, str]:
+        return {replica["name"]: replica["state"] for replica in self.llm.status()["replicas"]}
+
+    def close(self) -> None:
+        for llm in self._made:
+            llm.shutdown()
 
 
 @dataclass
@@ -71,3 +103,24 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.01)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    numbers = random.Random(seed)
+    return [[numbers.randrange(3, 256) for _ in range(numbers.randrange(3, 60))] for _ in range(count)]
+
+
+def greedy(count: int, max_tokens: int = 40, seed: int = 0) -> Asked:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return [(f"request-{index}", prompt, params) for index, prompt in enumerate(prompts(count, seed))]
+
+
+def settled(llm: DeployedModel) -> None:
+    """No request is left in any book."""
+
+    def empty() -> bool:
+        stats = llm._front.run(lambda deployment: (deployment.check(), deployment._router.stats())[1])
+        return stats["requests"] == 0 and llm.num_streams == 0
+
+    wait_until(empty)
+    assert llm._front.run(lambda deployment: deployment._dispatcher._live) == {}

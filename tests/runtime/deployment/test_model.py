@@ -3,91 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from headwise.runtime import start
 from headwise.runtime.aio import AsyncLLM
-from headwise.runtime.config import EngineConfig, engine_config
-from headwise.runtime.deployment.model import DeployedModel
-from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.sampling_params import SamplingParams
-from tests.local_replicas import LocalReplicas
-from tests.runtime.deployment.deployed import Sample, ask, ask_all, wait_until
-from tests.thread_group import thread_groups
-
-Asked = list[tuple[str, str | list[int], SamplingParams]]
-
-
-@pytest.fixture
-def config(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
-    monkeypatch.setattr(start, "make_factory", thread_groups())
-    return engine_config(model=str(checkpoint("gqa")), kv_memory="4MiB", max_num_seqs=8)
-
-
-@pytest.fixture
-def one(config: EngineConfig) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM(config, quiet=True)
-    yield llm
-    llm.shutdown()
-
-
-class Deployed:
-    """Deployments, and their replicas."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._config, self._made = config, list[DeployedModel]()
-
-    def __call__(self, replicas: int, queued: int = 1024, **options: Any) -> DeployedModel:
-        self.factory = LocalReplicas()
-        self.llm = DeployedModel(
-            self._config, ReplicaOptions(replicas, **options), self.factory, max_queued_requests=queued
-        )
-        self._made.append(self.llm)
-        return self.llm
-
-    def kill(self, name: str) -> None:
-        next(replica for replica in self.factory.started if replica.name == name).die()
-
-    def states(self) -> dict[str, str]:
-        return {replica["name"]: replica["state"] for replica in self.llm.status()["replicas"]}
-
-    def close(self) -> None:
-        for llm in self._made:
-            llm.shutdown()
-
-
-@pytest.fixture
-def deployed(config: EngineConfig) -> Iterator[Deployed]:
-    made = Deployed(config)
-    yield made
-    made.close()
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(3, 256) for _ in range(numbers.randrange(3, 60))] for _ in range(count)]
-
-
-def greedy(count: int, max_tokens: int = 40, seed: int = 0) -> Asked:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    return [(f"request-{index}", prompt, params) for index, prompt in enumerate(prompts(count, seed))]
-
-
-def settled(llm: DeployedModel) -> None:
-    """No request is left in any book."""
-
-    def empty() -> bool:
-        stats = llm._front.run(lambda deployment: (deployment.check(), deployment._router.stats())[1])
-        return stats["requests"] == 0 and llm.num_streams == 0
-
-    wait_until(empty)
-    assert llm._front.run(lambda deployment: deployment._dispatcher._live) == {}
-
+from tests.runtime.deployment.deployed import (
+    Asked,
+    Deployed,
+    Sample,
+    ask,
+    ask_all,
+    greedy,
+    prompts,
+    settled,
+    wait_until,
+)
 
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0, max_tokens=24),
