@@ -43,7 +43,8 @@ class RayGroupFactory(GroupFactory):
             self._joined = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._placement is None:
-            self._placement = placement_group(*self._bundles(nodes, list(available_resources_per_node().values())))
+            bundles, strategy = self._bundles(nodes, list(available_resources_per_node().values()))
+            self._placement = placement_group(bundles, strategy, **_of_actor(strategy))
         if not self._placement.wait(self._start_timeout_s):
             raise GroupStartError(self._no_room(self._placement, len(nodes)))
         return RayShardGroup(self._spec, self._placement, self._start_timeout_s)
@@ -92,6 +93,22 @@ class RayGroupFactory(GroupFactory):
             f"are free, and start_timeout={self._start_timeout_s:g} s have passed; lower cpus_per_rank="
             f"{bundle['CPU']:g} (--cpus-per-rank) or tensor_parallel_size (--tp), or add nodes"
         )
+
+
+def placement_name(actor_id: str) -> str:
+    """Of the placement group that an engine in an actor makes. Ray does not remove it with the actor, so that somebody
+    else must find it."""
+    return f"headwise-of-{actor_id}"
+
+
+def _of_actor(strategy: str) -> dict[str, str]:
+    """Further arguments for the placement group of an engine in an actor: its name, and the actor's node, where the
+    ranks go if they have room there."""
+    context = ray.get_runtime_context()
+    if (actor := context.get_actor_id()) is None:
+        return {}
+    near = {"_soft_target_node_id": context.get_node_id()} if strategy == "STRICT_PACK" else {}
+    return {"name": placement_name(actor)} | near
 
 
 def _amounts(resources: dict[str, float]) -> str:

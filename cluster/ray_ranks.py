@@ -236,31 +236,37 @@ class RayRanks:
             Rendezvous(**rendezvous).close()  # ranks killed before all had met leave a file, if it is here
         self._actors, self._runs, self._refs = [], [], []
         places, self._places = self._places, []
-        self._await_processes(places)
-
-    def _await_processes(self, places: list[dict[str, Any]]) -> None:
-        """Waits until the ranks' processes are gone: what they hold, such as a GPU's memory or the disk tier's folder,
-        the next group may want at once."""
-        nodes: dict[str, list[tuple[int, float]]] = {}
-        for place in places:
-            nodes.setdefault(place["node_id"], []).append((place["pid"], place["born"]))
-        local, tasks = nodes.pop(self._here(), []), dict[str, Any]()
-        for node in nodes.keys() & {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            task = ray.remote(await_processes).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            tasks[node] = task.remote(nodes[node])
-        alive = await_processes(local)
-        for node, ref in tasks.items():
-            try:
-                alive += ray.get(ref, timeout=_TASK_TIMEOUT_S + 2 * CLOSE_TIMEOUT_S)
-            except RayError as error:
-                _logger.warning("whether the ranks on node %s have ended is unknown: %s", node, first_lines(error))
-        if alive:
-            _logger.warning("processes %s of ranks that were killed are not gone", alive)
+        await_on_nodes(places)
 
 
-def await_processes(processes: list[tuple[int, float]]) -> list[int]:
+def await_on_nodes(places: list[dict[str, Any]]) -> None:
+    """Waits until processes are gone: what they hold, such as a GPU's memory or the disk tier's folder, others may want
+    at once.
+
+    Args:
+        places: ``node_id``, ``pid`` and ``born`` of each, as :func:`await_processes` takes them.
+    """
+    nodes: dict[str, list[tuple[int, float | None]]] = {}
+    for place in places:
+        nodes.setdefault(place["node_id"], []).append((place["pid"], place["born"]))
+    local, tasks = nodes.pop(str(ray.get_runtime_context().get_node_id()), []), dict[str, Any]()
+    for node in nodes.keys() & {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        task = ray.remote(await_processes).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        tasks[node] = task.remote(nodes[node])
+    alive = await_processes(local)
+    for node, ref in tasks.items():
+        try:
+            alive += ray.get(ref, timeout=_TASK_TIMEOUT_S + 2 * CLOSE_TIMEOUT_S)
+        except RayError as error:
+            _logger.warning("whether the ranks on node %s have ended is unknown: %s", node, first_lines(error))
+    if alive:
+        _logger.warning("processes %s of ranks that were killed are not gone", alive)
+
+
+def await_processes(processes: list[tuple[int, float | None]]) -> list[int]:
     """Waits until processes of this host, given by id and time of creation, are gone; kills those that are not in time.
+    Without that time, it is of a process that was there a moment ago.
 
     Returns:
         The ids of those that are not gone even so.
@@ -268,7 +274,8 @@ def await_processes(processes: list[tuple[int, float]]) -> list[int]:
     running = []
     for pid, born in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if (process := psutil.Process(pid)).create_time() == born:  # and not another that has its id now
+            process = psutil.Process(pid)
+            if born is None or process.create_time() == born:  # and not another that has its id now
                 running.append(process)
     _, alive = psutil.wait_procs(running, timeout=CLOSE_TIMEOUT_S)
     for process in alive:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from headwise.cluster.rank import death_of, sayable
-from headwise.workers.errors import PeerDiedError
+from headwise.workers.errors import HeadwiseError, PeerDiedError
 
 
 class RunWatcher:
@@ -49,7 +49,7 @@ class RunWatcher:
                     cause = "its run() returned"
             except RayTaskError as error:
                 root = error.cause
-                cause = first_lines(error)
+                cause = sayable(str(root)) if isinstance(root, HeadwiseError) else first_lines(error)
                 if rank is not None and isinstance(root, PeerDiedError):
                     rank, cause = death_of(rank, root)
             except Exception as error:  # Ray itself may be gone

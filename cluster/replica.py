@@ -34,8 +34,8 @@ class Replica(ABC):
 
     @abstractmethod
     def close(self, ask: bool = True) -> None:
-        """Ends its process, with its ranks, and the channel; waits until they are gone, for a limited time. What dies
-        from now on is not told. Idempotent, for any thread.
+        """Ends its process, with its ranks, and the channel; waits until they are gone, for a limited time. Call it for
+        one that has died, too. What dies from now on is not told. Idempotent, for any thread.
 
         Args:
             ask: have the engine end by itself, for a few seconds, before its process is killed.
@@ -57,6 +57,10 @@ class ReplicaFactory(ABC):
         Raises:
             HeadwiseError: it cannot be started; as an engine in this process would say it.
         """
+
+    @abstractmethod
+    def has_room(self, settings: dict[str, Any]) -> bool:
+        """Whether one more such engine would find room now, as far as can be told."""
 
     @abstractmethod
     def ask_for_nodes(self, num_replicas: int) -> None:

@@ -58,6 +58,9 @@ class LocalReplicas(ReplicaFactory):
         self.started.append(replica)
         return replica
 
+    def has_room(self, settings: dict[str, Any]) -> bool:
+        return True
+
     def ask_for_nodes(self, num_replicas: int) -> None:
         self.wanted_nodes.append(num_replicas)
 

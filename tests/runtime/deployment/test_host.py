@@ -35,7 +35,7 @@ from headwise.workers.plan import RowSampling, TokenLogprobs
 from tests.byte_tokenizer import EOS, VOCAB, token_bytes, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
 from tests.local_replicas import LocalReplica
-from tests.runtime.deployment.conftest import Talk
+from tests.replica_talk import Talk
 
 PROMPT = [5, 9, 200, 17, 33]
 NAMESPACE = b"n" * 32
@@ -64,7 +64,7 @@ def joined(deltas: list[RequestDelta]) -> tuple[list[int], list[TokenLogprobs]]:
     return tokens, [one for delta in deltas for one in delta.logprobs or []]
 
 
-def assert_goes_on(talk: Talk, **fields: Any) -> list[RequestDelta]:
+def assert_goes_on(talk: Talk[LocalReplica], **fields: Any) -> list[RequestDelta]:
     """A request that is cut after any third token gets the tokens of one that was not; returns what that one got."""
     whole = talk.deltas(talk.add(PROMPT, COUNT, **fields))
     tokens, logprobs = joined(whole)
@@ -81,12 +81,12 @@ def assert_goes_on(talk: Talk, **fields: Any) -> list[RequestDelta]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_goes_on_from_any_token(talk: Talk, kind: str) -> None:
+def test_a_request_goes_on_from_any_token(talk: Talk[LocalReplica], kind: str) -> None:
     whole = assert_goes_on(talk, **KINDS[kind])
     assert len(joined(whole)[0]) == COUNT and whole[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_a_stop_token_ends_it_and_not_before_min_tokens(talk: Talk) -> None:
+def test_a_stop_token_ends_it_and_not_before_min_tokens(talk: Talk[LocalReplica]) -> None:
     free = talk.tokens(talk.add(PROMPT, COUNT, RowSampling(temperature=1.0, seed=1)))
     stop = free[2]
     sampling = RowSampling(temperature=1.0, seed=1, stop_token_ids=(stop,))
@@ -98,7 +98,7 @@ def test_a_stop_token_ends_it_and_not_before_min_tokens(talk: Talk) -> None:
     assert len(joined(whole)[0]) > 9
 
 
-def test_the_models_own_stop_token_is_no_stop_reason(talk: Talk) -> None:
+def test_the_models_own_stop_token_is_no_stop_reason(talk: Talk[LocalReplica]) -> None:
     free = talk.tokens(talk.add(PROMPT, COUNT))
     last = talk.deltas(talk.add(PROMPT, COUNT, RowSampling(stop_token_ids=(free[1],))))[-1]
     assert (last.finish_reason, last.stop_reason) == (FinishReason.STOP, None)
@@ -128,7 +128,7 @@ def test_a_grammar_goes_on_where_it_was(replica_settings: dict[str, Any], spelli
         replica.close()
 
 
-def test_an_aborted_request_ends_and_others_do_not(talk: Talk) -> None:
+def test_an_aborted_request_ends_and_others_do_not(talk: Talk[LocalReplica]) -> None:
     one, other = talk.add(PROMPT, 400), talk.add(PROMPT, 30)
     talk.say(Abort(one))
     talk.say(Abort(99))
@@ -139,7 +139,7 @@ def test_an_aborted_request_ends_and_others_do_not(talk: Talk) -> None:
     assert everything[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_a_paused_request_waits(talk: Talk) -> None:
+def test_a_paused_request_waits(talk: Talk[LocalReplica]) -> None:
     number = talk.add(PROMPT, 400)
     talk.say(Pause(number, True))
     short = talk.add(PROMPT, 20)
@@ -149,7 +149,7 @@ def test_a_paused_request_waits(talk: Talk) -> None:
     assert talk.deltas(number)[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_the_first_token_tells_what_was_cached(talk: Talk) -> None:
+def test_the_first_token_tells_what_was_cached(talk: Talk[LocalReplica]) -> None:
     prompt = [3 + index % 50 for index in range(40)]
     for cached in (0, 32):
         deltas = talk.deltas(talk.add(prompt, 4, namespace=NAMESPACE))
@@ -161,7 +161,7 @@ def test_the_first_token_tells_what_was_cached(talk: Talk) -> None:
     assert talk.deltas(talk.add(prompt, 4, namespace=NAMESPACE))[0].first.num_cached_tokens == 0  # type: ignore[union-attr]
 
 
-def test_blocks_are_told_as_events_and_as_a_snapshot(talk: Talk) -> None:
+def test_blocks_are_told_as_events_and_as_a_snapshot(talk: Talk[LocalReplica]) -> None:
     prompt = [3 + index % 50 for index in range(40)]
     digests = TokenBlocks(NAMESPACE, 16, prompt).digests
     talk.deltas(talk.add(prompt, 2, namespace=NAMESPACE))
@@ -172,7 +172,7 @@ def test_blocks_are_told_as_events_and_as_a_snapshot(talk: Talk) -> None:
     assert any(event.digests[0] == digests[0] for m in told for event in m.events)  # type: ignore[union-attr]
 
 
-def test_reports_come_while_nothing_runs_and_say_what_steps_took(talk: Talk) -> None:
+def test_reports_come_while_nothing_runs_and_say_what_steps_took(talk: Talk[LocalReplica]) -> None:
     first = talk.report()
     assert (first.received, first.queued_tokens, first.running, first.waiting) == (0, 0, 0, 0)
     assert first.num_free_blocks == first.num_blocks == talk.replica.about["num_blocks"] and not first.rebuilding
@@ -186,7 +186,7 @@ def test_reports_come_while_nothing_runs_and_say_what_steps_took(talk: Talk) -> 
     assert report.stats is not None and report.stats["shards"] == talk.replica.about["shards"]
 
 
-def test_about_says_what_the_front_must_know(talk: Talk, replica_settings: dict[str, Any]) -> None:
+def test_about_says_what_the_front_must_know(talk: Talk[LocalReplica], replica_settings: dict[str, Any]) -> None:
     about = talk.replica.about
     assert (about["block_size"], about["tensor_parallel_size"], about["dtype"]) == (16, 1, "float32")
     assert about["max_model_len"] == 512 and about["fingerprint"] and about["handoff_address"] is None
@@ -209,7 +209,9 @@ def test_about_says_what_the_front_must_know(talk: Talk, replica_settings: dict[
         {"sampling": RowSampling(top_p=float("inf"))},
     ],
 )
-def test_what_cannot_be_computed_ends_with_an_error_and_nothing_else_does(talk: Talk, changes: dict[str, Any]) -> None:
+def test_what_cannot_be_computed_ends_with_an_error_and_nothing_else_does(
+    talk: Talk[LocalReplica], changes: dict[str, Any]
+) -> None:
     add = {"prompt_token_ids": PROMPT, "generated": [], "sampling": RowSampling(), "max_tokens": 20}
     talk.say(Add(7, **add | changes))  # type: ignore[arg-type]
     [delta] = talk.deltas(7)
@@ -219,7 +221,7 @@ def test_what_cannot_be_computed_ends_with_an_error_and_nothing_else_does(talk: 
     assert talk.report(lambda report: report.received == 8)
 
 
-def test_what_is_no_message_is_passed_over(talk: Talk, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_message_is_passed_over(talk: Talk[LocalReplica], caplog: pytest.LogCaptureFixture) -> None:
     for data in (b"", b"junk", msgpack.packb([1, 2]), msgpack.packb([77]), encode(Output([]))):
         talk.say_bytes(data)
     talk.say_bytes(b"", Kind.QUERY)
@@ -241,7 +243,7 @@ def test_handoff_settings_may_be_a_plain_dict(replica_settings: dict[str, Any]) 
     replica.close()
 
 
-def test_an_engine_that_fails_ends_the_replica(talk: Talk, deaths: list[tuple[str, str]]) -> None:
+def test_an_engine_that_fails_ends_the_replica(talk: Talk[LocalReplica], deaths: list[tuple[str, str]]) -> None:
     def fail(engine: object) -> None:
         raise RuntimeError("an error that nobody thought of")
 
@@ -250,7 +252,7 @@ def test_an_engine_that_fails_ends_the_replica(talk: Talk, deaths: list[tuple[st
     assert deaths == [("replica-1", "the engine has failed: RuntimeError")]
 
 
-def test_a_replica_that_is_closed_is_no_death(talk: Talk, deaths: list[tuple[str, str]]) -> None:
+def test_a_replica_that_is_closed_is_no_death(talk: Talk[LocalReplica], deaths: list[tuple[str, str]]) -> None:
     talk.add(PROMPT, 400)
     talk.replica.close()
     assert deaths == [] and not talk.replica._thread.is_alive()

@@ -1,0 +1,75 @@
+"""The Ray actor that holds the engine of one replica."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import psutil
+import ray
+
+from headwise.cluster.channel import ShardChannel
+from headwise.cluster.engine_watch import EngineProcess, EngineWatch
+from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
+from headwise.workers.processes import ProcessId
+
+
+class Host(Protocol):
+    """An engine that serves a channel, as runtime/deployment/host.py has it."""
+
+    about: dict[str, Any]
+
+    def __init__(self, settings: dict[str, Any]) -> None: ...
+
+    def serve(self, channel: ShardChannel) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ReplicaActor:
+    """One replica. Its front calls :meth:`load` and :meth:`run`, which returns when the front closes the channel."""
+
+    def __init__(self, front: EngineProcess) -> None:
+        """Args: ``front``: with whose process this one ends; where it cannot see that, Ray ends it."""
+        # The ranks compute, each in a process of its own; torch, which is imported later, needs no threads here.
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ[name] = "1"
+        self._host: Host | None = None
+        # The ranks notice the end of this process, and remove what it leaves.
+        self._watch = EngineWatch(front, lambda: None)
+
+    def place(self) -> dict[str, Any]:
+        """Where this replica runs."""
+        return {
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            "born": psutil.Process().create_time(),
+            "process": ProcessId.of(os.getpid()),
+        }
+
+    def load(self, host: type[Host], settings: dict[str, Any]) -> dict[str, Any]:
+        """Starts the engine; returns what it says of itself.
+
+        Args:
+            host: the engine's class.
+            settings: what it is made with.
+
+        Raises: what the class raises.
+        """
+        self._host = host(settings)
+        return self._host.about
+
+    def run(self, endpoint: ShardEndpoint) -> None:
+        """Serves the channel until the front closes it, then ends the engine.
+
+        Raises:
+            HeadwiseError: what the engine has ended with.
+        """
+        assert self._host is not None, "load() comes first"
+        channel = ZmqShardChannel(endpoint)
+        try:
+            self._host.serve(channel)
+        finally:
+            channel.close()
+            self._host.close()
