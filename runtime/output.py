@@ -27,6 +27,10 @@ class RequestMetrics:
         prefilled_by: the address of that engine; None if the prompt was computed here.
         num_preemptions: how often the request had to give up its place to others for a while.
         num_recoveries: how often it went on with other shards, after those that computed it had died.
+        handoff_started, handoff_ended: of the last time that another engine was asked to compute the prompt.
+        replica: the name of the replica that computed it, or was the last to; empty where there is one engine.
+        lost: since when it has had no shards, after those that computed it had died; 0 while it has.
+        recoveries: when that began and ended, of each time that is over.
     """
 
     arrival: float = field(default_factory=time.monotonic)
@@ -39,6 +43,23 @@ class RequestMetrics:
     num_restored_tokens: int = 0
     num_handoff_tokens: int = 0
     prefilled_by: str | None = None
+    handoff_started: float = 0.0
+    handoff_ended: float = 0.0
+    replica: str = ""
+    lost: float = 0.0
+    recoveries: tuple[tuple[float, float], ...] = ()
+
+    def lose(self, now: float) -> None:
+        """What computed it is dead."""
+        self.num_recoveries += 1
+        self.lost = self.lost or now
+
+    def go_on(self, now: float) -> None:
+        """It is computed, for the first time or again."""
+        self.first_scheduled = self.first_scheduled or now
+        if self.lost:
+            self.recoveries += ((self.lost, now),)
+            self.lost = 0.0
 
     @property
     def was_computed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -100,6 +101,14 @@ def serve(
     max_request_time: Annotated[
         float, option("seconds", "Time that a request may take, its waiting included.", min=0.1)
     ] = 3600.0,
+    otlp_endpoint: Annotated[
+        str | None,
+        option(
+            "url",
+            "Send a trace of each request there, by OTLP over gRPC: http://127.0.0.1:4317; default: none.",
+            envvar=["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"],
+        ),
+    ] = None,
     step_timeout: Annotated[
         float | None,
         option(
@@ -146,6 +155,7 @@ def serve(
     from headwise.runtime.deployment.options import replica_options
     from headwise.runtime.server.serve import ServeOptions
     from headwise.runtime.server.serve import serve as run
+    from headwise.runtime.server.tracing import traces_are_off
 
     refuse_idle_flags(ctx, role, prefill)
     settings = engine_settings(
@@ -194,6 +204,7 @@ def serve(
         stall_timeout_s=stall_timeout,
         max_request_s=max_request_time,
         replicas=replica_options(replicas, min_replicas, max_replicas, drain_timeout),
+        otlp_endpoint=None if traces_are_off(os.environ) else otlp_endpoint,
         as_json=as_json,
     )
     sys.exit(run(config, options))

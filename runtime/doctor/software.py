@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from headwise.runtime.doctor.finding import Finding, failed, passed, warned
 
-EXTRAS = ("cuda", "grammar", "gateway", "plot")
+EXTRAS = ("cuda", "grammar", "gateway", "otel", "plot")
 """What a user may install besides; the others are for Headwise's developers."""
 
 _SHOWN = ("headwise", "torch", "ray", "numba")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,6 +263,7 @@ class BlockTables:
         for digest in blocks.digests[first:limit]:
             self._coming.setdefault(digest, request)
         done = partial(self._handed_over, request, search, blocks.digests[first:limit])
+        request.metrics.handoff_started, request.metrics.handoff_ended = time.monotonic(), 0.0
         handoff = inbound.start(chosen, blocks, search.chain, limit, request.tenant, done)
         search.handoff = handoff if search.restoring else None  # else it has failed by now
         return True
@@ -275,6 +277,7 @@ class BlockTables:
     def _handed_over(self, request: Request, search: _Search, wanted: Sequence[bytes], arrival: Arrival) -> None:
         self._has_come(request, wanted)
         search.restoring, search.handoff = False, None
+        request.metrics.handoff_ended = time.monotonic()
         if arrival.num_blocks and not request.generated:
             request.metrics.prefilled_by = arrival.peer
             request.metrics.num_handoff_tokens = arrival.num_blocks * self.block_size

@@ -175,9 +175,10 @@ class Scheduler:
         poisonous = self._suspects.died(in_flight, own_error)
         for request in (*self.running, *self._leaving):
             request.seat = None
+        now = time.monotonic()
         for request in reversed(self.running):
             request.state = RequestState.WAITING
-            request.metrics.num_recoveries += 1
+            request.metrics.lose(now)
             self.waiting.add_preempted(request)
         self.running, self._leaving = [], []
         self._has_group = False
@@ -335,7 +336,7 @@ class Scheduler:
         self.running.append(request)
         request.state = RequestState.RUNNING
         self._free_rows.pop()
-        request.metrics.first_scheduled = request.metrics.first_scheduled or time.monotonic()
+        request.metrics.go_on(time.monotonic())
         seat = seat_of(request)
         draft.counts[seat] = min(seat.num_uncomputed, draft.budget)
         draft.budget -= draft.counts[seat]

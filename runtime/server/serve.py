@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -40,6 +40,7 @@ from headwise.runtime.server.service import InferenceService
 from headwise.runtime.server.sessions import Sessions
 from headwise.runtime.server.single import SingleEngine
 from headwise.runtime.server.slots import Slots
+from headwise.runtime.server.tracing import check_tracing
 from headwise.runtime.tls import server_credentials
 from headwise.v1 import deployment_pb2, kv_transfer_pb2
 from headwise.v1 import inference_pb2 as pb
@@ -48,6 +49,9 @@ from headwise.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_serve
 from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
 from headwise.workers.addresses import is_loopback, join
 from headwise.workers.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from headwise.runtime.server.otlp import Tracing
 
 MAX_MESSAGE_BYTES = 5 << 20
 """The largest request: the longest text, or a million tokens."""
@@ -101,6 +105,8 @@ class ServeOptions:
         max_request_s: seconds that a request may take, its waiting included. Default: 3600.
         replicas: how many engines serve the model, each in a process of its own; None, the default, is one in this
             process.
+        otlp_endpoint: the URL of a collector that gets a trace of each request, by OTLP over gRPC; None, the default:
+            there are no traces.
         as_json: whether the line that says that the server is ready is JSON. Default: False.
     """
 
@@ -122,6 +128,7 @@ class ServeOptions:
     stall_timeout_s: float = 30.0
     max_request_s: float = 3600.0
     replicas: ReplicaOptions | None = None
+    otlp_endpoint: str | None = None
     as_json: bool = False
 
 
@@ -194,7 +201,9 @@ class Server:
         by_certificate = options.tls_client_ca is not None
         admins, peers = frozenset(options.admins), frozenset(options.peers)
         access = Access(self._tokens, by_certificate, admins, peers, is_loopback(options.host))
-        self.sessions = Sessions(llm, metrics, access, options.stall_timeout_s, options.max_request_s)
+        self._tracing = _tracing(options)
+        trace = self._tracing.record if self._tracing is not None else None
+        self.sessions = Sessions(llm, metrics, access, options.stall_timeout_s, options.max_request_s, trace)
 
     def stop(self) -> None:
         """Drains the server and ends it. A second call ends it at once, whatever it is doing."""
@@ -215,6 +224,8 @@ class Server:
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._llm.close)
+            if self._tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, self._tracing.close)
             options, sessions = self._options, self.sessions
             health = HealthMonitor(sessions, self._services())
             server = self._make_server(sessions, health)
@@ -407,6 +418,8 @@ def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | No
             limit = f"names the certificates of {role}s, and tenants are not told apart by certificates here"
             fix = f"give --tls-client-ca and no --token-file; in a token file, write {role} after the token"
             raise InvalidValueError(f"--{role}", ", ".join(names), limit, fix)
+    if options.otlp_endpoint is not None:
+        check_tracing(options.otlp_endpoint)
     if options.openai_port is not None:
         check_gateway()
         if tokens or options.tls_client_ca is not None:
@@ -415,6 +428,15 @@ def _checked(options: ServeOptions) -> tuple[Tokens, grpc.ServerCredentials | No
             fix = f"leave {flag} out, or run a gateway of your own in front that knows its clients"
             raise InvalidValueError("--openai-port", options.openai_port, limit, fix)
     return tokens, credentials
+
+
+def _tracing(options: ServeOptions) -> Tracing | None:
+    if options.otlp_endpoint is None:
+        return None
+    # Here and not above: the packages of an extra.
+    from headwise.runtime.server.otlp import Tracing
+
+    return Tracing(options.otlp_endpoint, options.name)
 
 
 def _credentials(options: ServeOptions) -> grpc.ServerCredentials | None:

@@ -35,6 +35,7 @@ from headwise.runtime.server.errors import (
     code_of,
 )
 from headwise.runtime.server.metrics import Metrics
+from headwise.runtime.server.tracing import Ended, carrier_of
 from headwise.workers.errors import InvalidValueError
 
 T = TypeVar("T")
@@ -73,12 +74,14 @@ class Call:
         tenant: the tenant that made it.
         engine_id: the request's id in the engine, where ids of all tenants meet.
         requests: its samples, once they are checked.
+        carrier: what its metadata say of a trace that it is a part of, where there are traces.
     """
 
     def __init__(self, llm: AsyncModel[Any], method: str, peer: str) -> None:
         self.arrival, self.method, self.peer = time.monotonic(), method, peer
         self.tenant, self.engine_id = Tenant(), ""
         self.requests: list[Request] = []
+        self.carrier: dict[str, str] = {}
         self._llm, self._aborted = llm, False
 
     @property
@@ -121,14 +124,21 @@ class Sessions:
     """
 
     def __init__(
-        self, llm: AsyncModel[Any], metrics: Metrics, access: Access, stall_timeout_s: float, max_request_s: float
+        self,
+        llm: AsyncModel[Any],
+        metrics: Metrics,
+        access: Access,
+        stall_timeout_s: float,
+        max_request_s: float,
+        trace: Callable[[Ended], None] | None = None,
     ) -> None:
         """
         Args:
             stall_timeout_s: seconds that a client may leave a stream unread before its request is ended.
             max_request_s: seconds that a request may take, from its arrival to its end.
+            trace: gets each request that has ended; None: there are no traces.
         """
-        self.llm, self.metrics, self._access = llm, metrics, access
+        self.llm, self.metrics, self._access, self._trace = llm, metrics, access, trace
         self.stall_timeout_s, self.max_request_s = stall_timeout_s, max_request_s
         self.max_calls = llm.max_queued_requests + llm.max_running + SPARE_CALLS
         self.draining = False
@@ -176,6 +186,8 @@ class Sessions:
             method: the RPC's name.
         """
         call, code, failure = Call(self.llm, method, context.peer()), grpc.StatusCode.OK, None
+        if self._trace is not None:
+            call.carrier = carrier_of(context.invocation_metadata() or ())
         try:
             call.tenant = self.tenant(context)
             call.engine_id = self._engine_id(call.tenant, request_id)
@@ -396,6 +408,9 @@ class Sessions:
             self.metrics.observe(call.requests, total)
             line |= _about(call.requests) | {"total_s": round(total, 4)}
         requests_log.info(json.dumps(line))
+        if self._trace is not None and call is not None and method == "Generate":
+            who = (call.request_id, call.tenant.name)
+            self._trace(Ended(method, *who, call.arrival, code, call.requests, call.carrier))
 
 
 def _take_away(counts: Counter[T], name: T) -> None:
