@@ -153,7 +153,7 @@ def serve(
     """
     from headwise.runtime.config import engine_config
     from headwise.runtime.deployment.options import replica_options
-    from headwise.runtime.server.serve import ServeOptions
+    from headwise.runtime.server.options import ServeOptions
     from headwise.runtime.server.serve import serve as run
     from headwise.runtime.server.tracing import traces_are_off
 

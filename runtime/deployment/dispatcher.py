@@ -230,6 +230,7 @@ class Dispatcher:
             return
         self._held.pop(request.key, None)
         live.replica, live.number, live.sent = choice.replica, choice.number, self.now
+        request.metrics.replica = choice.replica
         self._by_number[live.number] = self._of[live.replica][live.number] = live
         if self._blame.is_alone(request):
             self._alone.add(request.key)
@@ -261,7 +262,8 @@ class Dispatcher:
             if live.begun:
                 live.begun, live.since = False, self.now
                 self._wait(live)
-            live.request.metrics.num_recoveries += died
+            if died:
+                live.request.metrics.lose(self.now)
         if poisonous is not None:
             live = self._live[poisonous.key]
             poisonous.error = "replicas died whenever this request was computed, and as far as is known of no other"
@@ -278,6 +280,7 @@ class Dispatcher:
                 live.begun = True
                 self._wait_no_more(live)
                 self._router.first_token(request.key)
+                request.metrics.go_on(self.now)
             new = take_token(request, live.text, token, delta.logprobs[index] if delta.logprobs else None)
             self._blame.got_token(request)
             if new.finished:

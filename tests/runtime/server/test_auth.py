@@ -20,7 +20,7 @@ from headwise.runtime.config import engine_config
 from headwise.runtime.server import serve as serve_module
 from headwise.runtime.server.auth import Tenant, _name, read_tokens
 from headwise.runtime.server.errors import UnauthenticatedError
-from headwise.runtime.server.serve import ServeOptions, _checked
+from headwise.runtime.server.options import ServeOptions, checked
 from headwise.runtime.server.sessions import Sessions
 from headwise.v1 import inference_pb2 as pb
 from headwise.workers.errors import InvalidValueError
@@ -334,7 +334,7 @@ def test_what_protects_a_public_host(
         if name in options:
             options[name] = path
     with pytest.raises(InvalidValueError, match=flag) if flag else nullcontext():
-        _checked(ServeOptions("tiny", **options))
+        checked(ServeOptions("tiny", **options))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_what_protects_a_public_host(
 )
 def test_options_that_are_refused(options: dict[str, Any], flag: str) -> None:
     with pytest.raises(InvalidValueError, match=flag):
-        _checked(ServeOptions("tiny", **options))
+        checked(ServeOptions("tiny", **options))
 
 
 @pytest.mark.parametrize(
@@ -407,15 +407,15 @@ def test_a_port_is_checked_before_a_model_is_loaded(flag: str, monkeypatch: pyte
     "options", [{"host": "127.0.0.1"}, {"host": "::1"}, {"host": "localhost"}, {"host": "0.0.0.0", "insecure": True}]
 )
 def test_hosts_that_are_not(options: dict[str, Any]) -> None:
-    _checked(ServeOptions("tiny", **options))
+    checked(ServeOptions("tiny", **options))
 
 
 def test_the_gateway_lets_in_nobody_who_is_kept_out(token_file: Path, certificates: Path) -> None:
     good = {"tls_cert": certificates / "good.pem", "tls_key": certificates / "good.key"}
     for options in ({"token_file": token_file}, good | {"tls_client_ca": certificates / "good-ca.pem"}):
         with pytest.raises(InvalidValueError, match="--openai-port"):
-            _checked(ServeOptions("tiny", openai_port=0, **options))
-    _checked(ServeOptions("tiny", openai_port=0, **good))
+            checked(ServeOptions("tiny", openai_port=0, **options))
+    checked(ServeOptions("tiny", openai_port=0, **good))
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])

@@ -21,7 +21,8 @@ from headwise.cluster.group import ShardGroupDied
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.inputs.processor import MAX_MESSAGES, InputProcessor
-from headwise.runtime.server.serve import ServeOptions, Server, _checked
+from headwise.runtime.server.options import ServeOptions, checked
+from headwise.runtime.server.serve import Server
 from headwise.runtime.server.sessions import MAX_ABORTED, MAX_SUBSCRIBERS
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
@@ -301,5 +302,5 @@ def test_shards_that_die_while_nothing_runs_end_the_server(serve: Serve, monkeyp
 
 def test_metrics_stay_on_loopback_wherever_the_server_is() -> None:
     options = ServeOptions("tiny", host="0.0.0.0", insecure=True, metrics_port=0)
-    _checked(options)
+    checked(options)
     assert options.metrics_host == "127.0.0.1"
