@@ -34,7 +34,7 @@ class Look:
         kv_use: the part of the KV memory of all replicas that requests hold.
         requests: that run or wait.
         rows: requests that a replica computes at a time.
-        demand: tokens of prompts and outputs, a second.
+        demand: tokens of prompts and outputs a second, over the last half minute or so.
     """
 
     now: float
@@ -66,7 +66,8 @@ class Autoscaler:
             return wanted
         self._pressed = self._pressed + 1 if look.wait_s > UP_WAIT_S or look.kv_use > UP_KV_USE else 0
         if self._pressed >= UP_LOOKS and wanted < self._most:
-            self._too_much[wanted] = look.demand
+            if look.demand > 0:  # else nothing came through, and nothing is known
+                self._too_much[wanted] = look.demand
             return self._changed(wanted + 1)
         if wanted == self._least or not self._is_easy(look):
             self._easy_since = None

@@ -28,6 +28,8 @@ from headwise.workers.errors import InvalidValueError
 
 LOOK_S = 1.0
 """How often it is looked how many replicas there are to be."""
+DEMAND_S = 30.0
+"""Over which the tokens that come and go a second are averaged."""
 
 Heard = Output | Report | KvMessage | KvSnapshot
 """What a replica says."""
@@ -49,7 +51,7 @@ class Deployment:
         self._dispatcher = Dispatcher(self._router, self.out)
         self._fleet = Fleet(self._dispatcher, self.out, options.drain_timeout_s)
         self._autoscaler = Autoscaler(options.least, options.most) if options.autoscale else None
-        self._looked, self._tokens, self._tokens_before = clock(), 0, 0
+        self._looked, self._tokens, self._demand = clock(), 0, 0.0
         self._done = merged([])  # by replicas that are gone
         self._fleet.scale(options.replicas, self._now())
 
@@ -237,7 +239,8 @@ class Deployment:
     def _look(self, now: float) -> None:
         """Has as many replicas as the load needs."""
         seconds, self._looked = now - self._looked, now
-        tokens, self._tokens_before = self._tokens - self._tokens_before, self._tokens
+        self._demand += (self._tokens / seconds - self._demand) * min(1.0, seconds / DEMAND_S)
+        self._tokens = 0
         if self._autoscaler is None or self._fleet.restarting:
             return
         serving = self._fleet.serving()
@@ -252,7 +255,7 @@ class Deployment:
             kv_use=1 - free / blocks if blocks else 0.0,
             requests=dispatcher.num_running + dispatcher.num_waiting,
             rows=self._rows,
-            demand=tokens / seconds,
+            demand=self._demand,
         )
         if (then := self._autoscaler.wanted(look)) != wanted:
             self._fleet.scale(then, now)

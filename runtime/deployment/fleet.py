@@ -145,22 +145,18 @@ class Fleet:
 
     def scale(self, wanted: int, now: float) -> None:
         """So many replicas are wanted from now on. Places where no replica could be started are tried again."""
-        if wanted > len(self.places):
+        if wanted != len(self.places):
             self._out.append(AskForNodes(wanted))
         while len(self.places) < wanted:
             self.places.append(Place(self._free_number(), due=now))
         while len(self.places) > wanted:
             self._remove(min(self.places, key=self._worth), now)
-        if wanted < len(self.places):
-            self._out.append(AskForNodes(wanted))
-        for place in self.places:
-            if self._given_up(place):
-                place.failures, place.due = 0, now
-        self._gave_up = False
+        self._try_again(now)
         self.settle(now)
 
     def restart(self, now: float) -> None:
-        """Begins to replace each replica by another, one after another.
+        """Begins to replace each replica by another, one after another. It is over before its time if one cannot be
+        started.
 
         Raises:
             InvalidValueError: that is under way already.
@@ -169,6 +165,7 @@ class Fleet:
             limit = "a rolling restart is under way, and has to end first"
             raise InvalidValueError("restart", f"{len(self._restart.todo)} replicas to go", limit)
         self._restart = _Restart([place.member.name for place in self.places if place.member is not None])
+        self._try_again(now)
         self.settle(now)
 
     def started(self, name: str, node: str, pid: int, about: dict[str, Any], now: float) -> None:
@@ -256,10 +253,10 @@ class Fleet:
             problems = "; ".join(f"{m.name}: {m.problem}" for p in self.places if (m := p.member) is not None)
             self._out.append(GiveUp(f"no replica is left, and none could be started {MAX_FAILURES} times: {problems}"))
 
-    def _start(self, place: Place, now: float) -> Member:
+    def _start(self, place: Place, now: float, extra: bool = False) -> Member:
         member = Member(f"replica-{next(self._names)}", place.number, "starting", now)
         self.members[member.name] = member
-        self._out.append(StartReplica(member.name, place.number))
+        self._out.append(StartReplica(member.name, place.number, extra))
         return member
 
     def _to(self, member: Member, state: State, now: float) -> None:
@@ -306,6 +303,13 @@ class Fleet:
     def _given_up(self, place: Place) -> bool:
         return place.failures >= MAX_FAILURES and place.due is None
 
+    def _try_again(self, now: float) -> None:
+        """Where no replica is tried any more, others are."""
+        for place in self.places:
+            if self._given_up(place):
+                place.failures, place.due = 0, now
+        self._gave_up = False
+
     def _place_of(self, member: Member) -> Place:
         return next(place for place in self.places if place.number == member.place)
 
@@ -335,14 +339,18 @@ class Fleet:
     def _go_on_restarting(self, now: float) -> None:
         if (restart := self._restart) is None or restart.next is not None:
             return
-        for place in self.places:  # at most one is missing
-            if not self._given_up(place) and (place.member is None or place.member.state != "serving"):
-                return
+        if any(map(self._given_up, self.places)):
+            _logger.error("the rolling restart was ended, as a replica could not be started")
+            self._restart = None
+            return
+        if any(place.member is None or place.member.state != "serving" for place in self.places):
+            return  # at most one is missing
+        if any(member.state in ("draining", "ended") for member in self.members.values()):
+            return  # and at most one is there beside those that are wanted
         due = {place.member.name: place for place in self.places if place.member is not None}
         while restart.todo:
-            place_due = due.get(restart.todo.pop(0))
-            if place_due is not None and not self._given_up(place_due):
-                restart.old, restart.next = place_due.member, self._start(place_due, now)
+            if (place_due := due.get(restart.todo.pop(0))) is not None:
+                restart.old, restart.next = place_due.member, self._start(place_due, now, extra=True)
                 return
         self._restart = None
 

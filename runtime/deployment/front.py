@@ -204,8 +204,8 @@ class Front:
         match instruction:
             case Send():
                 self._send(instruction)
-            case StartReplica(name, place):
-                self._in_background(lambda: self._start(name, place))
+            case StartReplica():
+                self._in_background(lambda: self._start(instruction))
             case EndReplica(name, ask):
                 self._in_background(lambda: self._close(name, ask and not self._hurried))
             case AskForNodes(replicas):
@@ -239,12 +239,16 @@ class Front:
         self._workers.add(thread)
         thread.start()
 
-    def _start(self, name: str, place: int) -> None:
+    def _start(self, instruction: StartReplica) -> None:
+        name, settings = instruction.name, self._settings(instruction.place)
+
         def died(name: str, cause: str) -> None:
             self.post(lambda deployment: deployment.died(name, cause))
 
         try:
-            replica = self._factory.start(name, self._settings(place), died)
+            if instruction.extra and not self._factory.has_room(settings):
+                raise GroupStartError("there is no room for one more replica")
+            replica = self._factory.start(name, settings, died)
         except Exception as error:
             problem, no_room = str(error), isinstance(error, GroupStartError)
             if not isinstance(error, HeadwiseError):

@@ -14,10 +14,12 @@ class StartReplica:
     Attributes:
         name: no replica had it before.
         place: number of the place that it takes.
+        extra: whether it is one more than are wanted, so that it is only started where there is room for it now.
     """
 
     name: str
     place: int
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True)
