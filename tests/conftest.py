@@ -30,6 +30,7 @@ settings.register_profile(FEW, max_examples=20)  # of a test that asks for no nu
 torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread would only spin beside those of the engine
 
 DEADLINE_S = 10.0
+_OURS = ("headwise-shard", "headwise-engine", "headwise-front", "headwise-hear", "headwise-replicas")
 
 MakeLLM = Callable[..., LLM]
 
@@ -106,7 +107,7 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     assert _leftovers() <= before
     for thread in set(threading.enumerate()) - threads:
-        if thread.name in ("headwise-shard", "headwise-engine"):  # others come with what they are first asked for
+        if thread.name in _OURS:  # others come with what they are first asked for
             thread.join(DEADLINE_S)
             assert not thread.is_alive(), f"{thread.name} goes on"
 

@@ -51,6 +51,7 @@ class DeploymentMachine(RuleBasedStateMachine):
     @rule(at=NAMES, part=st.sets(st.integers(1, 40)))
     def compute(self, at: int, part: set[int]) -> None:
         if (name := self.pick(at)) is not None:
+            self.deliver(name)
             self.script.say(name, self.script.replicas[name].step([*part] or None))
 
     @rule(at=NAMES)
@@ -61,9 +62,13 @@ class DeploymentMachine(RuleBasedStateMachine):
 
     @rule()
     def what_was_late_comes(self) -> None:
-        for name, output in self.late:
+        self.deliver(*{name for name, _ in self.late})
+
+    def deliver(self, *names: str) -> None:
+        """What these replicas have computed, and is on its way, comes."""
+        for name, output in [one for one in self.late if one[0] in names]:
+            self.late.remove((name, output))
             self.script.say(name, output)
-        self.late.clear()
 
     @precondition(lambda self: self.script.names)
     @rule(at=NAMES)
@@ -135,7 +140,7 @@ class DeploymentMachine(RuleBasedStateMachine):
 
 
 def machine_settings() -> Any:
-    return settings(examples(200), stateful_step_count=60)
+    return settings(examples(100), stateful_step_count=50)
 
 
 DeploymentMachine.TestCase.settings = machine_settings()
