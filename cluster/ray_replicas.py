@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -59,8 +60,13 @@ class RayReplica(Replica):
             .remote(EngineProcess.own())
         )
 
-    def load(self, host: type[Host], settings: dict[str, Any]) -> None:
+    def load(
+        self, host: type[Host], settings: dict[str, Any], of_place: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> None:
         """Starts the engine, and begins to watch it.
+
+        Args:
+            of_place: gets where the actor is, and gives the settings that depend on it.
 
         Raises:
             GroupStartError: its process died meanwhile, or it was closed.
@@ -69,7 +75,7 @@ class RayReplica(Replica):
         place = self._get(self._actor.place.remote())
         self._places = [place]
         self.node, self.pid = place["address"], place["pid"]
-        self.about = self._get(self._actor.load.remote(host, settings))
+        self.about = self._get(self._actor.load.remote(host, settings | of_place(place)))
         here = ray.get_runtime_context().get_node_id() == place["node_id"]
         with self._lock:
             if self._closing:
@@ -165,6 +171,7 @@ class RayReplicas(ReplicaFactory):
         self._starting: Counter[str] = Counter()  # by node, the CPUs or GPUs of replicas that take none of them yet
         self._wanted: dict[str, Any] = {}  # settings of the latest replica
         self._asked = 0
+        self._free_memory: dict[str, int] = {}  # by node, in bytes, before the first replica was there
 
     def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> RayReplica:
         self._join()
@@ -177,7 +184,7 @@ class RayReplicas(ReplicaFactory):
                 self._replicas = [one for one in self._replicas if not one._ended.is_set()] + [replica]
                 self._wanted = settings
             try:
-                replica.load(self._host, settings)
+                replica.load(self._host, settings, lambda place: self._memory(place, settings))
             except BaseException:
                 replica.close(ask=False)
                 raise
@@ -231,6 +238,18 @@ class RayReplicas(ReplicaFactory):
         if settings.get("cpus_per_rank") is None and settings["device"] == "cpu":
             settings["cpus_per_rank"] = share_cpus([node.get("CPU", 0.0) for node in nodes], self._most_ranks)
         return settings
+
+    def _memory(self, place: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """What each rank may count on of the memory that was free on its host before the first replica was there."""
+        if settings["device"] != "cpu":
+            return {}
+        cpus = sum(
+            n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"] and n["NodeID"] == place["node_id"]
+        )
+        most = min(sum(self._most_ranks), math.floor(cpus / float(settings["cpus_per_rank"])))
+        with self._lock:
+            free = self._free_memory.setdefault(place["node_id"], place["free_memory"])
+        return {"rank_memory": free // max(1, most)}
 
     @contextlib.contextmanager
     def _placing(self, settings: dict[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import ray
 from headwise.cluster.channel import ShardChannel
 from headwise.cluster.engine_watch import EngineProcess, EngineWatch
 from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
+from headwise.workers.machine import free_host_memory
 from headwise.workers.processes import ProcessId
 
 
@@ -39,13 +40,14 @@ class ReplicaActor:
         self._watch = EngineWatch(front, lambda: None)
 
     def place(self) -> dict[str, Any]:
-        """Where this replica runs."""
+        """Where this replica runs, and how many bytes of memory are free there."""
         return {
             "node_id": ray.get_runtime_context().get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
             "born": psutil.Process().create_time(),
             "process": ProcessId.of(os.getpid()),
+            "free_memory": free_host_memory(),
         }
 
     def load(self, host: type[Host], settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from headwise.cluster.channel import ChannelError, Kind, ShardChannel
 from headwise.runtime.config import engine_config, handoff_config
 from headwise.runtime.deployment.admission import request_of
+from headwise.runtime.deployment.memory_share import own_kv_memory
 from headwise.runtime.deployment.messages import (
     Abort,
     Add,
@@ -59,14 +60,19 @@ class ReplicaHost:
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Args: ``settings``: the fields of an EngineConfig; ``handoff`` may be those of a HandoffConfig.
+        """
+        Args:
+            settings: the fields of an EngineConfig; ``handoff`` may be those of a HandoffConfig. On a host that several
+                replicas share, ``rank_memory`` is how many bytes of its memory each rank may count on.
 
         Raises: as :class:`~headwise.runtime.llm.LLM`.
         """
         fields = dict(settings)
+        rank_memory = fields.pop("rank_memory", None)
         if isinstance(handoff := fields.get("handoff"), Mapping):
             fields["handoff"] = handoff_config(**handoff)
-        self._config = engine_config(**fields)
+        config = engine_config(**fields)
+        self._config = own_kv_memory(config, rank_memory) if rank_memory is not None else config
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._channel: ShardChannel | None = None
