@@ -184,7 +184,7 @@ class RayReplicas(ReplicaFactory):
                 self._replicas = [one for one in self._replicas if not one._ended.is_set()] + [replica]
                 self._wanted = settings
             try:
-                replica.load(self._host, settings, lambda place: self._memory(place, settings))
+                replica.load(self._host, settings, lambda place: self._of_place(place, settings))
             except BaseException:
                 replica.close(ask=False)
                 raise
@@ -239,17 +239,17 @@ class RayReplicas(ReplicaFactory):
             settings["cpus_per_rank"] = share_cpus([node.get("CPU", 0.0) for node in nodes], self._most_ranks)
         return settings
 
-    def _memory(self, place: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-        """What each rank may count on of the memory that was free on its host before the first replica was there."""
+    def _of_place(self, place: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        """The address of its host; and what each rank may count on of the memory that was free there before the first
+        replica was."""
+        found = {"node_address": place["address"]}
         if settings["device"] != "cpu":
-            return {}
-        cpus = sum(
-            n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"] and n["NodeID"] == place["node_id"]
-        )
+            return found
+        cpus = sum(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == place["node_id"])
         most = min(sum(self._most_ranks), math.floor(cpus / float(settings["cpus_per_rank"])))
         with self._lock:
             free = self._free_memory.setdefault(place["node_id"], place["free_memory"])
-        return {"rank_memory": free // max(1, most)}
+        return found | {"rank_memory": free // max(1, most)}
 
     @contextlib.contextmanager
     def _placing(self, settings: dict[str, Any]) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -64,15 +66,23 @@ def smollm2() -> Path:
     return resolve("smollm2")
 
 
+def own_addresses() -> list[str]:
+    """By which other hosts reach this one, of IPv4."""
+    found = [one.address for some in psutil.net_if_addrs().values() for one in some if one.family is socket.AF_INET]
+    return [address for address in found if not address.startswith("127.")]
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two authorities, and from each a certificate for 127.0.0.1: good.pem, good.key and other.pem, other.key."""
+    """Two authorities, and from each a certificate for 127.0.0.1 and this host's own address, if it has one: good.pem,
+    good.key and other.pem, other.key."""
     folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=30, cwd=folder)
 
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
+    names = ["IP:127.0.0.1", *(f"IP:{address}" for address in own_addresses())]
+    (folder / "ext").write_text(f"subjectAltName={','.join(names)}\n")
     for name in ("good", "other"):
         subject = f"/CN={name}"
         openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"{subject}-ca",

@@ -32,14 +32,17 @@ from headwise.runtime.deployment.messages import (
     decode_front,
     encode,
 )
+from headwise.runtime.deployment.prefill_door import handoff_address, on_node, reachable, serve_decode
 from headwise.runtime.engine.engine import Engine
 from headwise.runtime.engine.loop import EngineLoop, EngineStoppedError
 from headwise.runtime.engine.request import Request
 from headwise.runtime.engine.text import Delta
+from headwise.runtime.handoff.links import NamedPeer
+from headwise.runtime.handoff.local import LocalServer
 from headwise.runtime.kv.events import Subscription
 from headwise.runtime.output import FinishReason
-from headwise.runtime.start import Started, run_engine, start_engine
-from headwise.workers.errors import HeadwiseError
+from headwise.runtime.start import Started, handoff_service, run_engine, start_engine
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.model.checkpoint import model_fingerprint
 
 REPORT_S = 0.25
@@ -62,17 +65,19 @@ class ReplicaHost:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """
         Args:
-            settings: the fields of an EngineConfig; ``handoff`` may be those of a HandoffConfig. On a host that several
-                replicas share, ``rank_memory`` is how many bytes of its memory each rank may count on.
+            settings: the fields of an EngineConfig, with ``handoff`` as those of a HandoffConfig. Of the host it is on,
+                ``rank_memory`` is how many bytes of its memory each rank may count on, where several replicas share it,
+                and ``node_address`` its address, where there are others.
 
         Raises: as :class:`~headwise.runtime.llm.LLM`.
         """
         fields = dict(settings)
-        rank_memory = fields.pop("rank_memory", None)
+        rank_memory, node_address = fields.pop("rank_memory", None), fields.pop("node_address", None)
         if isinstance(handoff := fields.get("handoff"), Mapping):
-            fields["handoff"] = handoff_config(**handoff)
+            handoff = handoff_config(**handoff)
+        fields["handoff"] = None if handoff is None else on_node(handoff, node_address)
         config = engine_config(**fields)
-        self._config = own_kv_memory(config, rank_memory) if rank_memory is not None else config
+        self._config = config = own_kv_memory(config, rank_memory) if rank_memory is not None else config
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._channel: ShardChannel | None = None
@@ -81,7 +86,14 @@ class ReplicaHost:
         self._fresh: set[int] = set()  # those of them that have no token of this attempt
         self._started: Started = start_engine(self._config, quiet=True)
         self._loop: EngineLoop = run_engine(self._started, self._ended)
-        self.about = self._about()
+        self._door: LocalServer | None = None
+        try:
+            if config.handoff is not None and config.handoff.role == "prefill":
+                self._door = serve_decode(handoff_service(self._started, self._loop), config.handoff, node_address)
+            self.about = self._about()
+        except BaseException:
+            self.close()
+            raise
 
     def serve(self, channel: ShardChannel) -> None:
         """Does what the front asks for until it closes the channel.
@@ -112,10 +124,11 @@ class ReplicaHost:
     def close(self) -> None:
         """Ends the requests that run, the engine and its shards. Idempotent."""
         self._closing.set()
-        try:
-            self._loop.close()
-        finally:
-            self._started.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._started.close)
+            stack.callback(self._loop.close)
+            if self._door is not None:
+                stack.callback(self._door.close)
 
     def hurry(self) -> None:
         """From now on, :meth:`close` waits only a moment for the step in progress."""
@@ -133,7 +146,7 @@ class ReplicaHost:
             "epoch": started.engine.events.epoch,
             "shards": self._shards(),
             "fingerprint": model_fingerprint(started.model_path) if cached else "",
-            "handoff_address": None,
+            "handoff_address": handoff_address(self._door) if self._door is not None else None,
         }
 
     def _shards(self) -> list[dict[str, Any]]:
@@ -164,8 +177,21 @@ class ReplicaHost:
                 self._loop.post(lambda engine: self._send(KvSnapshot(engine.events.snapshot())))
             case ResetPrefixCache():
                 self._loop.post(Engine.reset_prefix_cache)
-            case Peers():
-                _logger.warning("the front names prefill engines, and this replica asks none; passed over")
+            case Peers(peers):
+                found, missing = reachable(peers)
+                if missing:
+                    _logger.warning(
+                        "no prompts are handed over from %s: their hosts are others, and --handoff-ca, "
+                        "--tls-cert and --tls-key are not all given",
+                        ", ".join(missing),
+                    )
+                self._loop.post(lambda engine: self._use_peers(engine, found))
+
+    def _use_peers(self, engine: Engine, peers: list[NamedPeer]) -> None:
+        try:
+            self._started.generations.use_peers(peers, None if engine.rebuilding else engine.generation)
+        except InvalidValueError as error:
+            _logger.warning("the front has named prefill engines; passed over: %s", error)
 
     def _add(self, message: Add) -> None:
         inputs, spec = self._started.inputs, self._started.spec
@@ -249,7 +275,7 @@ class ReplicaHost:
         return Report(
             received,
             engine.num_queued_tokens,
-            max(0, len(self._requests) - waiting),
+            max(0, len(engine.request_ids) - waiting),
             waiting,
             engine.pace.token_s,
             engine.pace.row_s,

@@ -76,10 +76,10 @@ class Peers:
     """These prefill engines compute prompts for you from now on, and no others.
 
     Attributes:
-        addresses: ``host:port`` or ``unix:path`` of each.
+        peers: the name of each, and its ``about["handoff_address"]``.
     """
 
-    addresses: tuple[str, ...]
+    peers: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +291,10 @@ def _some_tokens(value: Any) -> list[int]:
     return list(value)
 
 
+def _peers(value: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((_text(name), _text(address)) for name, address in _list(value))
+
+
 def _stats(value: Any) -> dict[str, Any]:
     stats: dict[str, Any] = _of(dict, "an object")(json.loads(_text(value)))
     return stats
@@ -369,7 +373,7 @@ _MESSAGES: dict[int, tuple[type, tuple[Check, ...]]] = {
     3: (Pause, (_count, _flag)),
     4: (SnapshotWanted, ()),
     5: (ResetPrefixCache, ()),
-    6: (Peers, (lambda addresses: tuple(map(_text, _list(addresses))),)),
+    6: (Peers, (_peers,)),
     16: (Output, (lambda deltas: list(map(_delta, _list(deltas))),)),
     17: (Report, _REPORT_CHECKS),
     18: (KvEvents, (_bytes,)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from headwise.runtime.engine.graphs import Graphs
 from headwise.runtime.engine.tier_sizes import TierSizes
 from headwise.runtime.handoff.choice import HandoffCost
 from headwise.runtime.handoff.inbound import Inbound
-from headwise.runtime.handoff.link import PrefillLink
+from headwise.runtime.handoff.links import Links, NamedPeer
 from headwise.runtime.handoff.messages import Hello, Identity
 from headwise.runtime.handoff.outbound import Outbound
 from headwise.runtime.kv.blocks import BlockPool
@@ -141,6 +141,10 @@ class GenerationFactory:
         """
         self._config, self._groups, self._max_model_len = config, groups, max_model_len
         self._sizes, self._events, self._identity = sizes, events, identity
+        self._peers = [
+            NamedPeer.at(address) for address in (config.handoff.peers if config.handoff is not None else ())
+        ]
+        self._links: Links | None = None  # of the latest generation
         self._meet_s = 0.0  # of the first generation: no stream goes on that would break off
 
     def make(self, progress: Progress | None = None) -> Generation:
@@ -217,6 +221,23 @@ class GenerationFactory:
         pins, graphs = Pins(cache, spare), Graphs(config.max_num_seqs if decodes else 0)
         return Generation(events.epoch, group, cache, tables, ledger, tiers, pins, inbound, outbound, graphs)
 
+    def use_peers(self, peers: Sequence[NamedPeer], generation: Generation | None) -> None:
+        """These prefill engines compute prompts from now on, and no others; on the engine's thread.
+
+        Args:
+            generation: the one that runs, if one does; later ones know of them, too.
+
+        Raises:
+            InvalidValueError: this engine has no prompts computed by others, or its token would go to one of them in
+                clear text.
+        """
+        if self._links is None:
+            limit = "an engine has its prompts computed by others with the role decode alone"
+            raise InvalidValueError("peers", [peer.name for peer in peers], limit)
+        if generation is not None and generation.inbound is not None:
+            generation.inbound.use(self._links.to(peers, generation.inbound.peers))
+        self._peers = list(peers)
+
     def close(self) -> None:
         """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""
         self._groups.close()
@@ -245,12 +266,8 @@ class GenerationFactory:
         if handoff.ca is not None:
             cert, key = (None if path is None else Path(path) for path in (handoff.tls_cert, handoff.tls_key))
             credentials = channel_credentials(Path(handoff.ca), cert, key)
-        peers: list[PrefillLink] = []
-        with contextlib.ExitStack() as undo:
-            for address in handoff.peers:
-                peers.append(PrefillLink(address, hello, credentials, handoff.token, group.wake, handoff.lease_s))
-                undo.callback(peers[-1].close)
-            undo.pop_all()
+        self._links = Links(hello, credentials, handoff.token, group.wake, handoff.lease_s)
+        peers = self._links.to(self._peers)
         inbound = Inbound(
             cache,
             ledger,

@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from headwise.runtime.handoff.choice import HandoffCost, Prompt
 from headwise.runtime.handoff.choice import Peer as KnownPeer
 from headwise.runtime.handoff.link import Answer
-from headwise.runtime.handoff.messages import Ask, HelloAnswer, Load, Status, TransferKey
+from headwise.runtime.handoff.messages import Ask, Status, TransferKey
 from headwise.runtime.handoff.messages import State as StateThere
+from headwise.runtime.handoff.peer import Peer
 from headwise.runtime.handoff.receiving import (
     Abort,
     Cause,
@@ -68,40 +70,6 @@ class Chosen(NamedTuple):
     peer: Peer
     known: KnownPeer
     prompt: Prompt
-
-
-class Peer(Protocol):
-    """A connection to a prefill engine; see :class:`headwise.runtime.handoff.link.PrefillLink`, whose methods these
-    are. Answers come on other threads."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def session(self) -> HelloAnswer | None: ...
-
-    @property
-    def problem(self) -> str | None: ...
-
-    @property
-    def load(self) -> Load: ...
-
-    @property
-    def digests(self) -> Collection[bytes]: ...
-
-    def wait(self, timeout_s: float) -> bool: ...
-
-    def ask(self, ask: Ask, answered: Callable[[Answer], None]) -> None: ...
-
-    def commit(self, key: TransferKey, answered: Callable[[Answer], None]) -> None: ...
-
-    def abort(self, key: TransferKey, reason: str) -> None: ...
-
-    def track(self, key: TransferKey, renewed: Callable[[TransferKey, Status | None], None]) -> None: ...
-
-    def untrack(self, key: TransferKey) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -150,7 +118,7 @@ class Inbound:
     """The handoffs of one generation of an engine that has others compute prompts.
 
     Attributes:
-        peers: the prefill engines.
+        peers: the prefill engines; see :meth:`use`.
         cost: decides whether a prompt is handed over, and to whom.
         must_succeed: whether a request whose handoff fails is to fail, too, and is not computed here.
     """
@@ -174,6 +142,7 @@ class Inbound:
             meet_s: how long prompts that must not be computed here wait for the first peer to be connected.
         """
         self.peers, self.cost, self.must_succeed = peers, cost, must_succeed
+        self._leaving: list[Peer] = []
         self._cache, self._ledger, self._epoch = cache, ledger, epoch
         self._lease_s, self._max_reserved = lease_s, max_reserved
         self._running: dict[int, Handoff] = {}  # by the fence's number
@@ -191,6 +160,12 @@ class Inbound:
     def busy(self) -> bool:
         """Whether a handoff is on its way, or its blocks wait to be free; or a prompt waits for peers."""
         return bool(self._running) or (self._somebody_waits and self._meets)
+
+    def use(self, peers: Sequence[Peer]) -> None:
+        """Asks these prefill engines from now on, and leaves others once what they have begun is over."""
+        self._leaving = [peer for peer in (*self.peers, *self._leaving) if peer not in peers]
+        self.peers = peers
+        self._leave()
 
     def choose(self, blocks: TokenBlocks, num_tokens: int, first: int, stop: int, load: LocalLoad) -> Chosen | None:
         """Who is to compute a prompt's blocks from ``first`` to ``stop``; None if they are better computed here."""
@@ -272,6 +247,8 @@ class Inbound:
             if handoff.machine.renewable and not _is_there(handoff):
                 self._follow(handoff, handoff.machine.renewed(now, False, "the connection was lost"))
             self._follow(handoff, handoff.machine.tick(now))
+        if self._leaving:
+            self._leave()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: handoffs ``started``, ``committed``, ``cancelled``, and ``fallbacks``, prompts that
@@ -314,8 +291,15 @@ class Inbound:
 
     def close(self) -> None:
         """Leaves the prefill engines, once the engine's thread has ended or uses another generation. Idempotent."""
-        for peer in self.peers:
+        for peer in (*self.peers, *self._leaving):
             peer.close()
+
+    def _leave(self) -> None:
+        """Ends the connections that no handoff needs any more, on threads of their own: that may take a while."""
+        used = [handoff.peer for handoff in self._running.values()]
+        for peer in [peer for peer in self._leaving if peer not in used]:
+            self._leaving.remove(peer)
+            threading.Thread(target=peer.close, name="headwise-leave", daemon=True).start()
 
     @property
     def _meets(self) -> bool:

@@ -108,7 +108,7 @@ class PrefillLink:
     and of gRPC, and must not wait either. Attributes may be read on any thread.
 
     Attributes:
-        name: the address; OWN_PREFILL of an engine of the same program.
+        name, address: of the peer.
         session: what the peer tells of itself; None while it is not connected.
         problem: why it is not; None if it is, or before the first try has ended.
         load: the peer's, when it was heard of last.
@@ -123,10 +123,12 @@ class PrefillLink:
         token: str | None,
         on_change: Callable[[], None],
         lease_s: float = LEASE_S,
+        name: str | None = None,
     ) -> None:
         """
         Args:
             address: ``host:port`` or ``unix:PATH``.
+            name: None: OWN_PREFILL of an engine of the same program, else the address.
             credentials: None connects in clear text.
             token: is sent with each call.
             on_change: called when the link has gained or lost its session.
@@ -138,7 +140,8 @@ class PrefillLink:
         if token and credentials is None and not leads_to_loopback(address):
             limit = f"would go in clear text to {address}, which is not loopback"
             raise InvalidValueError("token", "...", limit, "connect by TLS")
-        self.name, self.load = OWN_PREFILL if address.startswith("unix:") else address, Load()
+        self.name = name or (OWN_PREFILL if address.startswith("unix:") else address)
+        self.address, self.load = address, Load()
         self._connected, self._lease_s = threading.Event(), lease_s
         self.session: HelloAnswer | None = None
         self.problem: str | None = None

@@ -1,4 +1,5 @@
-"""A HandoffService for engines of the same program: on a socket in a folder that only this user may enter."""
+"""A HandoffService for engines of the same program: on a socket in a folder that only this user may enter; and for
+those of the program that are on other hosts, by TLS."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import grpc
 
 from headwise.runtime.handoff.service import HandoffService
 from headwise.v1.kv_transfer_pb2_grpc import add_KvHandoffServiceServicer_to_server
+from headwise.workers.addresses import join
 from headwise.workers.leftovers import SocketFolder
 
 MAX_MESSAGE_BYTES = 5 << 20
@@ -22,13 +24,20 @@ class LocalServer:
     """Serves until it is closed.
 
     Attributes:
-        address: what a :class:`~headwise.runtime.handoff.link.PrefillLink` connects to.
+        address: what a :class:`~headwise.runtime.handoff.link.PrefillLink` on this host connects to.
+        remote_address: the same on another host; None where it is not served.
     """
 
-    def __init__(self, service: HandoffService) -> None:
+    def __init__(
+        self, service: HandoffService, host: str | None = None, credentials: grpc.ServerCredentials | None = None
+    ) -> None:
         """
+        Args:
+            host, credentials: the address of this host, and by what it serves other hosts; both or none.
+
         Raises:
             InvalidValueError: the folder for temporary files has too long a path.
+            RuntimeError: ``host`` is not an address of this host.
         """
         most = service.about.max_transfers + _SPARE_CALLS
         self._threads = ThreadPoolExecutor(most, _THREADS)
@@ -39,6 +48,9 @@ class LocalServer:
         try:
             add_KvHandoffServiceServicer_to_server(service, self._server)
             self._server.add_insecure_port(self.address)
+            self.remote_address = None
+            if host is not None and credentials is not None:
+                self.remote_address = join(host, self._server.add_secure_port(join(host, 0), credentials))
             self._server.start()
         except BaseException:
             self.close()

@@ -62,7 +62,7 @@ front_messages = st.one_of(
     st.builds(Pause, counts, st.booleans()),
     st.just(SnapshotWanted()),
     st.just(ResetPrefixCache()),
-    st.builds(Peers, st.lists(st.text(max_size=30), max_size=3).map(tuple)),
+    st.builds(Peers, st.lists(st.tuples(st.text(max_size=9), st.text(max_size=30)), max_size=3).map(tuple)),
 )
 logprobs = st.builds(TokenLogprobs, floats, counts, token_lists.map(tuple), st.lists(floats, max_size=4).map(tuple))
 firsts = st.builds(FirstToken, counts, counts, counts, st.none() | st.text(max_size=9), seconds)
@@ -176,6 +176,8 @@ REPORT = Report(3, 10, 2, 1, 0.001, None, False, 7, 100, 50)
         (Add(1, [5], [], RowSampling(), 4), 4, [0.0]),
         (Add(1, [5], [], RowSampling(), 4), 8, "text"),
         (Peers(()), 1, "localhost"),
+        (Peers(()), 1, [["replica-1"]]),
+        (Peers(()), 1, [["replica-1", 5]]),
     ],
 )
 def test_a_wrong_field_of_the_front_is_refused(message: FrontMessage, field: int, value: Any) -> None:
