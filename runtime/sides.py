@@ -83,6 +83,23 @@ def decode_config(config: EngineConfig, address: str) -> EngineConfig:
     return config.model_copy(update={"prefill": None, "handoff": handoff, "cpus_per_rank": cpus})
 
 
+def pool_configs(config: EngineConfig) -> tuple[EngineConfig, EngineConfig]:
+    """The settings of the prefill and of the decode replicas of a deployment. Who computes prompts for whom they are
+    told once they run.
+
+    Raises:
+        InvalidValueError: a setting is wrong.
+    """
+    assert config.prefill is not None
+    check_side("prefill", config.prefill)
+    decode = config.handoff or HandoffConfig(role="decode")
+    files = {name: getattr(decode, name) for name in ("ca", "tls_cert", "tls_key")}
+    handoff = HandoffConfig(role="prefill", shared_memory=decode.shared_memory, **files)
+    common = config.model_dump(exclude={"prefill", "handoff", *_OWN})
+    side = engine_config(**common | config.prefill | {"handoff": handoff})
+    return side, config.model_copy(update={"prefill": None, "handoff": decode})
+
+
 @contextmanager
 def _named_as_given(side: str, settings: Mapping[str, Any]) -> Iterator[None]:
     try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from headwise.runtime.cli.options import FlagError, option, refuse_flags
+from headwise.runtime.deployment.options import MAX_REPLICAS
 
 Role = Annotated[
     str | None,
@@ -19,10 +20,12 @@ Prefill = Annotated[
     option(
         "servers|settings",
         "Who computes prompts: servers with --role prefill, host:port[,host:port]; or, of an engine that this command "
-        "starts beside this one, in what it differs: tp=1[,kv-memory=1GiB].",
+        'starts beside this one, in what it differs: tp=1[,kv-memory=1GiB]; or so many replicas: "2x tp=1".',
     ),
 ]
-Decode = Annotated[str | None, option("settings", "In what the engine that generates differs: tp=2.")]
+Decode = Annotated[
+    str | None, option("settings", 'In what the engine that generates differs: tp=2; or so many replicas: "2x tp=2".')
+]
 HandoffMinTokens = Annotated[
     int | None,
     option("n", "Prompts with fewer tokens to compute are computed here; default: what is faster.", min=0),
@@ -55,6 +58,28 @@ _FOR_DECODE = ("handoff_min_tokens", "on_handoff_failure", "handoff_host", "hand
 _FOR_SERVERS = ("handoff_host", "handoff_ca", "handoff_token_file")
 
 
+class Pools(NamedTuple):
+    """How many replicas compute prompts, and how many generate."""
+
+    prefill: int
+    decode: int
+
+
+def pools(prefill: str | None, decode: str | None) -> Pools | None:
+    """What ``--prefill "2x tp=1" --decode "4x tp=2"`` asks for; a side that names no number has one replica. None: no
+    replicas are asked for.
+
+    Raises:
+        FlagError: a number is 0, or decode replicas have nobody to compute prompts.
+    """
+    counts = [_counted("--prefill", prefill or "")[0], _counted("--decode", decode or "")[0]]
+    if counts == [None, None]:
+        return None
+    if prefill is None or _names_servers(prefill):
+        raise FlagError("--decode", "has a number, and --prefill asks for no replicas", 'give --prefill "1x tp=1", too')
+    return Pools(*(1 if count is None else count for count in counts))
+
+
 def refuse_idle_flags(ctx: typer.Context, role: str | None, prefill: str | None) -> None:
     """
     Raises:
@@ -63,8 +88,10 @@ def refuse_idle_flags(ctx: typer.Context, role: str | None, prefill: str | None)
     if role is None and prefill is None:
         idle = {*_FOR_DECODE, *_FOR_SERVERS, "handoff_shared_memory"}
         refuse_flags(ctx, idle, "is for a server that hands over prompts", "give --prefill or --role with it")
-    elif prefill is not None and "=" in prefill:
-        refuse_flags(ctx, _FOR_SERVERS, "is for servers, and this command starts both sides", "leave it out")
+    elif prefill is not None and not _names_servers(prefill):
+        # Replicas may be on several hosts.
+        idle = set(_FOR_SERVERS) - ({"handoff_ca"} if _counted("--prefill", prefill)[0] is not None else set())
+        refuse_flags(ctx, idle, "is for servers, and this command starts both sides", "leave it out")
     elif role == "prefill":
         refuse_flags(ctx, _FOR_DECODE, "is for a decode server", "leave it out")
 
@@ -90,12 +117,13 @@ def handoff_fields(
     given = {name: value for name, value in options.items() if value is not None}
     if role not in (None, "prefill", "decode"):
         raise FlagError("--role", "must be prefill or decode", "without it, a server does both itself")
-    if prefill is not None and "=" in prefill:
+    if prefill is not None and not _names_servers(prefill):
         if role is not None:
             raise FlagError(
                 "--role", "this command starts both sides", "leave --role out, or name servers in --prefill"
             )
-        sides = {name: _settings(f"--{name}", text) for name, text in (("prefill", prefill), ("decode", decode or ""))}
+        texts = {"prefill": prefill, "decode": decode or ""}
+        sides = {name: _settings(f"--{name}", _counted(f"--{name}", text)[1]) for name, text in texts.items()}
         for name, settings in sides.items():
             check_side(f"--{name}", settings)
         return {**sides["decode"], "prefill": sides["prefill"], "handoff": handoff_config(role="decode", **given)}
@@ -110,6 +138,24 @@ def handoff_fields(
     if prefill is not None:
         raise FlagError("--prefill", "a prefill server has its prompts from others", "leave --prefill out")
     return {"handoff": handoff_config(role=role, **given)}
+
+
+def _names_servers(prefill: str) -> bool:
+    return "=" not in prefill and _counted("--prefill", prefill)[0] is None
+
+
+def _counted(flag: str, text: str) -> tuple[int | None, str]:
+    """``2x tp=1`` as a number of replicas and the settings of each; None: no number is given.
+
+    Raises:
+        FlagError: the number is 0, or too large.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,4})x(?:[\s,]+(.*))?", text)
+    if match is None:
+        return None, text
+    if not 1 <= (count := int(match[1])) <= MAX_REPLICAS:
+        raise FlagError(flag, f"must be from 1 to {MAX_REPLICAS} replicas, not {count}", "give another number before x")
+    return count, match[2] or ""
 
 
 def _peers(text: str) -> tuple[str, ...]:

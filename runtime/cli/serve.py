@@ -21,6 +21,7 @@ from headwise.runtime.cli.handoff import (
     Prefill,
     Role,
     handoff_fields,
+    pools,
     refuse_idle_flags,
 )
 from headwise.runtime.cli.options import (
@@ -203,7 +204,7 @@ def serve(
         drain_timeout_s=drain_timeout,
         stall_timeout_s=stall_timeout,
         max_request_s=max_request_time,
-        replicas=replica_options(replicas, min_replicas, max_replicas, drain_timeout),
+        replicas=replica_options(replicas, min_replicas, max_replicas, drain_timeout, *(pools(prefill, decode) or ())),
         otlp_endpoint=None if traces_are_off(os.environ) else otlp_endpoint,
         as_json=as_json,
     )

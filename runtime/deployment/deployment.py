@@ -6,6 +6,7 @@ replicas there are, the router which of them computes a request, and the dispatc
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from headwise.runtime.deployment.fleet import Fleet, Member
 from headwise.runtime.deployment.instructions import Instruction, Send
 from headwise.runtime.deployment.messages import Output, Report, ResetPrefixCache
 from headwise.runtime.deployment.options import ReplicaOptions
+from headwise.runtime.deployment.prefill_pool import PrefillPool
 from headwise.runtime.deployment.stats import done, merged
 from headwise.runtime.engine.engine import Sink
 from headwise.runtime.engine.request import Request
@@ -49,10 +51,14 @@ class Deployment:
         self._options, self._rows, self._clock = options, max_num_seqs, clock
         self._router = Router(block_size)
         self._dispatcher = Dispatcher(self._router, self.out)
-        self._fleet = Fleet(self._dispatcher, self.out, options.drain_timeout_s)
+        names, drain_s = itertools.count(1), options.drain_timeout_s
+        self._fleet = Fleet(self._dispatcher, self.out, drain_s, "decode" if options.prefill else "both", names)
+        self._prefill = PrefillPool(self.out, drain_s, names)
+        self._fleets = self._fleet, self._prefill.fleet
         self._autoscaler = Autoscaler(options.least, options.most) if options.autoscale else None
         self._looked, self._tokens, self._demand = clock(), 0, 0.0
         self._done = merged([])  # by replicas that are gone
+        self._prefill.fleet.scale(options.prefill, self._now())
         self._fleet.scale(options.replicas, self._now())
 
     @property
@@ -67,11 +73,11 @@ class Deployment:
     @property
     def settled(self) -> bool:
         """Whether no replica is being started just now."""
-        return self._fleet.settled
+        return all(fleet.settled for fleet in self._fleets)
 
     @property
     def abouts(self) -> list[dict[str, Any]]:
-        """What the replicas that serve said of themselves. May be read by other threads."""
+        """What the replicas said of themselves that take requests. May be read by other threads."""
         return [member.about for member in [*self._fleet.members.values()] if member.state == "serving"]
 
     def add(self, request: Request, text: TextStream | None, sink: Sink) -> None:
@@ -91,28 +97,39 @@ class Deployment:
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block of every replica."""
-        for member in self._fleet.members.values():
+        for member in self._members():
             if member.about and member.state != "ended":
                 self.out.append(Send(member.name, ResetPrefixCache()))
 
     def started(self, name: str, node: str, pid: int, about: dict[str, Any]) -> None:
         """A replica can compute."""
-        self._fleet.started(name, node, pid, about, self._now())
+        now = self._now()
+        for fleet in self._fleets:
+            fleet.started(name, node, pid, about, now)
+        self._tell_peers()
 
     def start_failed(self, name: str, problem: str, no_room: bool = False) -> None:
         """A replica could not be started. Args: ``no_room``: the cluster has no room for it, beside the others."""
-        self._fleet.start_failed(name, problem, no_room, self._now())
+        now = self._now()
+        for fleet in self._fleets:
+            fleet.start_failed(name, problem, no_room, now)
+        self._tell_peers()
 
     def died(self, name: str, cause: str) -> None:
         """A replica's process is gone, or of no use any more."""
-        self._fleet.died(name, cause, self._now())
+        now = self._now()
+        for fleet in self._fleets:
+            fleet.died(name, cause, now)
+        self._tell_peers()
 
     def closed(self, name: str) -> None:
         """A replica's process is gone, and what it had is free."""
         member = self._fleet.members.get(name)
         if member is not None and member.stats is not None:
             self._done = merged([self._done, done(member.stats)])
-        self._fleet.closed(name, self._now())
+        now = self._now()
+        for fleet in self._fleets:
+            fleet.closed(name, now)
 
     def unsendable(self, number: int, reason: str) -> None:
         """A request cannot be sent to any replica."""
@@ -131,6 +148,8 @@ class Deployment:
                 if self._fleet.report(name, message, now) is not None:
                     load = message.received, message.queued_tokens, message.running, message.token_s, message.row_s
                     self._router.load(name, LoadReport(*load))
+                else:
+                    self._prefill.report(name, message, now)
             case KvMessage():
                 self._dispatcher.follow(self._router.kv_message(name, message))
             case KvSnapshot():
@@ -139,7 +158,9 @@ class Deployment:
     def tick(self) -> None:
         """Does what is due. Call it some ten times a second."""
         now = self._now()
-        self._fleet.settle(now)
+        for fleet in self._fleets:
+            fleet.settle(now)
+        self._tell_peers()
         self._dispatcher.place_held()
         if now - self._looked >= LOOK_S:
             self._look(now)
@@ -166,7 +187,9 @@ class Deployment:
         Raises:
             InvalidValueError: that is under way already.
         """
-        self._fleet.restart(self._now())
+        now = self._now()
+        for fleet in sorted(self._fleets, key=lambda fleet: not fleet.restarting):  # who refuses it, first
+            fleet.restart(now)
 
     def status(self) -> Status:
         """How it is now."""
@@ -176,27 +199,33 @@ class Deployment:
             min_replicas=options.least if options.autoscale else None,
             max_replicas=options.most if options.autoscale else None,
             waiting=self._dispatcher.num_held,
-            restarting=self._fleet.restarting,
+            restarting=any(fleet.restarting for fleet in self._fleets),
             routing=self._router.stats(),
-            replicas=[self._status(member, now) for member in self._fleet.shown()],
+            replicas=[self._status(member, fleet, now) for fleet in self._fleets for member in fleet.shown()],
         )
 
     def stats(self) -> dict[str, Any]:
         """As ``Engine.stats``, of all replicas together, those that are gone among them. Besides, ``replicas`` has the
-        status of each, and ``routing`` what the router counts. What replicas have done is up to a second old."""
+        status of each, and ``routing`` what the router counts. ``prefill`` has the counts of prefill replicas that
+        are there. What replicas have done is up to a second old."""
         reports = [member.report for member in self._fleet.members.values() if member.report is not None]
         status = self.status()
         total = merged([self._done, *(m.stats for m in self._fleet.members.values() if m.stats is not None)])
-        rebuilding = {"rebuilding": not any(replica["state"] == "serving" for replica in status["replicas"])}
-        return total | {
-            "num_running": self._dispatcher.num_running,
-            "num_waiting": self._dispatcher.num_waiting,
-            "num_blocks": sum(report.num_blocks for report in reports),
-            "num_free_blocks": sum(report.num_free_blocks for report in reports),
-            "recoveries": total["recoveries"] | rebuilding,
-            "replicas": status["replicas"],
-            "routing": status["routing"],
-        }
+        rebuilding = {"rebuilding": not self._fleet.serving()}
+        prefill = merged(m.stats for m in self._prefill.fleet.members.values() if m.stats is not None)
+        return (
+            total
+            | ({"prefill": prefill} if self._options.prefill else {})
+            | {
+                "num_running": self._dispatcher.num_running,
+                "num_waiting": self._dispatcher.num_waiting,
+                "num_blocks": sum(report.num_blocks for report in reports),
+                "num_free_blocks": sum(report.num_free_blocks for report in reports),
+                "recoveries": total["recoveries"] | rebuilding,
+                "replicas": status["replicas"],
+                "routing": status["routing"],
+            }
+        )
 
     def check(self) -> None:
         """
@@ -209,14 +238,24 @@ class Deployment:
         self._dispatcher.now = now = self._clock()
         return now
 
-    def _status(self, member: Member, now: float) -> ReplicaStatus:
+    def _members(self) -> list[Member]:
+        return [member for fleet in self._fleets for member in fleet.members.values()]
+
+    def _tell_peers(self) -> None:
+        """Has decode replicas told of prefill replicas that have come or gone."""
+        if self._options.prefill:
+            self._prefill.tell([*self._fleet.members.values()])
+
+    def _status(self, member: Member, fleet: Fleet, now: float) -> ReplicaStatus:
         report, stats = member.report, member.stats or merged([])
-        cache, waiting = stats["prefix_cache"], self._dispatcher.num_requests(member.name)
-        begun = self._dispatcher.num_begun(member.name)
+        cache, begun = stats["prefix_cache"], self._dispatcher.num_begun(member.name)
+        waiting = self._dispatcher.num_requests(member.name) - begun
+        if fleet.role == "prefill" and report is not None:
+            begun, waiting = report.running, report.waiting
         shards = stats.get("shards", member.about.get("shards", []))
         return ReplicaStatus(
             name=member.name,
-            role="both",
+            role=fleet.role,
             state=member.state,
             node=member.node,
             pid=member.pid,
@@ -224,7 +263,7 @@ class Deployment:
             tensor_parallel_size=member.about.get("tensor_parallel_size", 0),
             epoch=report.epoch if report is not None else member.about.get("epoch", 0),
             running=begun,
-            waiting=waiting - begun,
+            waiting=waiting,
             queued_tokens=report.queued_tokens if report is not None else 0,
             kv_blocks=report.num_blocks if report is not None else member.about.get("num_blocks", 0),
             kv_free_blocks=report.num_free_blocks if report is not None else member.about.get("num_blocks", 0),

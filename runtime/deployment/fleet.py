@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from headwise.cluster.supervisor import BACKOFF_S, MAX_BACKOFF_S, MAX_FAILURES, SOUND_S
-from headwise.runtime.deployment.control import State
+from headwise.runtime.deployment.control import Role, State
 from headwise.runtime.deployment.instructions import AskForNodes, EndReplica, GiveUp, Instruction, StartReplica
 from headwise.runtime.deployment.messages import Report
 from headwise.workers.errors import InvalidValueError
@@ -101,18 +101,28 @@ class _Restart:
 
 
 class Fleet:
-    """Decides which replicas are started and ended. The instructions go to ``out``.
+    """Decides which replicas of a role are started and ended. The instructions go to ``out``.
 
     Attributes:
         members: by name, from the start to the end.
         places: what is wanted.
+        role: of each of them.
     """
 
-    def __init__(self, routes: Routes, out: list[Instruction], drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        routes: Routes,
+        out: list[Instruction],
+        drain_timeout_s: float,
+        role: Role = "both",
+        names: Iterator[int] | None = None,
+    ) -> None:
+        """Args: ``names``: numbers for names that no other fleet gives; None: there is no other."""
+        self.role: Role = role
         self.members: dict[str, Member] = {}
         self.places: list[Place] = []
         self._routes, self._out, self._drain_timeout_s = routes, out, drain_timeout_s
-        self._names, self._numbers = itertools.count(1), itertools.count(1)
+        self._names = names or itertools.count(1)
         self._restart: _Restart | None = None
         self._looked: float | None = None
         self._gave_up = False
@@ -145,7 +155,8 @@ class Fleet:
 
     def scale(self, wanted: int, now: float) -> None:
         """So many replicas are wanted from now on. Places where no replica could be started are tried again."""
-        if wanted != len(self.places):
+        # Ray has nodes added for the ranks of prefill replicas when these have no place yet.
+        if wanted != len(self.places) and self.role != "prefill":
             self._out.append(AskForNodes(wanted))
         while len(self.places) < wanted:
             self.places.append(Place(self._free_number(), due=now))
@@ -248,6 +259,8 @@ class Fleet:
         for place in self.places:
             if place.due is not None and place.due <= now and place.after is None:
                 place.due, place.member = None, self._start(place, now)
+        if self.role == "prefill":
+            return  # without any, decode computes prompts itself
         if not self._gave_up and not self.members and all(map(self._given_up, self.places)):
             self._gave_up = True
             problems = "; ".join(f"{m.name}: {m.problem}" for p in self.places if (m := p.member) is not None)
@@ -256,7 +269,7 @@ class Fleet:
     def _start(self, place: Place, now: float, extra: bool = False) -> Member:
         member = Member(f"replica-{next(self._names)}", place.number, "starting", now)
         self.members[member.name] = member
-        self._out.append(StartReplica(member.name, place.number, extra))
+        self._out.append(StartReplica(member.name, place.number, extra, self.role))
         return member
 
     def _to(self, member: Member, state: State, now: float) -> None:

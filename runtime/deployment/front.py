@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from headwise.cluster.channel import ChannelError, Kind
 from headwise.cluster.group import GroupStartError
 from headwise.cluster.replica import Replica, ReplicaFactory
+from headwise.runtime.deployment.control import Role
 from headwise.runtime.deployment.deployment import Deployment, Heard
 from headwise.runtime.deployment.instructions import (
     AskForNodes,
@@ -41,8 +42,8 @@ class NoReplicaError(HeadwiseError):
     """A deployment has no replica, and none can be started any more."""
 
 
-Settings = Callable[[int], dict[str, Any]]
-"""The fields of the EngineConfig of the replica in a place, by the place's number."""
+Settings = Callable[[Role, int], dict[str, Any]]
+"""The fields of the EngineConfig of the replica in a place, by its role and the place's number."""
 
 
 class Front:
@@ -240,7 +241,7 @@ class Front:
         thread.start()
 
     def _start(self, instruction: StartReplica) -> None:
-        name, settings = instruction.name, self._settings(instruction.place)
+        name, settings = instruction.name, self._settings(instruction.role, instruction.place)
 
         def died(name: str, cause: str) -> None:
             self.post(lambda deployment: deployment.died(name, cause))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headwise.runtime.deployment.control import Role
 from headwise.runtime.deployment.messages import FrontMessage
 
 
@@ -13,13 +14,14 @@ class StartReplica:
 
     Attributes:
         name: no replica had it before.
-        place: number of the place that it takes.
+        place: number of the place that it takes, of those of its role.
         extra: whether it is one more than are wanted, so that it is only started where there is room for it now.
     """
 
     name: str
     place: int
     extra: bool = False
+    role: Role = "both"
 
 
 @dataclass(frozen=True, slots=True)

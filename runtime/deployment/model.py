@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from headwise.cluster.replica import ReplicaFactory
 from headwise.runtime.async_model import AsyncModel
 from headwise.runtime.config import EngineConfig
-from headwise.runtime.deployment.control import Status
+from headwise.runtime.deployment.control import Role, Status
 from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
 from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.prepare import prepare
+from headwise.runtime.sides import pool_configs
 from headwise.workers.errors import InvalidValueError
 
 ANSWER_S = 5.0
@@ -43,10 +43,8 @@ class DeployedModel(AsyncModel[Deployment]):
             HeadwiseError: as :class:`~headwise.runtime.llm.LLM`, if no replica could be started.
         """
         try:
-            if config.handoff is not None and config.handoff.role == "prefill":
-                limit = "an engine that computes prompts for others is asked for them, and no front is between"
-                raise InvalidValueError("--role", "prefill", limit, "leave out --replicas, and start several servers")
-            prepared = prepare(config)
+            configs = _configs(config, options)
+            prepared = prepare(configs.get("decode", config))
         except BaseException:
             factory.close()
             raise
@@ -54,7 +52,7 @@ class DeployedModel(AsyncModel[Deployment]):
         super().__init__(config, prepared.path, "", prepared.inputs(config.seed, None), max_queued_requests)
         self._options, self._max_model_len = options, prepared.max_model_len
         deployment = Deployment(options, config.block_size, config.max_num_seqs)
-        self._front = Front(deployment, factory, partial(_settings, config), self._fail)
+        self._front = Front(deployment, factory, lambda role, place: _settings(configs[role], role, place), self._fail)
         try:
             self._front.await_start()
         except BaseException:
@@ -82,7 +80,7 @@ class DeployedModel(AsyncModel[Deployment]):
 
     @property
     def is_handing_over(self) -> bool:
-        return False
+        return False  # between replicas alone
 
     @property
     def pause_reason(self) -> str | None:
@@ -136,12 +134,35 @@ def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFacto
     from headwise.runtime.deployment.host import ReplicaHost
 
     most = options.most if options.autoscale else options.replicas
-    return RayReplicas(ReplicaHost, [config.tensor_parallel_size] * most, config.address)
+    ranks = [config.tensor_parallel_size] * most
+    if options.prefill:
+        ranks += [_configs(config, options)["prefill"].tensor_parallel_size] * options.prefill
+    return RayReplicas(ReplicaHost, ranks, config.address)
 
 
-def _settings(config: EngineConfig, place: int) -> dict[str, Any]:
+def _configs(config: EngineConfig, options: ReplicaOptions) -> dict[Role, EngineConfig]:
+    """The settings of replicas by their role.
+
+    Raises:
+        InvalidValueError: the config is none for several engines.
+    """
+    if config.handoff is not None and config.handoff.role == "prefill":
+        limit = "an engine that computes prompts for others is asked for them, and no front is between"
+        raise InvalidValueError("--role", "prefill", limit, "leave out --replicas, and start several servers")
+    if options.prefill:
+        prefill, decode = pool_configs(config)
+        return {"prefill": prefill, "decode": decode}
+    if config.prefill is not None:
+        limit = "needs the number of replicas that compute prompts, where there are several engines"
+        fix = 'give both sides one, and leave out --replicas: --prefill "2x tp=1" --decode "4x tp=2"'
+        raise InvalidValueError("--prefill", config.prefill, limit, fix)
+    return {"both": config}
+
+
+def _settings(config: EngineConfig, role: Role, place: int) -> dict[str, Any]:
     """Of the replica in a place."""
     settings = config.model_dump()
     if config.disk_kv_path is not None:  # a folder of files is one engine's
-        settings["disk_kv_path"] = f"{config.disk_kv_path}/replica-{place}"
+        name = "replica" if role == "both" else role
+        settings["disk_kv_path"] = f"{config.disk_kv_path}/{name}-{place}"
     return settings

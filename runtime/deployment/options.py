@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headwise.workers.errors import InvalidValueError
 
@@ -18,6 +18,7 @@ class ReplicaOptions:
         least, most: how many there may be.
         autoscale: whether the load decides how many there are, between ``least`` and ``most``.
         drain_timeout_s: for the requests of a replica that is to end; then they go on elsewhere.
+        prefill: how many replicas there are besides that compute prompts for those.
     """
 
     replicas: int
@@ -25,16 +26,37 @@ class ReplicaOptions:
     most: int = MAX_REPLICAS
     autoscale: bool = False
     drain_timeout_s: float = 30.0
+    prefill: int = 0
 
 
 def replica_options(
-    replicas: int | None, min_replicas: int | None, max_replicas: int | None, drain_timeout_s: float = 30.0
+    replicas: int | None,
+    min_replicas: int | None,
+    max_replicas: int | None,
+    drain_timeout_s: float = 30.0,
+    prefill: int = 0,
+    decode: int | None = None,
 ) -> ReplicaOptions | None:
     """From the flags of ``headwise serve``. None: one engine, in the server's own process.
+
+    Args:
+        prefill, decode: the numbers in ``--prefill`` and ``--decode``.
 
     Raises:
         InvalidValueError: they do not fit each other.
     """
+    if decode is None:
+        return _replica_options(replicas, min_replicas, max_replicas, drain_timeout_s)
+    if replicas is not None:
+        limit = "--prefill and --decode say how many replicas there are"
+        raise InvalidValueError("--replicas", replicas, limit, "leave it out")
+    options = _replica_options(decode, min_replicas, max_replicas, drain_timeout_s)
+    return None if options is None else replace(options, prefill=prefill)
+
+
+def _replica_options(
+    replicas: int | None, min_replicas: int | None, max_replicas: int | None, drain_timeout_s: float
+) -> ReplicaOptions | None:
     if min_replicas is None and max_replicas is None:
         if replicas is None:
             return None

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from headwise.runtime.cli import serve as serve_module
-from headwise.runtime.cli.handoff import handoff_fields
+from headwise.runtime.cli.handoff import Pools, handoff_fields, pools
 from headwise.runtime.cli.options import FlagError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -28,6 +28,42 @@ def test_both_sides_have_settings_of_their_own() -> None:
     found = fields(prefill="tp=1,kv-memory=1GiB", decode="tp=2")
     assert found["prefill"] == {"tensor_parallel_size": 1, "kv_memory": "1GiB"}
     assert (found["tensor_parallel_size"], found["handoff"].role) == (2, "decode")
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "expected"),
+    [
+        ("2x tp=1", "1x tp=2", Pools(2, 1)),
+        ("2x", None, Pools(2, 1)),
+        ("2x tp=1", "tp=2", Pools(2, 1)),
+        ("tp=1", "3x,tp=2", Pools(1, 3)),
+        ("tp=1", "tp=2", None),
+        ("a:1", None, None),
+        ("2x:1", None, None),
+        (None, None, None),
+    ],
+)
+def test_both_sides_may_be_so_many_replicas(prefill: str | None, decode: str | None, expected: Pools | None) -> None:
+    assert pools(prefill, decode) == expected
+    if expected is not None:
+        found = fields(prefill=prefill, decode=decode)
+        assert found["prefill"] == ({"tensor_parallel_size": 1} if "tp" in (prefill or "") else {})
+        assert found.get("tensor_parallel_size") == (2 if "tp" in (decode or "") else None)
+        assert found["handoff"].role == "decode" and found["handoff"].peers == ()
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "message"),
+    [
+        ("0x tp=1", None, "--prefill: must be from 1 to 64 replicas, not 0"),
+        ("tp=1", "65x tp=1", "--decode: must be from 1 to 64 replicas, not 65"),
+        (None, "2x tp=1", "--decode: .*--prefill"),
+        ("a:1", "2x tp=1", "--decode: .*--prefill"),
+    ],
+)
+def test_numbers_of_replicas_are_checked(prefill: str | None, decode: str | None, message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        pools(prefill, decode)
 
 
 @pytest.mark.parametrize("peers", ["a:1", "a:1,b-c.d:2", "127.0.0.1:1", "[::1]:50051,[fe80::1%eth0]:1"])

@@ -14,6 +14,7 @@ from headwise.runtime.deployment.messages import (
     FrontMessage,
     Output,
     Pause,
+    Peers,
     Report,
     RequestDelta,
     ResetPrefixCache,
@@ -39,11 +40,13 @@ class FakeReplica:
         paused: numbers of those that are.
         aborted: numbers.
         resets: of the prefix cache.
+        peers: the names of the prefill replicas, each time it was told.
     """
 
     def __init__(self) -> None:
         self.requests: dict[int, Add] = {}
         self.paused, self.aborted, self.resets, self.snapshots = set[int](), list[int](), 0, 0
+        self.peers: list[list[str]] = []
 
     def take(self, message: FrontMessage) -> None:
         match message:
@@ -59,6 +62,8 @@ class FakeReplica:
                 self.resets += 1
             case SnapshotWanted():
                 self.snapshots += 1
+            case Peers(peers):
+                self.peers.append([name for name, _ in peers])
 
     def step(self, numbers: Sequence[int] | None = None) -> Output:
         """A token for these requests; None: for all that are not paused."""
@@ -140,7 +145,8 @@ class Script:
     def start(self, name: str) -> None:
         self.starting = [one for one in self.starting if one.name != name]
         self.replicas[name] = FakeReplica()
-        about = {"num_blocks": BLOCKS, "block_size": BLOCK, "tensor_parallel_size": 1, "shards": []}
+        about: dict[str, Any] = {"num_blocks": BLOCKS, "block_size": BLOCK, "tensor_parallel_size": 1, "shards": []}
+        about["handoff_address"] = f"unix:/{name}"
         self.deployment.started(name, "here", 1, about)
         self.follow()
 

@@ -228,4 +228,7 @@ def test_one_that_starts_is_enough(config: EngineConfig) -> None:
 
 def test_each_place_has_a_folder_of_its_own_for_kv(config: EngineConfig) -> None:
     with_disk = config.model_copy(update={"disk_kv_path": "/kv"})
-    assert [_settings(with_disk, place)["disk_kv_path"] for place in (1, 2)] == ["/kv/replica-1", "/kv/replica-2"]
+    assert [_settings(with_disk, "both", place)["disk_kv_path"] for place in (1, 2)] == [
+        "/kv/replica-1",
+        "/kv/replica-2",
+    ]

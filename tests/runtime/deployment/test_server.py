@@ -220,6 +220,10 @@ def test_serve_starts_replicas_where_they_are_asked_for(
         ((None, 2, None), "--min-replicas=2"),
         ((None, 5, 4), "--min-replicas=5"),
         ((5, 2, 4), "--replicas=5"),
+        ((None, None, None, 30.0, 2, 3), ReplicaOptions(3, prefill=2)),
+        ((None, 1, 4, 30.0, 2, 3), ReplicaOptions(3, 1, 4, True, prefill=2)),
+        ((3, None, None, 30.0, 2, 3), "--replicas=3: --prefill and --decode say"),
+        ((None, 1, 4, 30.0, 2, 5), "--replicas=5"),
     ],
 )
 def test_the_flags_fit_each_other(given: tuple[int | None, ...], expected: ReplicaOptions | str | None) -> None:
