@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from headwise.runtime.handoff.receiving import Cause
+from headwise.runtime.routing.router import Router
 from headwise.runtime.server.metrics import Metrics
+from tests.runtime.server.test_deployment import replica
 
 MANIFESTS = Path(__file__).parents[3] / "cluster" / "manifests"
 BOARD = json.loads((MANIFESTS / "grafana-dashboard.json").read_text())
@@ -58,7 +60,8 @@ def stats() -> dict[str, Any]:
     recoveries = {"rebuilding": False, "count": 1, "last_seconds": 1.0, "deaths_by_rank": {"0": 1}, "spare": "ready"}
     counts = dict.fromkeys(("num_running", "num_waiting", "num_steps", "num_generated_tokens", "num_preemptions"), 1)
     engine = {"num_blocks": 2, "num_free_blocks": 1, "epoch": 1, "prefix_cache": cache, "recoveries": recoveries}
-    return engine | counts | {"handoff": decode, "prefill": {"handoff": prefill}}
+    replicas = {"replicas": [replica(1)], "routing": Router(16).stats()}
+    return engine | counts | replicas | {"handoff": decode, "prefill": {"handoff": prefill}}
 
 
 @pytest.fixture(scope="module")
