@@ -154,7 +154,7 @@ class RayReplica(Replica):
 
 
 class RayReplicas(ReplicaFactory):
-    """The first :meth:`start` joins Ray, or starts one on this machine, as a single engine does."""
+    """Joins Ray, or starts one on this machine, as a single engine does."""
 
     def __init__(self, host: type[Host], ranks: Sequence[int], address: str | None = None) -> None:
         """
@@ -174,7 +174,7 @@ class RayReplicas(ReplicaFactory):
         self._free_memory: dict[str, int] = {}  # by node, in bytes, before the first replica was there
 
     def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> RayReplica:
-        self._join()
+        self.join()
         settings = self._resolved(settings)
         with self._placing(settings) as node_id:
             with self._lock:
@@ -191,12 +191,12 @@ class RayReplicas(ReplicaFactory):
         return replica
 
     def has_room(self, settings: dict[str, Any]) -> bool:
-        self._join()
+        self.join()
         kind, amount = _demand(self._resolved(settings))
         return amount <= sum(float(free.get(kind, 0.0)) for free in available_resources_per_node().values())
 
     def ask_for_nodes(self, num_replicas: int) -> None:
-        self._join()
+        self.join()
         if num_replicas == self._asked or (num_replicas and not self._wanted):
             return
         self._asked = num_replicas
@@ -223,7 +223,13 @@ class RayReplicas(ReplicaFactory):
             if self._joined:
                 ray_session.leave()
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Joins Ray, or starts one. Call it first on a thread that lives as long as this: the kernel ends a Ray that is
+        started here together with the thread that started it.
+
+        Raises:
+            GroupStartError: no Ray answers at the address.
+        """
         with self._lock:
             if not self._joined and not self._closed:
                 ray_session.join(self._address)

@@ -121,9 +121,10 @@ class DeployedModel(AsyncModel[Deployment]):
 
 
 def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFactory:
-    """Starts replicas on a Ray cluster.
+    """Starts replicas on a Ray cluster, which is joined. Call it on a thread that lives as long as they.
 
     Raises:
+        GroupStartError: no Ray answers.
         InvalidValueError: the config is for an engine without Ray.
     """
     if config.executor != "ray":
@@ -137,7 +138,9 @@ def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFacto
     ranks = [config.tensor_parallel_size] * most
     if options.prefill:
         ranks += [_configs(config, options)["prefill"].tensor_parallel_size] * options.prefill
-    return RayReplicas(ReplicaHost, ranks, config.address)
+    replicas = RayReplicas(ReplicaHost, ranks, config.address)
+    replicas.join()
+    return replicas
 
 
 def _configs(config: EngineConfig, options: ReplicaOptions) -> dict[Role, EngineConfig]:
