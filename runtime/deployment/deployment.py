@@ -101,12 +101,12 @@ class Deployment:
             if member.about and member.state != "ended":
                 self.out.append(Send(member.name, ResetPrefixCache()))
 
-    def started(self, name: str, node: str, pid: int, about: dict[str, Any]) -> None:
-        """A replica can compute."""
+    def started(self, name: str, node: str, pid: int, about: dict[str, Any]) -> bool:
+        """A replica can compute. Returns False if it has died since."""
         now = self._now()
-        for fleet in self._fleets:
-            fleet.started(name, node, pid, about, now)
+        lives = any([fleet.started(name, node, pid, about, now) for fleet in self._fleets])
         self._tell_peers()
+        return lives
 
     def start_failed(self, name: str, problem: str, no_room: bool = False) -> None:
         """A replica could not be started. Args: ``no_room``: the cluster has no room for it, beside the others."""

@@ -179,11 +179,11 @@ class Fleet:
         self._try_again(now)
         self.settle(now)
 
-    def started(self, name: str, node: str, pid: int, about: dict[str, Any], now: float) -> None:
-        """A replica can compute."""
+    def started(self, name: str, node: str, pid: int, about: dict[str, Any], now: float) -> bool:
+        """A replica can compute. Returns False if it has died since."""
         member = self.members.get(name)
         if member is None or member.state == "ended":
-            return
+            return False
         member.node, member.pid, member.about, member.heard = node, pid, about, now
         if member.state == "draining":  # nobody wants it any more
             self._end(member, True, now)
@@ -192,6 +192,7 @@ class Fleet:
             self._routes.joined(name)
             self._succeed(member, now)
         self.settle(now)
+        return True
 
     def start_failed(self, name: str, problem: str, no_room: bool, now: float) -> None:
         """A replica could not be started. Args: ``no_room``: the cluster has no room for it, beside the others."""

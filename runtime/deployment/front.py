@@ -59,12 +59,15 @@ class Front:
         factory: ReplicaFactory,
         settings: Settings,
         on_failure: Callable[[BaseException], None],
+        check: Callable[[dict[str, Any]], object] = lambda about: None,
     ) -> None:
         """
         Args:
+            check: gets what a replica says of itself, on any thread; raises HeadwiseError if it is of no use.
             on_failure: gets the error that ended the front, on its thread.
         """
         self.deployment, self._factory, self._settings, self._on_failure = deployment, factory, settings, on_failure
+        self._check = check
         self.on_change: Callable[[], None] = lambda: None
         self.start_error: HeadwiseError | None = None
         self._functions: queue.SimpleQueue[tuple[Callable[[Deployment], Any], Future[Any] | None] | None]
@@ -250,6 +253,11 @@ class Front:
             if instruction.extra and not self._factory.has_room(settings):
                 raise GroupStartError("there is no room for one more replica")
             replica = self._factory.start(name, settings, died)
+            try:
+                self._check(replica.about)
+            except HeadwiseError:
+                replica.close()
+                raise
         except Exception as error:
             problem, no_room = str(error), isinstance(error, GroupStartError)
             if not isinstance(error, HeadwiseError):
@@ -271,9 +279,11 @@ class Front:
 
     def _started(self, deployment: Deployment, hold: _Hold) -> None:
         replica = hold.replica
-        hold.listen()
-        deployment.started(replica.name, replica.node, replica.pid, replica.about)
-        self.on_change()
+        if deployment.started(replica.name, replica.node, replica.pid, replica.about):
+            hold.listen()
+            self.on_change()
+        else:
+            self._in_background(lambda: self._close(replica.name, False))
 
     def _failed_to_start(self, deployment: Deployment, name: str, problem: str, no_room: bool) -> None:
         deployment.start_failed(name, problem, no_room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from headwise.cluster.replica import ReplicaFactory
@@ -11,9 +12,9 @@ from headwise.runtime.deployment.control import Role, Status
 from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
 from headwise.runtime.deployment.options import ReplicaOptions
-from headwise.runtime.prepare import prepare
+from headwise.runtime.prepare import PreparedModel, prepare
 from headwise.runtime.sides import pool_configs
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 ANSWER_S = 5.0
 """For the front to answer."""
@@ -52,7 +53,11 @@ class DeployedModel(AsyncModel[Deployment]):
         super().__init__(config, prepared.path, "", prepared.inputs(config.seed, None), max_queued_requests)
         self._options, self._max_model_len = options, prepared.max_model_len
         deployment = Deployment(options, config.block_size, config.max_num_seqs)
-        self._front = Front(deployment, factory, lambda role, place: _settings(configs[role], role, place), self._fail)
+
+        def settings(role: Role, place: int) -> dict[str, Any]:
+            return _settings(configs[role], role, place)
+
+        self._front = Front(deployment, factory, settings, self._fail, Alike(prepared).check)
         try:
             self._front.await_start()
         except BaseException:
@@ -118,6 +123,41 @@ class DeployedModel(AsyncModel[Deployment]):
             self._blocks = sum(about["num_blocks"] for about in abouts)
             fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
             self.inputs.max_model_len = min(self._max_model_len, fits)
+
+
+class UnlikeError(HeadwiseError):
+    """A replica computes something else than the others."""
+
+
+class Alike:
+    """All replicas compute the same: with the weights that the front has read of, and with one dtype."""
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self._fingerprint = prepared.identity("").fingerprint
+        self._dtype = ""
+        self._lock = threading.Lock()
+
+    def check(self, about: dict[str, Any]) -> None:
+        """For any thread.
+
+        Args:
+            about: what a replica says of itself.
+
+        Raises:
+            UnlikeError: it is unlike the others.
+        """
+        with self._lock:
+            self._dtype = self._dtype or about["dtype"]
+        # A replica without a prefix cache has no fingerprint.
+        for name, is_now, was in (
+            ("weights", about["fingerprint"] or self._fingerprint, self._fingerprint),
+            ("dtype", about["dtype"], self._dtype),
+        ):
+            if is_now != was:
+                raise UnlikeError(
+                    f"the {name} of a new replica ({is_now:.12}) are not those of the deployment ({was:.12}), so that "
+                    "requests could not go on there; start a server of its own for it"
+                )
 
 
 def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFactory:

@@ -281,7 +281,7 @@ def test_the_next_may_die_before_it_is_known_that_it_has_started() -> None:
     script.deployment.restart()
     script.follow()
     script.die("replica-3")
-    script.start("replica-3")
+    assert not script.deployment.started("replica-3", "here", 1, {}), "so that it is ended"
     script.close_all()
     assert script.states() == {"replica-1": "serving", "replica-2": "serving"}
 

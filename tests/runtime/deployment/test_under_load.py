@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +116,36 @@ def test_a_replica_whose_shards_die_hands_its_requests_on(one: AsyncLLM, deploye
 
     under_load(llm, one, work)
     assert deployed.states() == {"replica-1": "serving", "replica-2": "serving"}
+
+
+def test_a_replica_with_other_weights_does_not_join(
+    deployed: Deployed, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the model's files were changed under the server."""
+    llm = deployed(2)
+    start, other = LocalReplicas.start, str(checkpoint("mha"))
+    monkeypatch.setattr(
+        LocalReplicas, "start", lambda self, name, settings, died: start(self, name, settings | {"model": other}, died)
+    )
+    llm.restart()
+    wait_until(lambda: not llm.status()["restarting"])
+    assert deployed.states() == {"replica-1": "serving", "replica-2": "serving"}
+    assert "the weights of a new replica" in llm.status()["replicas"][0]["problem"]
+    assert ask_all(llm, greedy(2, 4))
+
+
+def test_a_replica_that_dies_as_it_starts_is_ended(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = deployed(1)
+    start = LocalReplicas.start
+
+    def dies(self: LocalReplicas, name: str, settings: dict[str, Any], died: Any) -> Any:
+        replica = start(self, name, settings, died)
+        if name == "replica-2":
+            replica.die()  # before the front knows that it has started
+            time.sleep(0.3)
+        return replica
+
+    monkeypatch.setattr(LocalReplicas, "start", dies)
+    llm.scale(2)
+    wait_until(lambda: deployed.states() == {"replica-1": "serving", "replica-3": "serving"})
+    assert llm._front._replicas.keys() == {"replica-1", "replica-3"}
