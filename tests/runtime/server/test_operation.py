@@ -18,8 +18,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
 from headwise.runtime.config import handoff_config
+from headwise.runtime.engine.loop import is_hung
 from headwise.runtime.server import serve as serve_module
-from headwise.runtime.server.health import is_hung
 from headwise.v1 import inference_pb2 as pb
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from headwise.workers.plan import StepOutput
