@@ -1,9 +1,9 @@
 """Blame: requests that replicas died of, as far as is known. (suspects.py does this for the shards of one engine.)
 
 When a replica dies, each of its requests may be why; as a rule none is, and somebody killed a process. All go on at
-once. If a replica dies again, and among its requests is just one that another had died of before, that one is
-*poisonous*. If there are several, each goes on alone, with none of the others beside it, and a third death tells. A
-request is free of blame once it has got past the tokens at which the replica died.
+once. A request that has seen two deaths goes on alone: no other that has seen two is beside it. When a third replica
+dies, the one of its requests that had seen two is *poisonous*. A request is free of blame once it has got past the
+tokens at which the replica died.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Blame:
         for request in requests:
             deaths = before[request].deaths if request in before else 0
             self._blames[request] = _Blame(deaths + 1, len(request.generated))
-        if len(alone) == 1:
-            return alone[0]
-        return next(iter(before)) if len(before) == 1 else None
+        return alone[0] if len(alone) == 1 else None
 
     def got_token(self, request: Request) -> None:
         """A request has another token."""

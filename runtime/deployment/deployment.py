@@ -104,7 +104,7 @@ class Deployment:
     def started(self, name: str, node: str, pid: int, about: dict[str, Any]) -> bool:
         """A replica can compute. Returns False if it has died since."""
         now = self._now()
-        lives = any([fleet.started(name, node, pid, about, now) for fleet in self._fleets])
+        lives = any(fleet.started(name, node, pid, about, now) for fleet in self._fleets)
         self._tell_peers()
         return lives
 

@@ -228,13 +228,14 @@ def test_the_cache_of_every_replica_is_emptied() -> None:
 
 
 class TestPoison:
-    def test_the_second_replica_that_dies_of_one_tells(self) -> None:
+    def test_the_third_replica_that_dies_of_one_tells(self) -> None:
         script = Script.serving(4)
         poison = script.add("poison")
         others = [script.add(f"r{number}", 40) for number in range(3)]
-        script.die(script.where(poison))
-        script.close_all()
-        script.die(script.where(poison))
+        for _ in range(3):
+            assert poison.finish_reason is None
+            script.die(script.where(poison))
+            script.close_all()
         assert poison.finish_reason is FinishReason.ERROR and "replicas died" in str(poison.error)
         for _ in range(40):
             script.step()
@@ -276,9 +277,9 @@ class TestPoison:
         assert request.finish_reason is None and script.deployment._dispatcher.num_blamed == 0
 
     def test_shards_that_die_of_it_again_and_again_are_deaths_too(self) -> None:
-        script = Script.serving(3)
+        script = Script.serving(4)
         poison = script.add("poison")
-        for _ in range(2):
+        for _ in range(3):
             script.report(script.where(poison), rebuilding=True)
         assert poison.finish_reason is FinishReason.ERROR
 
