@@ -159,6 +159,9 @@ def _ray(
     if (problem := ray_cluster.unreachable(address)) is not None:
         yield problem
         return
+    if (problem := ray_cluster.refused(address, environment, Path.home())) is not None:
+        yield problem
+        return
     from headwise.cluster.group import GroupStartError
     from headwise.cluster.ray_nodes import installed, visit_nodes
 
@@ -168,6 +171,8 @@ def _ray(
         yield failed("Ray", str(error), "ray status --address says whether it runs; see Ray auth, too")
         return
     yield from ray_cluster.nodes(nodes, installed())
+    if config.device != "cuda":
+        yield from ray_cluster.cpus(nodes)
 
 
 def _interfaces(environment: Mapping[str, str], nodes: list[NodeFacts]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headwise.runtime.doctor.finding import Finding, Level, failed, passed, warned
 from headwise.runtime.doctor.machine import clock_skew, open_files
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from headwise.cluster.ray_nodes import NodeFacts
 
 _MAKE_TOKEN = "ray get-auth-token --generate makes a token"
+_CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+"""What Ray's head answers to whoever it lets in."""
 LEAST_SHARED_MEMORY = 64 << 20
 """What ranks of a node may take, and what Docker gives a container that asks for none."""
 
@@ -103,6 +105,50 @@ def unreachable(address: str, timeout_s: float = 5.0) -> Finding | None:
         fix = "start it there (ray start --head), let the firewall pass, or give the address that ray status says"
         return failed("Ray", f"nothing answers at {address}: {why}", fix)
     return None
+
+
+def refused(address: str, environment: Mapping[str, str], home: Path, timeout_s: float = 5.0) -> Finding | None:
+    """The failure of a cluster that does not let this process in, of which Ray itself would only say, after many
+    seconds, that it cannot connect. None if it does, or the address is of another form.
+
+    Args:
+        environment, home: as of :func:`ray_auth`.
+    """
+    import grpc
+
+    target = address.rpartition("://")[2]
+    if not target.rpartition(":")[0] or address.startswith("ray://"):  # Ray Client, which speaks otherwise
+        return None
+    used = _token(environment, home) if environment.get("RAY_AUTH_MODE", "").lower() == "token" else (None, "")
+    token = _read(used[0], environment)
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
+        ask: Any = channel.unary_unary(_CHECK_ALIVE)
+        try:
+            ask(b"", metadata=metadata, timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # Ray is left to say what is wrong
+                return None
+        else:
+            return None
+    said = f"{address} refuses the token of {used[0]}" if token else f"{address} asks for a token, and gets none"
+    fix = "what ray get-auth-token says on its head goes into ~/.ray/auth_token or RAY_AUTH_TOKEN here"
+    return failed("Ray", said, f"RAY_AUTH_MODE=token, and {fix}")
+
+
+def _read(where: str | Path | None, environment: Mapping[str, str]) -> str:
+    if isinstance(where, Path):
+        return where.read_text().strip()
+    return environment[where].strip() if where is not None else ""
+
+
+def cpus(found: Sequence[NodeFacts]) -> list[Finding]:
+    """A failure where no node that answers has a CPU for a rank."""
+    answering = [node for node in found if not node.problem]
+    if not answering or any(node.cpus > 0 for node in answering):
+        return []
+    said = f"of {len(answering)} nodes none gives out a CPU, and each rank takes some"
+    return [failed("Ray CPUs", said, "start a node without --num-cpus=0: ray start --address=HEAD:6379")]
 
 
 def nodes(found: Sequence[NodeFacts], here: Mapping[str, str]) -> list[Finding]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from headwise.cluster.ray_nodes import NodeFacts
 from headwise.runtime.doctor import ray_cluster
 from headwise.runtime.doctor.finding import Level
-from headwise.runtime.doctor.ray_cluster import nodes, ray_auth, unreachable, without_ray
+from headwise.runtime.doctor.ray_cluster import cpus, nodes, ray_auth, refused, unreachable, without_ray
 
 HERE = {"headwise": "0.1.0", "torch": "2.13.0"}
 GOOD = {"versions": HERE, "shared_memory_bytes": 1 << 30, "open_files": 65536}
@@ -90,6 +93,73 @@ def test_an_address_where_nothing_listens() -> None:
         found = unreachable(one)
         assert found is not None and found.level is Level.FAIL and one in found.said and "ray start" in found.fix
     assert unreachable("auto") is None
+
+
+class Head(grpc.GenericRpcHandler):
+    """Of a cluster that lets in who has its token, or everybody."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def service(self, details: Any) -> Any:
+        if details.method != "/ray.rpc.NodeInfoGcsService/CheckAlive":
+            return None
+        sent = dict(details.invocation_metadata).get("authorization")
+        lets_in = not self.token or sent == f"Bearer {self.token}"
+
+        def answer(message: bytes, context: grpc.ServicerContext) -> bytes:
+            return b"" if lets_in else context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.fixture
+def head() -> Iterator[Callable[[str], str]]:
+    """Starts one with a token, or "" for none; gives its address."""
+    servers = []
+
+    def start(token: str) -> str:
+        servers.append(grpc.server(ThreadPoolExecutor(1), handlers=[Head(token)]))
+        port = servers[-1].add_insecure_port("127.0.0.1:0")
+        servers[-1].start()
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        assert server.stop(0).wait(10.0)
+
+
+def test_a_cluster_that_lets_this_process_in(head: Callable[[str], str], kept: Path) -> None:
+    for environment in ({"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRET}):
+        assert refused(head(SECRET), environment, kept) is None
+    assert refused(head(""), {}, kept) is None
+
+
+def test_a_cluster_that_does_not(head: Callable[[str], str], kept: Path) -> None:
+    address = head("another-token")
+    found = refused(address, {"RAY_AUTH_MODE": "token"}, kept)
+    assert found is not None and found.level is Level.FAIL and SECRET not in str(found)
+    assert f"refuses the token of {kept / '.ray' / 'auth_token'}" in found.said
+    found = refused(address, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRET}, kept)
+    assert found is not None and "refuses the token of RAY_AUTH_TOKEN" in found.said and SECRET not in str(found)
+    for environment in ({}, {"RAY_AUTH_TOKEN": SECRET}):  # which Ray does not use without the mode
+        found = refused(address, environment, kept)
+        assert found is not None and "gets none" in found.said and found.fix.startswith("RAY_AUTH_MODE=token")
+
+
+def test_what_is_no_head_is_left_to_ray(kept: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        silent = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert refused(silent, {}, kept, timeout_s=0.2) is None
+    for address in ("auto", f"ray://{silent}", silent):
+        assert refused(address, {}, kept, timeout_s=0.2) is None
+
+
+def test_a_cluster_without_cpus() -> None:
+    none = NodeFacts("10.0.0.1", 0.0, 0.0, **GOOD)
+    [found] = cpus([none, NodeFacts("10.0.0.3", 4.0, 0.0, problem="silent")])
+    assert found.level is Level.FAIL and "none gives out a CPU" in found.said and "--num-cpus" in found.fix
+    assert cpus([none, node()]) == [] and cpus([]) == []
 
 
 def test_a_good_node() -> None:
