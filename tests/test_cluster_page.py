@@ -67,7 +67,7 @@ def test_every_command_of_headwise_has_the_flags_that_there_are(
     ours = [
         match.split()
         for command in found
-        for match in re.findall(r"\bheadwise ((?:serve|generate|bench) [^\"]*)", command)
+        for match in re.findall(r"\bheadwise ((?:serve|generate|bench|doctor) [^\"]*)", command)
     ]
     assert len(ours) >= 7
     for words in ours:
