@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -19,6 +18,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from headwise.runtime.addresses import leads_to_loopback
+from headwise.runtime.completion import Completion, Increment, Sample, take
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.server.convert import messages_message, sampling_message
 from headwise.runtime.tls import channel_credentials
@@ -28,18 +28,14 @@ from headwise.v1.deployment_pb2_grpc import DeploymentServiceStub
 from headwise.v1.inference_pb2_grpc import InferenceServiceStub
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
+__all__ = ["AsyncClient", "Client", "Completion", "Increment", "Prompt", "Sample", "ServerError"]
+
 T = TypeVar("T")
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or a conversation."""
 
 RETRIES = 3
 _MAX_BACKOFF_S = 5.0
-_FINISH = {
-    pb.FINISH_REASON_STOP: "stop",
-    pb.FINISH_REASON_LENGTH: "length",
-    pb.FINISH_REASON_ABORT: "abort",
-    pb.FINISH_REASON_ERROR: "error",
-}
 
 
 class ServerError(HeadwiseError):
@@ -56,75 +52,6 @@ class ServerError(HeadwiseError):
     ) -> None:
         self.code, self.field, self.retry_after_s = code, field, retry_after_s
         super().__init__(f"{code.name}: {message}")
-
-
-@dataclass(frozen=True, slots=True)
-class Increment:
-    """What one sample of a stream has gained since the increment before.
-
-    Attributes:
-        index: which of the request's ``n`` samples, from 0.
-        text: whole characters only, so that it may be empty; None if the model has no tokenizer.
-        logprobs: an entry for each token, if asked for: its log-probability, its rank (1 is the most likely), and
-            (token id, log-probability) of the most likely tokens.
-    """
-
-    index: int
-    text: str | None
-    token_ids: list[int]
-    logprobs: list[tuple[float, int, list[tuple[int, float]]]]
-
-
-@dataclass(slots=True)
-class Sample:
-    """One of a request's ``n`` outputs.
-
-    Attributes:
-        index: which of the ``n``, from 0.
-        text: None if the model has no tokenizer.
-        logprobs: as in :class:`Increment`, for all tokens.
-        finish_reason: ``stop``, ``length``, ``abort`` or ``error``; None while it runs.
-        stop_reason: the stop string or the stop token id that ended it; None if something else did.
-        error: what went wrong, if the finish_reason is ``error``; else empty.
-    """
-
-    index: int
-    text: str | None = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, int, list[tuple[int, float]]]] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    error: str = ""
-
-
-@dataclass(slots=True)
-class Completion:
-    """The result of a request: its samples in order, counts of tokens, and times.
-
-    Attributes:
-        cached_tokens: tokens of the prompt that were found in the prefix cache.
-        completion_tokens: generated tokens of all samples.
-        queued_s, time_to_first_token_s, total_s: seconds from the request's arrival at the server until it was first
-            scheduled, until its first token, and until its end.
-        prefilled_by: the address of the prefill engine that computed the prompt; None if the server did itself.
-        handoff_tokens: tokens of the prompt that engine handed over; ``cached_tokens`` counts them, too.
-    """
-
-    request_id: str
-    samples: list[Sample]
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    queued_s: float = 0.0
-    time_to_first_token_s: float = 0.0
-    total_s: float = 0.0
-    prefilled_by: str | None = None
-    handoff_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        """The text of the first sample; empty if the model has no tokenizer."""
-        return self.samples[0].text or ""
 
 
 class AsyncClient:
@@ -216,7 +143,7 @@ class AsyncClient:
             item: Increment | Completion | None = None
             try:
                 async for response in call:
-                    item = _take(completion, response)
+                    item = take(completion, response)
                     yield item
                 if item is not completion:
                     raise ServerError(grpc.StatusCode.INTERNAL, "the server ended the stream without a result")
@@ -488,34 +415,6 @@ def _messages(conversation: Sequence[Mapping[str, str]]) -> pb.Messages:
 
 async def _next(stream: AsyncGenerator[Increment | Completion]) -> Increment | Completion | None:
     return await anext(stream, None)
-
-
-def _take(completion: Completion, response: pb.GenerateResponse) -> Increment | Completion:
-    """Adds a response to the completion; returns what the caller gets of it."""
-    if response.WhichOneof("response") == "increment":
-        new = response.increment
-        logprobs = [(one.logprob, one.rank, [(top.token_id, top.logprob) for top in one.top]) for one in new.logprobs]
-        text = new.text if new.HasField("text") else None
-        sample = completion.samples[new.index]
-        sample.text = None if text is None or sample.text is None else sample.text + text
-        sample.token_ids += new.token_ids
-        sample.logprobs += logprobs
-        return Increment(new.index, text, list(new.token_ids), logprobs)
-    result = response.result
-    completion.prompt_tokens = result.usage.prompt_tokens
-    completion.completion_tokens = result.usage.completion_tokens
-    completion.cached_tokens = result.usage.cached_tokens
-    completion.queued_s = result.timings.queued
-    completion.time_to_first_token_s = result.timings.time_to_first_token
-    completion.total_s = result.timings.total
-    completion.prefilled_by = result.prefilled_by if result.HasField("prefilled_by") else None
-    completion.handoff_tokens = result.handoff_tokens
-    for ended in result.samples:
-        sample = completion.samples[ended.index]
-        sample.finish_reason, sample.error = _FINISH.get(ended.finish_reason), ended.error
-        kind = ended.WhichOneof("stop_reason")
-        sample.stop_reason = getattr(ended, kind) if kind else None
-    return completion
 
 
 def _error(error: grpc.aio.AioRpcError) -> ServerError:

@@ -82,7 +82,7 @@ def test_everything_on_the_page(tmp_path: Path) -> None:
     run(parts[0])
     assert len(parts) == 3
     for serve, *others in parts[1:]:
-        with serving(serve, tmp_path, environment, drained="drain()" in others[-1]):
+        with serving(serve, tmp_path, environment, drained=others[-1].startswith("headwise drain")):
             answers = run(others)
             assert "Paris" in answers
-    assert "SERVING" in answers
+    assert "SERVING" in answers and "1 of 1 replicas serve" in answers
