@@ -154,7 +154,8 @@ class RayReplica(Replica):
 
 
 class RayReplicas(ReplicaFactory):
-    """Joins Ray, or starts one on this machine, as a single engine does."""
+    """Joins Ray, or starts one on this machine, as a single engine does. Make it on a thread that lives until
+    :meth:`close`: Linux ends the processes of a Ray that is started here together with the thread that started it."""
 
     def __init__(self, host: type[Host], ranks: Sequence[int], address: str | None = None) -> None:
         """
@@ -163,18 +164,22 @@ class RayReplicas(ReplicaFactory):
             ranks: of each replica that there may be at a time, its tensor_parallel_size: so many share the CPUs where
                 ``cpus_per_rank`` is None.
             address: of the Ray to join, as :class:`~headwise.cluster.ray_factory.RayGroupFactory` takes it.
+
+        Raises:
+            GroupStartError: no Ray answers there.
         """
-        self._host, self._most_ranks, self._address = host, list(ranks), address
-        self._lock = threading.Lock()
-        self._joined = self._closed = False
+        self._host, self._most_ranks = host, list(ranks)
+        self._lock, self._closed = threading.Lock(), False
         self._replicas: list[RayReplica] = []
         self._starting: Counter[str] = Counter()  # by node, the CPUs or GPUs of replicas that take none of them yet
         self._wanted: dict[str, Any] = {}  # settings of the latest replica
-        self._asked = 0
+        self._nodes_for = self._asked = 0  # so many replicas nodes are to be asked for, and were
         self._free_memory: dict[str, int] = {}  # by node, in bytes, before the first replica was there
+        ray_session.join(address)
 
     def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> RayReplica:
-        self.join()
+        if self._closed:
+            raise GroupStartError(f"replica {name} was to start after the end")
         settings = self._resolved(settings)
         with self._placing(settings) as node_id:
             with self._lock:
@@ -183,6 +188,7 @@ class RayReplicas(ReplicaFactory):
                 replica = RayReplica(name, node_id, on_death)
                 self._replicas = [one for one in self._replicas if not one._ended.is_set()] + [replica]
                 self._wanted = settings
+            self._request()
             try:
                 replica.load(self._host, settings, lambda place: self._of_place(place, settings))
             except BaseException:
@@ -191,19 +197,13 @@ class RayReplicas(ReplicaFactory):
         return replica
 
     def has_room(self, settings: dict[str, Any]) -> bool:
-        self.join()
         kind, amount = _demand(self._resolved(settings))
         return amount <= sum(float(free.get(kind, 0.0)) for free in available_resources_per_node().values())
 
     def ask_for_nodes(self, num_replicas: int) -> None:
-        self.join()
-        if num_replicas == self._asked or (num_replicas and not self._wanted):
-            return
-        self._asked = num_replicas
-        tp, cpus = self._wanted.get("tensor_parallel_size", 1), self._wanted.get("cpus_per_rank") or 1.0
-        bundle = {"CPU": cpus} | ({"GPU": 1} if self._wanted.get("device") == "cuda" else {})
-        with contextlib.suppress(RayError):
-            request_resources(bundles=[bundle] * (tp * num_replicas))
+        with self._lock:
+            self._nodes_for = num_replicas
+        self._request()
 
     def close(self) -> None:
         with self._lock:
@@ -212,7 +212,7 @@ class RayReplicas(ReplicaFactory):
         if not first:
             return
         try:
-            if self._asked and ray.is_initialized():
+            if ray.is_initialized():
                 self.ask_for_nodes(0)
             threads = [threading.Thread(target=replica.close, daemon=True) for replica in replicas]
             for thread in threads:
@@ -220,20 +220,19 @@ class RayReplicas(ReplicaFactory):
             for thread in threads:
                 thread.join()
         finally:
-            if self._joined:
-                ray_session.leave()
+            ray_session.leave()
 
-    def join(self) -> None:
-        """Joins Ray, or starts one. Call it first on a thread that lives as long as this: the kernel ends a Ray that is
-        started here together with the thread that started it.
-
-        Raises:
-            GroupStartError: no Ray answers at the address.
-        """
+    def _request(self) -> None:
+        """Asks the autoscaler for nodes, once it is known what a replica needs."""
         with self._lock:
-            if not self._joined and not self._closed:
-                ray_session.join(self._address)
-                self._joined = True
+            if self._nodes_for == self._asked or not self._wanted:
+                return
+            self._asked = self._nodes_for
+            ranks = self._wanted.get("tensor_parallel_size", 1) * self._asked
+            gpu = self._wanted["device"] == "cuda"
+            bundle = {"CPU": self._wanted.get("cpus_per_rank") or 1.0} | ({"GPU": 1} if gpu else {})
+            with contextlib.suppress(RayError):
+                request_resources(bundles=[bundle] * ranks)
 
     def _resolved(self, settings: dict[str, Any]) -> dict[str, Any]:
         """With the device and the CPUs that the engine cannot find out itself: Ray gives its process no GPU."""

@@ -186,8 +186,9 @@ def test_nodes_are_asked_for_and_given_back(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("headwise.cluster.ray_replicas.request_resources", lambda bundles: asked.append(bundles))
-    replicas.start("replica-1", settings | {"cpus_per_rank": 0.5}, deaths)
     replicas.ask_for_nodes(3)
+    assert asked == [], "it is not known yet what a replica needs"
+    replicas.start("replica-1", settings | {"cpus_per_rank": 0.5}, deaths)
     replicas.ask_for_nodes(3)
     replicas.close()
     assert asked == [[{"CPU": 0.5}] * 6, []]
