@@ -30,7 +30,7 @@ def steps(section: str) -> list[tuple[str, str]]:
 
 
 def test_every_section_with_commands_is_run() -> None:
-    assert [*SECTIONS] == ["On one machine", "Two servers", "Two machines"]
+    assert [*SECTIONS] == ["On one machine", "Several of each", "Two servers", "Two machines"]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from headwise.runtime.config import EngineConfig
 from headwise.runtime.deployment.control import Control
 from headwise.runtime.deployment.front import NoReplicaError
 from headwise.runtime.deployment.model import DeployedModel, make_replicas
+from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.heap import frozen_heap
 from headwise.runtime.server.auth import Access, AuthInterceptor
@@ -318,7 +319,7 @@ class Server:
             "tls": self._credentials is not None,
             "tokens": bool(self._tokens),
         }
-        about |= _about_handoffs(llm.config)
+        about |= _about_handoffs(llm.config, options.replicas)
         if metrics_port is not None:
             about["metrics"] = join(options.metrics_host, metrics_port)
         if self._gateway is not None:
@@ -345,11 +346,12 @@ _HANDOFF_SERVICE = kv_transfer_pb2.DESCRIPTOR.services_by_name["KvHandoffService
 GATEWAY_SERVICE = "vllm.grpc.engine.VllmEngine"
 
 
-def _about_handoffs(config: EngineConfig) -> dict[str, Any]:
+def _about_handoffs(config: EngineConfig, replicas: ReplicaOptions | None) -> dict[str, Any]:
     """Who computes prompts for whom."""
     if config.prefill is not None:
         prefill_tp = config.prefill.get("tensor_parallel_size", config.tensor_parallel_size)
-        return {"prefill": f"tp={prefill_tp}", "decode": f"tp={config.tensor_parallel_size}"}
+        counts = ("", "") if replicas is None else (f"{replicas.prefill}x ", f"{replicas.replicas}x ")
+        return {"prefill": f"{counts[0]}tp={prefill_tp}", "decode": f"{counts[1]}tp={config.tensor_parallel_size}"}
     if config.handoff is None:
         return {}
     peers = {"prefill": ",".join(config.handoff.peers)} if config.handoff.role == "decode" else {}
