@@ -178,9 +178,7 @@ def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFacto
     ranks = [config.tensor_parallel_size] * most
     if options.prefill:
         ranks += [_configs(config, options)["prefill"].tensor_parallel_size] * options.prefill
-    replicas = RayReplicas(ReplicaHost, ranks, config.address)
-    replicas.join()
-    return replicas
+    return RayReplicas(ReplicaHost, ranks, config.address)
 
 
 def _configs(config: EngineConfig, options: ReplicaOptions) -> dict[Role, EngineConfig]:
