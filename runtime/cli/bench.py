@@ -342,6 +342,39 @@ def recovery(
     measure.run(model, measure.Load(streams, tokens, kills, seed), settings, as_json=as_json)
 
 
+@bench.command()
+def routing(
+    model: Model,
+    tp: Tp = 1,
+    replicas: Annotated[int, option("n", "Replicas.", min=1)] = 2,
+    prefixes: Annotated[int, option("n", "Beginnings that prompts share.", min=1)] = 8,
+    each: Annotated[int, option("n", "Requests with each beginning.", min=2)] = 8,
+    prefix_tokens: Annotated[int, option("n", "Tokens of each beginning.", min=16)] = 512,
+    own_tokens: Annotated[int, option("n", "Tokens that follow it, which no two prompts share.", min=1)] = 64,
+    tokens: Annotated[int, option("n", "Tokens to generate for each prompt.", min=1)] = 16,
+    at_once: Annotated[int, option("n", "Requests under way at the same time.", min=1)] = 8,
+    repeats: Annotated[int, option("n", "Runs of each way, in turns; reported: the median.", min=1)] = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = 2048,
+    kv_memory: KvMemory = None,
+    cpus_per_rank: CpusPerRank = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What replicas find in their caches, by the way of routing.
+
+    And how evenly they work. Three ways see the same requests: the router of headwise serve --replicas; in turns; and
+    the least loaded. Compared with what one replica with room for all would find.
+    """
+    from headwise.runtime.bench import routing as measure
+
+    settings = engine_settings(tp, dtype, device, "ray", max_model_len, kv_memory, cpus_per_rank, address)
+    load = measure.Load(replicas, prefixes, each, prefix_tokens, own_tokens, tokens, at_once, repeats)
+    measure.run(model, load, settings, as_json=as_json, plot=plot)
+
+
 def _sizes(flag: str, text: str) -> list[int]:
     """Numbers separated by commas, each once.
 

@@ -41,15 +41,21 @@ class Deployment:
     """Attributes: ``out``: instructions that are still to be carried out, in order."""
 
     def __init__(
-        self, options: ReplicaOptions, block_size: int, max_num_seqs: int, clock: Callable[[], float] = time.monotonic
+        self,
+        options: ReplicaOptions,
+        block_size: int,
+        max_num_seqs: int,
+        clock: Callable[[], float] = time.monotonic,
+        router: Router | None = None,
     ) -> None:
         """
         Args:
             max_num_seqs: requests that a replica computes at a time.
+            router: that knows nothing yet, and routes in a way of its own.
         """
         self.out: list[Instruction] = []
         self._options, self._rows, self._clock = options, max_num_seqs, clock
-        self._router = Router(block_size)
+        self._router = router or Router(block_size)
         self._dispatcher = Dispatcher(self._router, self.out)
         names, drain_s = itertools.count(1), options.drain_timeout_s
         self._fleet = Fleet(self._dispatcher, self.out, drain_s, "decode" if options.prefill else "both", names)

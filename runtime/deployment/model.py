@@ -13,6 +13,7 @@ from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
 from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.prepare import PreparedModel, prepare
+from headwise.runtime.routing.router import Router
 from headwise.runtime.sides import pool_configs
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
@@ -30,6 +31,7 @@ class DeployedModel(AsyncModel[Deployment]):
         factory: ReplicaFactory,
         *,
         max_queued_requests: int = 1024,
+        router: Router | None = None,
     ) -> None:
         """Starts the replicas. That takes seconds and blocks the event loop: do it before anything is served.
 
@@ -38,6 +40,7 @@ class DeployedModel(AsyncModel[Deployment]):
             factory: starts them; closed with this.
             max_queued_requests: most requests that may wait for their first token, at all replicas together; each of
                 ``n`` samples counts as one. A tenant may have half of what other tenants leave free. Default: 1024.
+            router: as of :class:`Deployment`. Default: one that weighs what replicas have cached against their queues.
 
         Raises:
             InvalidValueError: the config is none for several engines.
@@ -52,7 +55,7 @@ class DeployedModel(AsyncModel[Deployment]):
         # Until it is known what the replicas compute with, nobody asks for a namespace of the prefix cache.
         super().__init__(config, prepared.path, "", prepared.inputs(config.seed, None), max_queued_requests)
         self._options, self._max_model_len = options, prepared.max_model_len
-        deployment = Deployment(options, config.block_size, config.max_num_seqs)
+        deployment = Deployment(options, config.block_size, config.max_num_seqs, router=router)
 
         def settings(role: Role, place: int) -> dict[str, Any]:
             return _settings(configs[role], role, place)

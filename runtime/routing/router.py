@@ -155,7 +155,7 @@ class Router:
         ]
         number = self._number + 1
         seed = int.from_bytes(digests[-1][:8], "little") if digests else number
-        slot = self._loads.best(num_tokens, prefixes, seed)
+        slot = self._best(num_tokens, prefixes, seed)
         if slot is None:
             return None
         self._number = number
@@ -232,6 +232,10 @@ class Router:
             "queued_tokens": sum(queued for queued, _ in loads),
             "running": sum(running for _, running in loads),
         }
+
+    def _best(self, num_tokens: int, prefixes: Sequence[tuple[int, int]], seed: int) -> int | None:
+        """As :meth:`Loads.best <headwise.runtime.routing.load.Loads.best>`; for other ways of routing, to compare."""
+        return self._loads.best(num_tokens, prefixes, seed)
 
     def _remove(self, request: str, entry: _Request) -> None:
         replica = entry.replica

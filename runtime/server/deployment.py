@@ -41,7 +41,7 @@ class DeploymentService(DeploymentServiceServicer):
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ScaleResponse:
         try:
             await asyncio.to_thread(self._control.scale, request.replicas)
-            _logger.info("there are to be %d replicas now: %s has asked for it", request.replicas, self._who(context))
+            _logger.info("replicas=%d from now on: %s has asked for it", request.replicas, self._who(context))
             return pb.ScaleResponse()
         except Exception as error:
             await abort(context, error)
