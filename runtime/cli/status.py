@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from time import sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,18 +38,22 @@ def status(
     Replicas, shards, epochs, use of KV memory, queues and hits of the prefix cache: a table on a terminal, a line for
     each replica on a pipe, an object with --json. Takes an admin's token where there are tokens.
     """
-    if watch and as_json and sys.stdout.isatty():
+    if watch and as_json and is_terminal():
         raise FlagError("--json", "does not go with --watch on a terminal", "leave one of them out")
     with connected(server, token, tls_ca, tls_cert, tls_key, TIMEOUT_S) as client:
         if not watch:
             _show(client.status(), as_json)
-        elif sys.stdout.isatty():
+        elif is_terminal():
             _redraw(client, interval)
         else:
             while True:
                 _show(client.status(), as_json)
                 sys.stdout.flush()
-                time.sleep(interval)
+                sleep(interval)
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def as_dict(found: GetStatusResponse) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def role_of(replica: Replica) -> str:
 def _show(found: GetStatusResponse, as_json: bool) -> None:
     if as_json:
         print_json(as_dict(found))
-    elif sys.stdout.isatty():
+    elif is_terminal():
         from rich.console import Console
 
         Console().print(_table(found))
@@ -103,7 +107,7 @@ def _redraw(client: Client, interval: float) -> None:
 
     with Live(_table(client.status()), auto_refresh=False) as live:
         while True:
-            time.sleep(interval)
+            sleep(interval)
             live.update(_table(client.status()), refresh=True)
 
 
@@ -119,17 +123,25 @@ def _lines(found: GetStatusResponse) -> list[str]:
 
 
 def _table(found: GetStatusResponse) -> Table:
+    """What fits 80 columns; problems are under it."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(caption=_summary(found), caption_justify="left")
-    rows = [_cells(one) for one in found.replicas]
-    for name in rows[0] if rows else ["replica"]:
+    problems = [f"{one.name}: {one.problem}" for one in found.replicas if one.problem]
+    said = "\n".join([_summary(found), *problems])
+    made = Table(caption=said, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("replica", "state", "shards", "epoch", "requests", "queued", "kv", "hits"):
         made.add_column(name, overflow="fold")
-    for one, row in zip(found.replicas, rows, strict=True):
-        made.add_row(*(Text(value, style=_STYLES.get(value, "")) for value in row.values()))
-        if one.problem:
-            made.add_row(Text(one.problem, style="bold"))
+    for one in found.replicas:
+        cells, state = _cells(one), state_of(one)
+        made.add_row(
+            cells["replica"],
+            Text(f"{state} {cells['for']}", style=_STYLES.get(state, "")),
+            cells["shards"].replace(",", " "),
+            f"…{cells['epoch'][-6:]}",  # the time in ns: the last digits tell one from another
+            f"{one.running} + {one.waiting}",
+            *(cells[name] for name in ("queued", "kv", "hits")),
+        )
     return made
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.cli import deployment as commands
+from headwise.runtime.cli import status
 from headwise.runtime.client import ServerError
 from headwise.runtime.deployment.control import ReplicaStatus, State, Status
 from headwise.runtime.server import single
@@ -206,6 +207,34 @@ def test_status_on_a_pipe(serve: Serve, headwise: Run) -> None:
     assert (found["wanted"], found["replicas"][1]["state"], found["replicas"][1]["role"]) == (2, "rebuilding", "both")
     assert found["replicas"][0]["queried_tokens"] == 1 << 40
     assert found["replicas"][0]["shards"][1] == {"rank": 1, "node": "10.0.0.9", "pid": 8}
+
+
+def test_status_on_a_terminal(serve: Serve, headwise: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = FakeDeployment()
+    control.replicas[1] = replica(2, "rebuilding")
+    running = serve(control=control)
+    monkeypatch.setattr(status, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = headwise("status", "--server", running.address)
+    assert code == 0 and "replica-1" in out and "rebuilding" in out and "25%" in out
+    assert "the shards are dead" in out and "1 of 2 (1 to 4) replicas serve" in out
+    code, _, err = headwise("status", "--watch", "--json", "--server", running.address)
+    assert code == 2 and "--json" in err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_status_again_and_again(serve: Serve, headwise: Run, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    running, looks = serve(control=FakeDeployment()), iter(range(2))
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 0.5
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "is_terminal", lambda: terminal)
+    monkeypatch.setattr(status, "sleep", sleep)
+    code, out, _ = headwise("status", "--watch", "--interval", "0.5", "--server", running.address)
+    assert code == 130 and out.count("2 of 2 (1 to 4) replicas serve") == (1 if terminal else 3)
 
 
 def test_scale_and_wait(serve: Serve, headwise: Run, quick: None) -> None:
