@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.client import ServerError
@@ -235,6 +236,24 @@ def test_variables_that_turn_traces_off() -> None:
 def test_only_the_headers_of_traces_are_kept() -> None:
     metadata = [("authorization", "Bearer secret"), ("traceparent", "a"), ("tracestate", "b"), ("traceparent", b"x")]
     assert carrier_of(metadata) == {"traceparent": "a", "tracestate": "b"}
+
+
+HEADER = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=80)
+PARENTS = HEADER | st.from_regex(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", fullmatch=True)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[Tracing]:
+    """Sends nothing."""
+    tracing = Tracing("http://127.0.0.1:1", "tiny", InMemorySpanExporter())
+    yield tracing
+    tracing.close()
+
+
+@given(PARENTS, HEADER)
+def test_whatever_a_client_sends_as_its_trace(quiet: Tracing, parent: str, state: str) -> None:
+    carrier = {"traceparent": parent, "tracestate": state}
+    quiet.record(Ended("Generate", "a", "", time.monotonic(), grpc.StatusCode.OK, [], carrier))
 
 
 TIMES = st.floats(0.001, 1000.0)
