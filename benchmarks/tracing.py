@@ -3,7 +3,8 @@
     python benchmarks/tracing.py --model smollm2 [--batch 32] [--tokens 64] [--pairs 5] [--json]
 
 The collector is in this process. Besides the throughput it reads the processor time of each server, which says more
-where other programs run.
+where other programs run. With --traces-only it asks no server, and reads the processor time of traces alone: made,
+and encoded as they are sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from statistics import median
@@ -23,14 +24,25 @@ from typing import Any, NamedTuple
 
 import grpc
 import psutil
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from headwise.runtime.bench.workload import greedy, prompts
 from headwise.runtime.client import AsyncClient
+from headwise.runtime.engine.request import Request
 from headwise.runtime.models import resolve
+from headwise.runtime.output import RequestMetrics
+from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.server.otlp import Tracing
+from headwise.runtime.server.tracing import Ended
 from headwise.workers.model.model_config import load_model_config
+from headwise.workers.plan import RowSampling
 
 PROMPT_TOKENS = 42
+TRACES = 1000
+"""Whose spans the queue has room for."""
 SENT_S = 5.5
 """After which every span was sent: the exporter sends every 5 s."""
 
@@ -49,12 +61,19 @@ class Reading(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--traces-only", action="store_true", help="without servers")
     parser.add_argument("--batch", type=int, default=32, help="requests at once")
     parser.add_argument("--tokens", type=int, default=64, help="that each generates")
     parser.add_argument("--pairs", type=int, default=5, help="readings of each server, in turns")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args()
+    if args.traces_only:
+        readings_us = [round(1e6 * trace_s(), 1) for _ in range(args.pairs)]
+        print(json.dumps({"benchmark": "traces", "trace_us": median(readings_us), "readings": readings_us}))
+        return
+    if args.model is None:
+        parser.error("--model is missing")
     path = resolve(args.model)
     rows = prompts(args.batch, PROMPT_TOKENS, load_model_config(path).vocab_size)
     with (
@@ -95,6 +114,30 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(self, request: Any, context: object) -> trace_service_pb2.ExportTraceServiceResponse:
         self.num_spans += sum(len(scope.spans) for one in request.resource_spans for scope in one.scope_spans)
         return trace_service_pb2.ExportTraceServiceResponse()
+
+
+class Encoder(SpanExporter):
+    """Encodes spans as the exporter does that sends them."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        encode_spans(spans).SerializeToString()
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        pass
+
+
+def trace_s() -> float:
+    """Processor time of a trace, on all threads: of a request that was computed like most."""
+    tracing, now = Tracing("http://127.0.0.1:4317", "model", Encoder()), time.monotonic()
+    request = Request("a", [1] * PROMPT_TOKENS, SamplingParams(), RowSampling(), 64, generated=[1] * 64)
+    request.metrics = RequestMetrics(now, now + 0.1, now + 0.2, now + 0.3)
+    ended = Ended("Generate", "a", "", now, grpc.StatusCode.OK, [request], {})
+    started = time.process_time()
+    for _ in range(TRACES):
+        tracing.record(ended)
+    tracing.close()
+    return (time.process_time() - started) / TRACES
 
 
 @contextmanager
