@@ -61,10 +61,9 @@ class Autoscaler:
         wanted = min(max(look.wanted, self._least), self._most)
         if wanted != look.wanted:
             return self._changed(wanted)
-        if look.serving < wanted:  # what is asked for is not there yet, and nothing can be said of it
-            self._pressed, self._easy_since = 0, None
-            return wanted
-        self._pressed = self._pressed + 1 if look.wait_s > UP_WAIT_S or look.kv_use > UP_KV_USE else 0
+        pressed = look.wait_s > UP_WAIT_S or look.kv_use > UP_KV_USE
+        # While what was asked for is not there, nobody knows whether it is enough.
+        self._pressed = self._pressed + 1 if pressed and look.serving >= wanted else 0
         if self._pressed >= UP_LOOKS and wanted < self._most:
             if look.demand > 0:  # else nothing came through, and nothing is known
                 self._too_much[wanted] = look.demand
@@ -81,8 +80,10 @@ class Autoscaler:
         return wanted
 
     def _is_easy(self, look: Look) -> bool:
-        """Whether one less would do."""
-        left = look.wanted - 1
-        fits = look.requests <= DOWN_USE * left * look.rows and look.kv_use * look.wanted <= DOWN_USE * left
+        """Whether one less would do; or those that serve, where that are even less."""
+        if not look.serving:
+            return False
+        left = min(look.wanted - 1, look.serving)
+        fits = look.requests <= DOWN_USE * left * look.rows and look.kv_use * look.serving <= DOWN_USE * left
         too_much = self._too_much.get(left)
         return fits and look.wait_s <= DOWN_WAIT_S and (too_much is None or look.demand < LESS_DEMAND * too_much)

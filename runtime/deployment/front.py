@@ -23,7 +23,7 @@ from headwise.runtime.deployment.instructions import (
     Send,
     StartReplica,
 )
-from headwise.runtime.deployment.messages import Add, KvEvents, KvSnapshot, decode_replica, encode
+from headwise.runtime.deployment.messages import Add, KvEvents, KvSnapshot, Output, decode_replica, encode
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.kv.events import decode_events, decode_snapshot
 from headwise.workers.errors import HeadwiseError
@@ -59,15 +59,17 @@ class Front:
         factory: ReplicaFactory,
         settings: Settings,
         on_failure: Callable[[BaseException], None],
-        check: Callable[[dict[str, Any]], object] = lambda about: None,
+        check: Callable[[dict[str, Any]], object],
+        vocab_size: int,
     ) -> None:
         """
         Args:
-            check: gets what a replica says of itself, on any thread; raises HeadwiseError if it is of no use.
             on_failure: gets the error that ended the front, on its thread.
+            check: gets what a replica says of itself, on any thread; raises HeadwiseError if it is of no use.
+            vocab_size: of the model. A replica that sends another token counts as dead.
         """
         self.deployment, self._factory, self._settings, self._on_failure = deployment, factory, settings, on_failure
-        self._check = check
+        self._check, self._vocab_size = check, vocab_size
         self.on_change: Callable[[], None] = lambda: None
         self.start_error: HeadwiseError | None = None
         self._functions: queue.SimpleQueue[tuple[Callable[[Deployment], Any], Future[Any] | None] | None]
@@ -82,16 +84,17 @@ class Front:
         self._thread = threading.Thread(target=self._work, name="headwise-front", daemon=True)
         self._thread.start()
 
-    def await_start(self) -> None:
-        """Waits until each replica has started, or could not.
+    def await_start(self) -> dict[str, Any]:
+        """Waits until each replica has started, or could not. Returns what one of them says of itself.
 
         Raises:
             HeadwiseError: none could.
         """
         while not self._settled.wait(0.5) and self._ended is None:
             pass
-        if not self.deployment.abouts:
-            raise self.start_error or self._ended or NoReplicaError("no replica has started")
+        for about in self.deployment.abouts:
+            return about
+        raise self.start_error or self._ended or NoReplicaError("no replica has started")
 
     def run(self, function: Callable[[Deployment], T], timeout_s: float | None = None) -> T:
         """Runs ``function`` on the front's thread; returns or raises what it does, or raises as :meth:`submit`."""
@@ -267,7 +270,7 @@ class Front:
                 self.start_error = error
             self.post(lambda deployment: self._failed_to_start(deployment, name, problem, no_room))
             return
-        hold = _Hold(replica, self.post)
+        hold = _Hold(replica, self.post, self._vocab_size)
         with self._lock:
             closing = self._closing
             if not closing:
@@ -307,8 +310,10 @@ class Front:
 class _Hold:
     """A replica that has started, and the thread that hears it."""
 
-    def __init__(self, replica: Replica, post: Callable[[Callable[[Deployment], object]], None]) -> None:
-        self.replica, self._post = replica, post
+    def __init__(
+        self, replica: Replica, post: Callable[[Callable[[Deployment], object]], None], vocab_size: int
+    ) -> None:
+        self.replica, self._post, self._vocab_size = replica, post, vocab_size
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="headwise-hear", daemon=True)
 
@@ -334,7 +339,7 @@ class _Hold:
             if got is None:
                 continue
             try:
-                heard = _heard(*got)
+                heard = _heard(got[0], got[2], self._vocab_size)
             except ValueError as error:
                 cause = f"it has sent what is no message: {error}"
                 self._post(lambda deployment, cause=cause: deployment.died(name, cause))  # type: ignore[misc]
@@ -342,7 +347,7 @@ class _Hold:
             self._post(lambda deployment, heard=heard: deployment.heard(name, heard))  # type: ignore[misc]
 
 
-def _heard(kind: Kind, rank: int, payload: bytes) -> Heard:
+def _heard(kind: Kind, payload: bytes, vocab_size: int) -> Heard:
     """
     Raises:
         ValueError: it is no message of a replica.
@@ -352,4 +357,10 @@ def _heard(kind: Kind, rank: int, payload: bytes) -> Heard:
     message = decode_replica(payload)
     if isinstance(message, KvEvents):
         return decode_events(message.data)
-    return decode_snapshot(message.data) if isinstance(message, KvSnapshot) else message
+    if isinstance(message, KvSnapshot):
+        return decode_snapshot(message.data)
+    if isinstance(message, Output):
+        for delta in message.deltas:
+            if max(delta.token_ids, default=0) >= vocab_size:
+                raise ValueError(f"the model has no token {max(delta.token_ids)}")
+    return message

@@ -60,14 +60,15 @@ class DeployedModel(AsyncModel[Deployment]):
         def settings(role: Role, place: int) -> dict[str, Any]:
             return _settings(configs[role], role, place)
 
-        self._front = Front(deployment, factory, settings, self._fail, Alike(prepared).check)
+        self._front = Front(
+            deployment, factory, settings, self._fail, Alike(prepared).check, prepared.config.vocab_size
+        )
         try:
-            self._front.await_start()
+            self.dtype = self._front.await_start()["dtype"]
         except BaseException:
             self.shutdown()
             raise
-        self._blocks, first = 0, deployment.abouts[0]
-        self.dtype = first["dtype"]
+        self._blocks = 0
         if config.enable_prefix_caching:
             self.inputs.identity = prepared.identity(self.dtype)
         self._front.on_change = self._take_over

@@ -49,6 +49,14 @@ def test_nothing_is_said_while_what_is_asked_for_is_not_there() -> None:
     assert {scaler.wanted(busy) for _ in range(100)} == {2}
 
 
+def test_what_cannot_be_had_is_not_wanted_for_ever() -> None:
+    scaler, missing = Autoscaler(1, 4), dataclasses.replace(CALM, wanted=3, serving=2)
+    found = [scaler.wanted(dataclasses.replace(missing, now=second)) for second in range(int(DOWN_S) + 1)]
+    assert found == [3] * int(DOWN_S) + [2]
+    nobody = dataclasses.replace(CALM, serving=0, requests=0)
+    assert {scaler.wanted(dataclasses.replace(nobody, now=1000.0 + second)) for second in range(200)} == {2}
+
+
 def test_one_less_when_the_rest_would_do_for_a_while() -> None:
     assert looks(Autoscaler(1, 4), CALM, int(DOWN_S) + 1) == [2] * int(DOWN_S) + [1]
     assert looks(Autoscaler(2, 4), CALM, 500)[-1] == 2, "no less than asked for"

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from headwise.cluster.channel import Kind
 from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.deployment.messages import KvEvents, KvSnapshot, Output, RequestDelta, encode
 from headwise.runtime.deployment.model import DeployedModel
 from tests.local_replicas import LocalReplicas
 from tests.runtime.deployment.deployed import Asked, Deployed, ask, ask_all, greedy, settled, wait_until
@@ -149,3 +151,18 @@ def test_a_replica_that_dies_as_it_starts_is_ended(deployed: Deployed, monkeypat
     llm.scale(2)
     wait_until(lambda: deployed.states() == {"replica-1": "serving", "replica-3": "serving"})
     assert llm._front._replicas.keys() == {"replica-1", "replica-3"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no message", encode(Output([RequestDelta(1, [256])])), encode(KvEvents(b"none")), encode(KvSnapshot(b""))],
+)
+def test_a_replica_that_talks_nonsense_is_replaced(one: AsyncLLM, deployed: Deployed, data: bytes) -> None:
+    llm = deployed(2)
+
+    def work() -> None:
+        deployed.factory.started[0].channel.rank(0).send(Kind.OUTPUT, data)
+        name = deployed.factory.started[0].name
+        wait_until(lambda: name not in deployed.states() and [*deployed.states().values()] == ["serving"] * 2)
+
+    under_load(llm, one, work)
