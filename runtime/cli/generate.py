@@ -1,4 +1,4 @@
-"""``headwise generate``: completes a prompt with a model loaded here, or by asking a server."""
+"""``headwise generate``: completes a prompt, or a file of prompts, with a model loaded here, or by asking a server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwise.runtime.cli.batch import answer_by_server, answer_here, run_batch
 from headwise.runtime.cli.form import given_form, structured_outputs, told_in_flags
 from headwise.runtime.cli.options import (
     ENGINE_PARAMETERS,
@@ -35,9 +36,10 @@ from headwise.runtime.cli.options import (
     refuse_flags,
 )
 from headwise.runtime.cli.printing import print_json, raise_if_failed, take, write
-from headwise.runtime.cli.server import CONNECTION_PARAMETERS, TlsCa, TlsCert, TlsKey, Token, connected
+from headwise.runtime.cli.server import CONNECTION_PARAMETERS, TlsCa, TlsCert, TlsKey, Token, check_token, connected
 
 if TYPE_CHECKING:
+    from headwise.runtime.batch.run import Batch
     from headwise.runtime.client import Client
     from headwise.runtime.output import RequestMetrics
     from headwise.runtime.sampling_params import SamplingParams
@@ -50,7 +52,16 @@ Choice = Annotated[list[str] | None, option("text", "The output is this text, or
 
 def generate(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="The text to complete; - reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to complete; - reads it from standard input.", show_default=False)
+    ] = None,
+    source: Annotated[
+        Path | None, option("file", "A batch: a prompt a line, as JSON; see docs/cluster.md.", "--input")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        option("file", "Where the answers to --input go; what is there is not computed again.", "--output"),
+    ] = None,
     model: Annotated[str | None, option("path", MODEL_HELP, "--model", "-m")] = None,
     server: Annotated[str | None, option("host:port", "A running server to ask instead of loading a model.")] = None,
     token: Token = None,
@@ -84,10 +95,13 @@ def generate(
     attention: Attention = None,
     as_json: AsJson = False,
 ) -> None:
-    """Complete a prompt, or answer it with --chat.
+    """Complete a prompt, or answer it with --chat; or answer a file of prompts, --input to --output.
 
     The text streams to stdout, everything else goes to stderr. The model is loaded here (--model), or a running server
     is asked (--server). By default the most likely token is taken each time, and at most 128 are.
+
+    With --input, the flags are for lines that do not say otherwise. The exit code is 1 if some lines could not be
+    answered; the output says why.
     """
     from headwise.runtime import SamplingParams
 
@@ -114,6 +128,25 @@ def generate(
     )
     if server is None and model is None:
         raise FlagError("--model", "is missing", "give a model, or --server")
+    _check_batch(prompt, source, target, chat)
+    files = {"ca": tls_ca, "cert": tls_cert, "key": tls_key}
+    if server is not None:
+        check_token(server, token, tls_ca, tls_cert, tls_key)
+    settings = engine_settings(
+        *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention=attention,
+    )
+    if source is not None and target is not None:
+
+        def answer(batch: Batch) -> None:
+            if server is not None:
+                answer_by_server(batch, server, token=token, timeout=timeout, **files)
+            else:
+                assert model is not None
+                answer_here(batch, model, settings)
+
+        run_batch(source, target, params, answer, as_json)
     text = sys.stdin.read() if prompt == "-" else prompt
     question: Any = [{"role": "user", "content": text}] if chat else text
     if server is not None:
@@ -121,13 +154,24 @@ def generate(
             _ask_server(client, question, params, as_json)
         return
     assert model is not None
-    settings = engine_settings(
-        *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
-        max_num_batched_tokens=max_num_batched_tokens,
-        attention=attention,
-    )
     with told_in_flags(form):
         _generate_here(model, settings, question, params, as_json)
+
+
+def _check_batch(prompt: str | None, source: Path | None, target: Path | None, chat: bool) -> None:
+    """
+    Raises:
+        FlagError: neither a prompt nor a batch is given, or what does not go together.
+    """
+    if (source is None) != (target is None):
+        given, other = ("--input", "--output") if target is None else ("--output", "--input")
+        raise FlagError(given, f"goes with {other}", "give both")
+    if source is None and prompt is None:
+        raise FlagError("PROMPT", "is missing", "give one, or --input and --output")
+    if source is not None and prompt is not None:
+        raise FlagError("--input", "does not go with a prompt", "leave one of them out")
+    if source is not None and chat:
+        raise FlagError("--chat", "is for one prompt", 'write {"messages": …} in the lines of --input')
 
 
 def _generate_here(model: str, settings: dict[str, Any], question: Any, params: SamplingParams, as_json: bool) -> None:

@@ -53,12 +53,9 @@ def connected(
     """
     from grpc import StatusCode
 
-    from headwise.runtime.addresses import leads_to_loopback
     from headwise.runtime.client import Client, ServerError
 
-    if token and not (tls_ca or tls_cert or tls_key) and not leads_to_loopback(server):
-        limit = f"would go in clear text to {server}, which is not loopback"
-        raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")
+    check_token(server, token, tls_ca, tls_cert, tls_key)
     try:
         with Client(server, token=token, timeout=timeout, ca=tls_ca, cert=tls_cert, key=tls_key) as client:
             yield client
@@ -67,3 +64,15 @@ def connected(
             raise
         print(f"headwise: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_token(server: str, token: str | None, *tls: Path | None) -> None:
+    """
+    Raises:
+        InvalidValueError: the token would go to another machine in clear text.
+    """
+    from headwise.runtime.addresses import leads_to_loopback
+
+    if token and not any(tls) and not leads_to_loopback(server):
+        limit = f"would go in clear text to {server}, which is not loopback"
+        raise InvalidValueError("--token", "...", limit, "use TLS: give --tls-ca")

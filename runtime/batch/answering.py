@@ -1,0 +1,164 @@
+"""Who answers a batch's questions: an engine of this process, or a server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from grpc import StatusCode
+
+from headwise.runtime.aio import AsyncLLM
+from headwise.runtime.async_model import Lane
+from headwise.runtime.batch.question import Answer, LineError, Question, Sample
+from headwise.runtime.client import AsyncClient, ServerError
+from headwise.runtime.engine.request import Request
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+MAX_BUSY_S = 600.0
+"""How long a server may refuse a question because others wait."""
+_OF_THE_LINE = (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE, StatusCode.DEADLINE_EXCEEDED)
+"""What a server says of one question; anything else is said of all."""
+_MAX_TEXTS = 1 << 16
+
+
+class UnfinishedError(HeadwiseError):
+    """A question was ended from outside before it had its answer."""
+
+
+class Answerer(ABC):
+    """Answers many questions at the same time.
+
+    Attributes:
+        model: the name of the model.
+    """
+
+    model: str
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+
+    async def answer(self, question: Question, number: int) -> Answer:
+        """
+        Args:
+            number: of the question in its batch. Where it brings no seed, its seed depends on this.
+
+        Raises:
+            LineError: this question cannot be answered.
+            HeadwiseError: nothing more can be answered.
+        """
+        answer = await self._answer(question, number)
+        if any(sample.finish_reason == "abort" for sample in answer.samples):
+            raise UnfinishedError(f"line {number} was ended before it was done")
+        if question.url and question.params.logprobs is not None:
+            tokens = {token for sample in answer.samples for token in sample.token_ids}
+            tokens |= {token for one in answer.samples for _, _, top in one.logprobs for token, _ in top}
+            answer.token_texts = {token: await self._text(token) for token in tokens}
+        return answer
+
+    async def _text(self, token: int) -> str:
+        if token not in self._texts:
+            if len(self._texts) >= _MAX_TEXTS:
+                self._texts.clear()
+            self._texts[token] = await self._decode(token)
+        return self._texts[token]
+
+    @abstractmethod
+    async def _answer(self, question: Question, number: int) -> Answer: ...
+
+    @abstractmethod
+    async def _decode(self, token: int) -> str: ...
+
+
+class EngineAnswerer(Answerer):
+    """Asks an engine of this process."""
+
+    def __init__(self, llm: AsyncLLM, model: str) -> None:
+        super().__init__()
+        self._llm, self.model = llm, model
+
+    async def _answer(self, question: Question, number: int) -> Answer:
+        try:
+            requests = await self._llm.off_loop(lambda: self._requests(question, number), self._lane(question))
+        except InvalidValueError as error:
+            raise LineError("invalid_value", str(error), error.field) from None
+        texts: dict[int, list[str]] = {request.index: [] for request in requests}
+        async for deltas in self._llm.stream(requests):
+            for delta in deltas:
+                if delta.text:
+                    texts[delta.request.index].append(delta.text)
+        has_text = self._llm.inputs.tokenizer is not None
+        samples = [_sample(one, "".join(texts[one.index]) if has_text else None) for one in requests]
+        first = requests[0]
+        return Answer(self.model, samples, len(first.prompt_token_ids), first.metrics.num_cached_tokens)
+
+    async def _decode(self, token: int) -> str:
+        return self._llm.inputs.decode([token], skip_special_tokens=False)
+
+    def _lane(self, question: Question) -> Lane:
+        structured, inputs = question.params.structured_outputs, self._llm.inputs
+        return "grammar" if structured is not None and not inputs.knows_grammar(structured) else "text"
+
+    def _requests(self, question: Question, number: int) -> list[Request]:
+        inputs, prompt = self._llm.inputs, question.prompt
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids: Any = inputs.chat_token_ids(prompt) if chat else prompt  # type: ignore[arg-type]
+        requests = list(inputs.requests(f"line-{number}", inputs.token_ids(ids), question.params, number))
+        for request in requests:
+            request.streamed = False
+        return requests
+
+
+class ServerAnswerer(Answerer):
+    """Asks a server; see :meth:`connect`."""
+
+    def __init__(self, client: AsyncClient, model: str) -> None:
+        super().__init__()
+        self._client, self.model = client, model
+
+    @classmethod
+    async def connect(cls, client: AsyncClient) -> ServerAnswerer:
+        """
+        Raises:
+            ServerError: no server answers, or it does not let this client in.
+        """
+        return cls(client, (await client.model()).name)
+
+    async def _answer(self, question: Question, number: int) -> Answer:
+        deadline = time.monotonic() + MAX_BUSY_S
+        while True:
+            try:
+                done = await self._client.generate(question.prompt, question.params)
+                break
+            except InvalidValueError as error:
+                raise LineError("invalid_value", str(error), error.field) from None
+            except ServerError as error:
+                busy = error.code is StatusCode.RESOURCE_EXHAUSTED
+                if busy and error.retry_after_s is not None and time.monotonic() < deadline:
+                    await asyncio.sleep(error.retry_after_s)
+                elif error.code in _OF_THE_LINE or (busy and error.retry_after_s is None):
+                    code = "invalid_value" if error.code is StatusCode.INVALID_ARGUMENT else "failed"
+                    status = 400 if code == "invalid_value" else 500
+                    raise LineError(code, str(error), error.field, status) from None
+                else:
+                    raise
+        samples = [
+            Sample(s.index, s.text, s.token_ids, s.logprobs, s.finish_reason or "abort", s.stop_reason, s.error)
+            for s in done.samples
+        ]
+        return Answer(self.model, samples, done.prompt_tokens, done.cached_tokens)
+
+    async def _decode(self, token: int) -> str:
+        return await self._client.detokenize([token], skip_special_tokens=False)
+
+
+def _sample(request: Request, text: str | None) -> Sample:
+    assert request.finish_reason is not None
+    logprobs = [
+        (one.chosen, one.rank, list(zip(one.top_ids, one.top, strict=True)))
+        for one in request.logprobs[: len(request.generated)]
+    ]
+    reason = str(request.finish_reason)
+    return Sample(request.index, text, request.generated, logprobs, reason, request.stop_reason, request.error or "")

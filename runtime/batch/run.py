@@ -1,0 +1,171 @@
+"""A batch from its first line to its last: many questions at the same time, each answer written as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headwise.runtime.batch.answering import Answerer
+from headwise.runtime.batch.lines import Line, read_lines
+from headwise.runtime.batch.output import Output
+from headwise.runtime.batch.parse import Parsed, parse
+from headwise.runtime.batch.question import Answer, LineError
+from headwise.runtime.batch.render import render
+from headwise.workers.errors import InvalidValueError
+
+MAX_IN_FLIGHT = 256
+"""Questions at the same time: twice the requests that an engine computes by default, so that one waits for each that
+ends. No more lines than these, and their answers, are in memory."""
+
+Warn = Callable[[str], None]
+Show = Callable[[], Coroutine[Any, Any, None]]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a batch has done so far.
+
+    Attributes:
+        lines: of the input, blank ones not counted.
+        before: lines that had their answer before.
+        done: lines that have their answer now, those from before included.
+        failed: those of them that could not be answered.
+        prompt_tokens, completion_tokens: of the answers of this run.
+        seconds: of this run.
+    """
+
+    lines: int
+    before: int = 0
+    done: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def text(self) -> str:
+        rate = self.completion_tokens / self.seconds if self.seconds else 0.0
+        before = f", {self.before} of them before" if self.before else ""
+        failed = f"; {self.failed} could not be answered" if self.failed else ""
+        return f"{self.done} of {self.lines} lines done{before}{failed}; {rate:.0f} tokens/s"
+
+
+class Batch:
+    """One input and its output.
+
+    Attributes:
+        summary: is kept up to date while the batch runs.
+    """
+
+    def __init__(self, source: Path, output: Output, defaults: Mapping[str, Any], context: bytes = b"") -> None:
+        """Reads the input once, to see what there is to do.
+
+        Args:
+            defaults: the sampling parameters of a line of our own form that names none.
+            context: what the answers depend on beside their lines.
+
+        Raises:
+            InvalidValueError: the input cannot be read, or is not what the output's answers are to.
+        """
+        self._source, self._output, self._defaults, self._context = source, output, defaults, context
+        count = before = last = 0
+        for line in read_lines(source, context):
+            before += output.check(line)
+            count, last = count + 1, line.number
+        output.check_length(last)
+        self.summary = Summary(count, before, before, output.num_failed)
+        self._names: dict[int, int] = {}  # custom_id's hash: the line that has it
+        self._told: set[str] = set()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every line has its answer."""
+        return self.summary.done == self.summary.lines
+
+    async def run(
+        self, answerer: Answerer, warn: Warn, shown: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> None:
+        """Answers every line that has no answer yet.
+
+        Args:
+            warn: is told what a user should know.
+            shown: runs beside it, to show how far it is.
+
+        Raises:
+            InvalidValueError: another model gave the answers that are there, or the input changed meanwhile.
+            HeadwiseError: nothing more can be answered, or written. What is done is in the output.
+        """
+        self._output.check_model(answerer.model)
+        showing = asyncio.create_task(shown()) if shown is not None else None
+        started = time.monotonic()
+        slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+        async def one(line: Line, parsed: Parsed) -> None:
+            try:
+                await self._one(line, parsed, answerer)
+            finally:
+                slots.release()
+                self.summary.seconds = time.monotonic() - started
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for line, parsed in self._waiting(answerer.model, warn):
+                    await slots.acquire()
+                    group.create_task(one(line, parsed))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            if showing is not None:
+                showing.cancel()
+
+    def _waiting(self, model: str, warn: Warn) -> Iterator[tuple[Line, Parsed]]:
+        """The lines that have no answer yet."""
+        for line in read_lines(self._source, self._context):
+            parsed = parse(line, self._defaults)
+            name = parsed.custom_id
+            if name is not None:
+                first = self._names.setdefault(hash(name), line.number)
+                if first != line.number:
+                    said = f"custom_id={name[:80]!r}: line {first} has it too; give each line its own"
+                    parsed.question, parsed.error = None, LineError("invalid_value", said, "custom_id")
+            if self._output.check(line):
+                continue
+            asked = parsed.question.model if parsed.question is not None else ""
+            if asked and asked != model and asked not in self._told and len(self._told) < 10:
+                self._told.add(asked)
+                warn(f"line {line.number} asks for the model {asked[:80]}; {model} answers")
+            yield line, parsed
+
+    async def _one(self, line: Line, parsed: Parsed, answerer: Answerer) -> None:
+        result: Answer | LineError
+        if parsed.question is None:
+            assert parsed.error is not None
+            result = parsed.error
+        else:
+            try:
+                result = await answerer.answer(parsed.question, line.number)
+            except LineError as error:
+                result = error
+        self._output.append(render(line, parsed, result, int(time.time())))
+        summary = self.summary
+        summary.done += 1
+        if isinstance(result, Answer):
+            summary.failed += bool(result.error)
+            summary.prompt_tokens += result.prompt_tokens
+            summary.completion_tokens += result.completion_tokens
+        else:
+            summary.failed += 1
+
+
+def check_files(source: Path, output: Path) -> None:
+    """
+    Raises:
+        InvalidValueError: there is no input, or the output is the same file.
+    """
+    if not source.is_file():
+        raise InvalidValueError("--input", str(source.absolute()), "there is no such file")
+    if output.exists() and source.samefile(output):
+        raise InvalidValueError("--output", str(output.absolute()), "is the input", "give another file")

@@ -1,0 +1,270 @@
+"""A batch without a model: every line once, whatever comes in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headwise.runtime.batch import output as output_module
+from headwise.runtime.batch import run as run_module
+from headwise.runtime.batch.lines import read_lines
+from headwise.runtime.batch.output import Output, OutputBusyError
+from headwise.runtime.batch.question import LineError
+from headwise.runtime.batch.run import check_files
+from headwise.workers.errors import HeadwiseError, InvalidValueError
+from tests.runtime.batch.batches import Echo, answers, run, write
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 1}
+
+
+def prompts(path: Path, count: int) -> Path:
+    return write(path, *({"prompt": f"p{number}"} for number in range(1, count + 1)))
+
+
+def openai(url: str, body: dict[str, Any], name: str = "a") -> dict[str, Any]:
+    return {"custom_id": name, "method": "POST", "url": url, "body": body}
+
+
+def test_each_line_has_its_own_answer(tmp_path: Path) -> None:
+    source, target = prompts(tmp_path / "in", 600), tmp_path / "out"
+    echo = Echo()
+    summary, warnings = run(source, target, echo)
+    found = answers(target)
+    assert {number: one["outputs"][0]["text"] for number, one in found.items()} == {n: f"p{n}" for n in range(1, 601)}
+    assert (summary.lines, summary.done, summary.failed, summary.before) == (600, 600, 0, 0)
+    assert (summary.prompt_tokens, summary.completion_tokens) == (1800, 600) and not warnings
+    assert echo.most == run_module.MAX_IN_FLIGHT
+
+
+def test_lines_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the input, no more of it is in memory than is asked at the same time, and one."""
+    monkeypatch.setattr(run_module, "MAX_IN_FLIGHT", 4)
+    source, ahead, most = prompts(tmp_path / "in", 50), 0, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal ahead, most
+        for line in read_lines(*arguments):
+            ahead += 1
+            most = max(most, ahead)
+            yield line
+
+    def end(number: int) -> None:
+        nonlocal ahead
+        ahead -= 1
+
+    with Output(tmp_path / "out") as output:
+        batch = run_module.Batch(source, output, {})
+        monkeypatch.setattr(run_module, "read_lines", counted)
+        run_module.asyncio.run(batch.run(Echo(end), print))
+    assert most <= 4 + 1
+
+
+def test_a_bad_line_stops_no_other(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"prompt": "a"}, b"nonsense", {"prompt": "b"}, {"prompt": "c", "n": 0})
+
+    def refuse(number: int) -> None:
+        if number == 3:
+            raise LineError("invalid_value", "prompt='b': too long", "prompt")
+
+    summary, _ = run(source, tmp_path / "out", Echo(refuse))
+    found = answers(tmp_path / "out")
+    assert (summary.done, summary.failed) == (4, 3)
+    assert found[1]["error"] is None and found[1]["line"] == 1
+    assert found[2]["error"]["code"] == "invalid_line" and found[2]["response"] is None
+    assert found[3]["error"] == {"code": "invalid_value", "field": "prompt", "message": "prompt='b': too long"}
+    assert found[4]["error"]["field"] == "n"
+
+
+def test_openais_form(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "in",
+        openai("/v1/chat/completions", CHAT | {"model": "echo", "n": 2}, "chat"),
+        openai("/v1/completions", {"model": "other", "prompt": "abc", "logprobs": 2}, "completion"),
+        openai("/v1/completions", {"prompt": "abc", "n": 0}, "bad"),
+        openai("/v1/completions", {"prompt": "abc"}, "chat"),
+    )
+    _, warnings = run(source, tmp_path / "out", Echo())
+    found = answers(tmp_path / "out")
+    assert [found[n]["custom_id"] for n in range(1, 5)] == ["chat", "completion", "bad", "chat"]
+    assert warnings == ["line 2 asks for the model other; echo answers"]
+    chat, completion = (found[n]["response"]["body"] for n in (1, 2))
+    assert all(found[n]["error"] is None for n in found)
+    assert (chat["object"], completion["object"]) == ("chat.completion", "text_completion")
+    assert chat["usage"] == {
+        **{"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    assert [choice["index"] for choice in chat["choices"]] == [0, 1]
+    assert chat["choices"][0]["message"]["role"] == "assistant" and chat["choices"][0]["finish_reason"] == "stop"
+    [entry] = chat["choices"][0]["logprobs"]["content"]
+    assert (entry["token"], entry["logprob"], len(entry["top_logprobs"])) == ("<7>", -0.5, 1)
+    logprobs = completion["choices"][0]["logprobs"]
+    assert completion["choices"][0]["text"] == "abc" and logprobs["top_logprobs"] == [{"<7>": -0.5, "<8>": -1.0}]
+    for number, param in ((3, "n"), (4, "custom_id")):
+        assert found[number]["response"]["status_code"] == 400
+        assert found[number]["response"]["body"]["error"]["param"] == param
+
+
+def test_openais_own_types_read_the_output(tmp_path: Path) -> None:
+    types = pytest.importorskip("openai.types")
+    source = write(
+        tmp_path / "in",
+        openai("/v1/chat/completions", CHAT),
+        openai("/v1/completions", {"prompt": "abc", "logprobs": 2}, "b"),
+    )
+    run(source, tmp_path / "out", Echo())
+    found = answers(tmp_path / "out")
+    chat = types.chat.ChatCompletion.model_validate(found[1]["response"]["body"], strict=True)
+    assert chat.choices[0].logprobs.content[0].bytes == list(b"<7>")
+    assert types.Completion.model_validate(found[2]["response"]["body"], strict=True).choices[0].text == "abc"
+
+
+@given(st.data())
+def test_a_job_that_was_killed_goes_on_from_any_byte(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    lines: list[object] = [{"prompt": f"p{n}"} for n in range(5)]
+    source = write(folder / "in", *lines, b"nonsense", openai("/v1/chat/completions", CHAT))
+    target = folder / "out"
+    run(source, target, Echo())
+    whole = target.read_bytes()
+    cut = data.draw(st.integers(0, len(whole)))
+    target.write_bytes(whole[:cut])
+    kept = whole[:cut].count(b"\n")
+    echo = Echo()
+    summary, _ = run(source, target, echo)
+    assert answers(target).keys() == {1, 2, 3, 4, 5, 6, 7}
+    assert target.read_bytes().startswith(whole[: whole[:cut].rfind(b"\n") + 1])
+    assert (summary.before, summary.done, summary.failed) == (kept, 7, 1)
+    assert len(echo.asked) <= 7 - kept
+
+
+def test_lines_that_failed_are_not_tried_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", {"prompt": "a"}, b"nonsense")
+    run(source, tmp_path / "out", Echo())
+    echo = Echo()
+    summary, _ = run(source, tmp_path / "out", echo)
+    assert (summary.before, summary.failed, echo.asked) == (2, 1, [])
+
+
+def test_lines_may_be_added_at_the_end(tmp_path: Path) -> None:
+    run(prompts(tmp_path / "in", 3), tmp_path / "out", Echo())
+    echo = Echo()
+    run(prompts(tmp_path / "in", 5), tmp_path / "out", echo)
+    assert echo.asked == [4, 5] and answers(tmp_path / "out").keys() == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "holds the answer to another question for line 1 "),
+        (lambda lines: [lines[0], {"prompt": "p2", "n": 1}, *lines[2:]], "another question for line 2 "),
+        (lambda lines: lines[:2], "holds an answer to line 3, and the input ends with line 2"),
+        (lambda lines: [{"prompt": "new"}, *lines], "another question for line 1 "),
+    ],
+)
+def test_another_input_for_the_same_output_is_noticed(
+    tmp_path: Path, change: Callable[[list[object]], list[object]], said: str
+) -> None:
+    lines: list[object] = [{"prompt": f"p{number}"} for number in (1, 2, 3)]
+    run(write(tmp_path / "in", *lines), tmp_path / "out", Echo())
+    before, echo = (tmp_path / "out").read_bytes(), Echo()
+    with pytest.raises(InvalidValueError, match=said):
+        run(write(tmp_path / "in", *change(lines)), tmp_path / "out", echo)
+    assert (tmp_path / "out").read_bytes() == before and not echo.asked
+
+
+def test_other_flags_or_another_model_are_noticed(tmp_path: Path) -> None:
+    source, target = prompts(tmp_path / "in", 2), tmp_path / "out"
+    run(source, target, Echo(), context=b"one")
+    with pytest.raises(InvalidValueError, match="the input or a flag was changed"):
+        run(source, target, Echo(), context=b"other")
+    prompts(source, 3)
+    other = Echo()
+    other.model = "other"
+    with pytest.raises(InvalidValueError, match="holds answers of the model echo, not of other"):
+        run(source, target, other, context=b"one")
+
+
+@pytest.mark.parametrize("held", [b"hello", b"hello\n", b'{"id": 5}\n', b'{"id": "batch_req_x"}\n', b"\0\0\0"])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, held: bytes) -> None:
+    (tmp_path / "out").write_bytes(held)
+    with pytest.raises(InvalidValueError, match=r"--output=.*its line 1 is no answer"):
+        Output(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == held
+
+
+def test_two_answers_to_one_line_are_noticed(tmp_path: Path) -> None:
+    run(prompts(tmp_path / "in", 1), tmp_path / "out", Echo())
+    (tmp_path / "out").write_bytes(2 * (tmp_path / "out").read_bytes())
+    with pytest.raises(InvalidValueError, match="two answers to line 1 of the input, the second in its line 2"):
+        Output(tmp_path / "out")
+
+
+def test_two_jobs_do_not_write_one_output(tmp_path: Path) -> None:
+    with Output(tmp_path / "out"), pytest.raises(OutputBusyError, match=r"--output=.*another job writes this file"):
+        Output(tmp_path / "out")
+    with Output(tmp_path / "out"):
+        pass
+
+
+def test_what_ends_the_batch_keeps_what_is_done(tmp_path: Path) -> None:
+    source, target = prompts(tmp_path / "in", 300), tmp_path / "out"
+
+    def die(number: int) -> None:
+        if number == 200:
+            raise HeadwiseError("the engine has ended")
+
+    with pytest.raises(HeadwiseError, match="the engine has ended"):
+        run(source, target, Echo(die))
+    assert 0 < len(answers(target)) < 300 and 200 not in answers(target)
+    echo = Echo()
+    summary, _ = run(source, target, echo)
+    assert len(answers(target)) == 300 and len(echo.asked) + summary.before == 300
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target, written = prompts(tmp_path / "in", 9), tmp_path / "out", 0
+    write_some = os.write
+
+    def full(file: int, data: bytes) -> int:
+        nonlocal written
+        written += 1
+        if written > 4:
+            raise OSError(28, "No space left on device")
+        return write_some(file, data[:200] if written == 4 else data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.os, "write", full)
+        with pytest.raises(HeadwiseError, match=r"No space left on device; make room, and run the same command"):
+            run(source, target, Echo())
+    assert len(answers(target)) == 3
+    run(source, target, Echo())
+    assert len(answers(target)) == 9
+
+
+def test_the_files_of_a_batch_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"--input=.*there is no such file"):
+        check_files(tmp_path / "in", tmp_path / "out")
+    write(tmp_path / "in", {})
+    (tmp_path / "out").symlink_to(tmp_path / "in")
+    with pytest.raises(InvalidValueError, match=r"--output=.*is the input"):
+        check_files(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InvalidValueError, match=r"--output=.*cannot be written: Is a directory"):
+        Output(tmp_path)
+
+
+def test_an_empty_input_has_an_empty_output(tmp_path: Path) -> None:
+    summary, _ = run(write(tmp_path / "in"), tmp_path / "out", Echo())
+    assert summary.lines == 0 and (tmp_path / "out").read_bytes() == b""
+
+
+def test_an_output_line_is_ascii(tmp_path: Path) -> None:
+    run(write(tmp_path / "in", {"prompt": "\ud83d"}), tmp_path / "out", Echo())
+    assert json.loads((tmp_path / "out").read_text("ascii"))["outputs"][0]["text"] == "\ud83d"
