@@ -95,13 +95,13 @@ def generate(
     attention: Attention = None,
     as_json: AsJson = False,
 ) -> None:
-    """Complete a prompt, or answer it with --chat; or answer a file of prompts, --input to --output.
+    """Complete a prompt, or a file of prompts.
 
     The text streams to stdout, everything else goes to stderr. The model is loaded here (--model), or a running server
     is asked (--server). By default the most likely token is taken each time, and at most 128 are.
 
-    With --input, the flags are for lines that do not say otherwise. The exit code is 1 if some lines could not be
-    answered; the output says why.
+    With --chat, the prompt is answered. With --input, the flags are for lines that do not say otherwise, and the exit
+    code is 1 if some lines could not be answered; the output says why.
     """
     from headwise.runtime import SamplingParams
 
