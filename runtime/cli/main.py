@@ -1,5 +1,9 @@
-"""The command line: ``headwise generate | chat | serve | status | scale | restart | drain | plan | doctor | warmup |
-bench | chaos``."""
+"""The command line: ``headwise generate | chat | serve | submit | status | scale | restart | drain | plan | doctor |
+warmup | bench | chaos``.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 4 a Ray cluster does not run a job;
+130 interrupted. ``submit`` has those of the command that it runs, and 143 if somebody else stopped it.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from headwise.runtime.cli.plan import plan
 from headwise.runtime.cli.printing import print_json
 from headwise.runtime.cli.serve import serve
 from headwise.runtime.cli.status import status
+from headwise.runtime.cli.submit import NOT_RUN, submit
 from headwise.runtime.cli.warmup import warmup
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError, UnsupportedModelError
 
@@ -37,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, status, scale, restart, drain, plan, doctor, warmup, chaos):
+for command in (generate, chat, serve, submit, status, scale, restart, drain, plan, doctor, warmup, chaos):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
@@ -72,10 +77,12 @@ def main() -> None:
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     from headwise.cluster.group import ShardGroupDied
+    from headwise.cluster.jobs import JobServerError
 
     codes: list[tuple[type[BaseException] | tuple[type[BaseException], ...], int]] = [
         ((FlagError, InvalidValueError, UnsupportedModelError, CheckpointError), 2),
         (ShardGroupDied, 3),
+        (JobServerError, NOT_RUN),
         (HeadwiseError, 1),
     ]
     try:

@@ -1,0 +1,184 @@
+"""``headwise submit``: another command of ours, as a job on a Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headwise.runtime.cli.options import AsJson, FlagError, option
+from headwise.runtime.cli.printing import print_json, write
+
+if TYPE_CHECKING:
+    from headwise.cluster.jobs import Job, JobServer, JobState
+
+INTERRUPTED, STOPPED, NOT_RUN, NOT_FOUND = 130, 143, 4, 127
+"""Exit codes: Ctrl-C, here; stopped by somebody else; the job server is out of reach, or did not run the command; and
+the shell's, for a command that is not there."""
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def submit(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="-- <command>", help="A command as after headwise, such as serve --model smollm2."),
+    ],
+    address: Annotated[
+        str, option("url", "The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+    checkout: Annotated[
+        Path | None,
+        option(
+            "folder",
+            "Build a wheel of this checkout, and run that; nodes need what it depends on. Default: what nodes have.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        option(
+            "folder",
+            "Copy this folder there, and run the command in the copy. Default: where Ray was started.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        option("name=value", "A variable of the job, which Ray keeps in clear text; may be given several times."),
+    ] = None,
+    job_id: Annotated[
+        str | None, option("name", "The job's name, which none there ever had; default: a new one.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show its output until it ends.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a command on a Ray cluster, as a job.
+
+    Shown on stdout is what the job writes; with --json one object on stdout in the end, and the rest on stderr. Files
+    that the command names are those of the cluster's head. Ctrl-C stops the job, which drains as by SIGTERM; the second
+    one leaves at once. A Ray that asks for a token gets that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with
+    RAY_AUTH_MODE=token.
+
+    The exit code is the command's own; 130 after Ctrl-C; 143 if somebody else stopped the job; 4 if the cluster cannot
+    be reached, or could not run the command.
+    """
+    from headwise.cluster.jobs import Job
+    from headwise.cluster.ray_jobs import RayJobServer
+    from headwise.runtime.jobs.checkout import packages_of
+    from headwise.runtime.jobs.command import job_environment, relative_output, secret_names, shell_command
+
+    words = command[1:] if command[0] == "headwise" else command
+    if not words or words[0] == "submit":
+        raise FlagError("COMMAND", "must be another command of headwise", "such as: -- serve --model …")
+    if job_id is not None and not _ID.fullmatch(job_id):
+        raise FlagError("--job-id", "has 1 to 128 letters, digits, dots, dashes and underscores", "give another")
+    if working_dir is not None and (lost := relative_output(words)):
+        fix = "give a path from / on, of a disk that stays"
+        raise FlagError("--output", f"{lost} would be in the copy of --working-dir, which goes when the job ends", fix)
+    environment = job_environment(env or (), words)
+    if names := secret_names(environment):
+        _say(f"{', '.join(names)}: Ray keeps this in clear text, for all who may ask it about jobs; use a file instead")
+    server = RayJobServer(address)
+    name = job_id or f"headwise-{secrets.token_hex(6)}"
+    with tempfile.TemporaryDirectory(prefix="headwise-submit-") as folder:
+        packages = packages_of(checkout, Path(folder)) if checkout is not None else ()
+        _submit(server, Job(name, shell_command(words, bool(packages)), environment, packages, working_dir))
+    if not wait:
+        print_json({"job_id": name, "address": address}) if as_json else print(name)
+        return
+    _say(f"job {name} is submitted; Ctrl-C stops it")
+    state, stopped = asyncio.run(_follow(server, name, as_json))
+    code = exit_code(state, stopped)
+    _say(ending(name, state, stopped))
+    if as_json:
+        about = {"job_id": name, "status": state.status, "exit_code": state.exit_code, "stopped_here": stopped}
+        print_json(about)
+    sys.exit(code)
+
+
+def exit_code(state: JobState, stopped_here: bool) -> int:
+    """Of a job that has ended. A command that a signal ended has 128 more than the signal's number."""
+    if state.status == "STOPPED":
+        return INTERRUPTED if stopped_here else STOPPED
+    if state.status == "SUCCEEDED":
+        return 0
+    if not state.exit_code:
+        return NOT_RUN
+    return state.exit_code if state.exit_code > 0 else 128 - state.exit_code
+
+
+def ending(name: str, state: JobState, stopped_here: bool) -> str:
+    """A sentence about it."""
+    if state.status == "STOPPED":
+        return f"job {name} was stopped{'' if stopped_here else ' by somebody else'}"
+    if state.status == "SUCCEEDED":
+        return f"job {name} is done"
+    if not state.exit_code:
+        return f"job {name} did not run: {state.message.strip()[-1000:]}"
+    hint = ""
+    if state.exit_code == NOT_FOUND:
+        hint = ": no headwise on the PATH that Ray was started with; start Ray from its environment, or give --checkout"
+    return f"job {name} failed with exit code {exit_code(state, False)}{hint}"
+
+
+def _submit(server: JobServer, job: Job) -> None:
+    try:
+        server.submit(job)
+    except KeyboardInterrupt:
+        with suppress(Exception):  # it may have begun, or not
+            server.stop(job.id)
+        raise
+
+
+async def _follow(server: JobServer, name: str, as_json: bool) -> tuple[JobState, bool]:
+    """How the job ended, and whether it was stopped from here."""
+    from headwise.cluster.jobs import JobServerError, follow
+
+    loop, presses = asyncio.get_running_loop(), 0
+    stopping: set[asyncio.Task[None]] = set()
+    following = asyncio.ensure_future(follow(server, name, _to_stderr if as_json else write))
+
+    async def stop() -> None:
+        try:
+            await asyncio.to_thread(server.stop, name)
+        except JobServerError as error:
+            _say(f"{error}; the job goes on: ray job stop {name}")
+
+    def interrupt() -> None:
+        nonlocal presses
+        presses += 1
+        if presses == 1:
+            _say(f"stopping job {name}; Ctrl-C again leaves at once")
+            stopping.add(loop.create_task(stop()))
+        else:
+            following.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        return await following, presses > 0
+    except asyncio.CancelledError:
+        _say(f"job {name} may go on for a while: ray job status {name}")
+        raise KeyboardInterrupt from None
+    except JobServerError as error:
+        raise JobServerError(f"{error}; the job may go on: ray job status {name}") from error
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _say(text: str) -> None:
+    print(f"headwise: {text}", file=sys.stderr, flush=True)

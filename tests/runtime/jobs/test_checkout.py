@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from headwise.runtime.jobs import checkout
+from headwise.runtime.jobs.checkout import packages_of
+from headwise.workers.errors import InvalidValueError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.thorough
+def test_the_packages_of_this_checkout(tmp_path: Path) -> None:
+    """And building them leaves nothing in it."""
+    pytest.importorskip("build")
+    before = {path.name for path in ROOT.iterdir()}
+    found = packages_of(ROOT, tmp_path)
+    assert [path.name.partition("-")[0] for path in found] == ["headwise", "headwise"]
+    for file in ("runtime/cli/__main__.py", "workers/shard.py", "v1/inference_pb2.py"):
+        assert (found[0] / file).is_file()
+    assert (found[1] / "METADATA").is_file()
+    assert {path.name for path in ROOT.iterdir()} == before
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidValueError, match=r"--checkout=.*is no checkout of Headwise: it has no pyproject.toml"):
+        packages_of(tmp_path, tmp_path)
+    monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
+    assert importlib.util.find_spec is not None
+    with pytest.raises(InvalidValueError, match="needs the package build"):
+        packages_of(ROOT, tmp_path)
