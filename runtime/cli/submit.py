@@ -29,11 +29,16 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def submit(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="-- <command>", help="A command as after headwise, such as serve --model smollm2."),
+        typer.Argument(hidden=True),
     ],
     address: Annotated[
-        str, option("url", "The dashboard of the cluster's head.", envvar="RAY_API_SERVER_ADDRESS")
-    ] = "http://127.0.0.1:8265",
+        str | None,
+        option(
+            "url",
+            "The head's dashboard; default: http://127.0.0.1:8265.",
+            envvar="RAY_API_SERVER_ADDRESS",
+        ),
+    ] = None,
     checkout: Annotated[
         Path | None,
         option(
@@ -64,10 +69,12 @@ def submit(
 ) -> None:
     """Run a command on a Ray cluster, as a job.
 
-    Shown on stdout is what the job writes; with --json one object on stdout in the end, and the rest on stderr. Files
-    that the command names are those of the cluster's head. Ctrl-C stops the job, which drains as by SIGTERM; the second
-    one leaves at once. A Ray that asks for a token gets that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with
-    RAY_AUTH_MODE=token.
+    After -- comes the command, as it would after headwise: -- serve --model smollm2. Files that it names are those of
+    the cluster's head.
+
+    What the job writes is shown on stdout; with --json one object is on stdout in the end, and the rest on stderr.
+    Ctrl-C stops the job, which drains as by SIGTERM; the second one leaves at once. A Ray that asks for a token gets
+    that of RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token.
 
     The exit code is the command's own; 130 after Ctrl-C; 143 if somebody else stopped the job; 4 if the cluster cannot
     be reached, or could not run the command.
@@ -88,6 +95,7 @@ def submit(
     environment = job_environment(env or (), words)
     if names := secret_names(environment):
         _say(f"{', '.join(names)}: Ray keeps this in clear text, for all who may ask it about jobs; use a file instead")
+    address = address or "http://127.0.0.1:8265"
     server = RayJobServer(address)
     name = job_id or f"headwise-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="headwise-submit-") as folder:
