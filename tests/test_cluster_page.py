@@ -3,11 +3,13 @@ here."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from tests.test_operations import DEADLINE_S, serving
 
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in PAGE.split("\n## ")[1:]}
-NOT_HERE = ("kubectl ", "helm ", "docker ", "ray up ", "ray exec ", "ray down ", "ray job ", "python -m build")
+NOT_HERE = ("kubectl ", "helm ", "docker ", "ray up ", "ray exec ", "ray down ", "python -m build")
 """What needs a Kubernetes, Docker or other machines; or, as the last, is tested in tests/test_packaging.py."""
 
 
@@ -67,11 +69,15 @@ def test_every_command_of_headwise_has_the_flags_that_there_are(
     ours = [
         match.split()
         for command in found
-        for match in re.findall(r"\bheadwise ((?:serve|generate|bench|doctor) [^\"]*)", command)
+        for match in re.findall(
+            r"\b(?:headwise|headwise submit .* --) ((?:serve|generate|bench|doctor) [^\"]*)", command
+        )
     ]
-    assert len(ours) >= 7
+    assert len(ours) >= 12
     for words in ours:
         assert options([*words, *(["prompt"] if words[0] == "generate" else [])])
+    submitted = [command.split()[1:] for command in found if command.startswith("headwise submit ")]
+    assert len(submitted) == 3 and all(options(words) for words in submitted)
 
 
 def test_every_file_and_secret_that_is_named_is_there() -> None:
@@ -138,5 +144,45 @@ def test_on_kubernetes_with_the_server_here(tmp_path: Path, environment: dict[st
     with serving(f"{serve} --executor local", tmp_path, environment, drained=False):
         done = run_script("ready.py", "localhost:50051", str(tmp_path / "ca.pem"), folder=tmp_path)
         assert done.returncode == 0, done.stderr
-        answer = run([command for command in ours[first:] if "RAY_AUTH" not in command], tmp_path, environment)
+        others = [command for command in ours[first:] if "RAY_AUTH" not in command and "submit" not in command]
+        answer = run(others, tmp_path, environment)
     assert "Paris" in answer
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_jobs_and_batches(tmp_path: Path, environment: dict[str, str]) -> None:
+    """On the Ray of the section before. Ctrl-C ends the first server, the page the second."""
+    environment |= {"HEADWISE_CACHE": environment.get("HEADWISE_CACHE", str(Path.home() / ".cache" / "headwise"))}
+    environment |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    [token, start] = [command for command in commands("On a Ray cluster") if re.match("ray (get|start)", command)][:2]
+    run([token], tmp_path, environment)
+    with ray_node(start, tmp_path, environment):
+        _, serve, ask, serve_again, ask_again, stop = commands("Jobs")
+        with served_by_job(serve, tmp_path, environment) as job:
+            assert "Paris" in run([ask], tmp_path, environment)
+            job.send_signal(signal.SIGINT)
+            assert job.wait(DEADLINE_S) == 130
+        with served_by_job(serve_again, tmp_path, environment) as job:
+            assert "Paris" in run([ask_again], tmp_path, environment)
+            run([stop], tmp_path, environment)
+            assert job.wait(DEADLINE_S) == 0
+        said = run(commands("Batches"), tmp_path, environment)
+    assert said.count("3 of 3 lines done") == 1 and json.loads(said.splitlines()[-1])["done"] == 3
+    for name in ("answers.jsonl", "others.jsonl"):
+        assert "Paris" in (tmp_path / name).read_text()
+
+
+@contextmanager
+def served_by_job(command: str, folder: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """The command that submits a server, once that is ready."""
+    with subprocess.Popen(
+        f"exec {command}", shell=True, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.startswith("ready ") for line in process.stdout)
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield process
+        finally:
+            process.kill()

@@ -71,7 +71,7 @@ def test_the_headwise_of_a_checkout_is_what_runs(head: Head, tmp_path: Path) -> 
         *("--cpus-per-rank", "1", "--kv-memory", "8MiB"),
     )
     assert done.returncode == 0 and "1 of 1 lines done" in done.stdout, done.stderr
-    assert len(set(pids.read_text().split())) == 2
+    assert len(set(pids.read_text().split())) >= 2
 
 
 @contextmanager
