@@ -19,6 +19,9 @@ from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 MAX_BUSY_S = 600.0
 """How long a server may refuse a question because others wait."""
+MAX_AWAY_S = 60.0
+"""How long a server that has answered before may be out of reach: it may be started again."""
+_AWAY_PAUSE_S = 1.0
 _OF_THE_LINE = (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE, StatusCode.DEADLINE_EXCEEDED)
 """What a server says of one question; anything else is said of all."""
 _MAX_TEXTS = 1 << 16
@@ -117,6 +120,7 @@ class ServerAnswerer(Answerer):
     def __init__(self, client: AsyncClient, model: str) -> None:
         super().__init__()
         self._client, self.model = client, model
+        self._away_since: float | None = None
 
     @classmethod
     async def connect(cls, client: AsyncClient) -> ServerAnswerer:
@@ -131,24 +135,41 @@ class ServerAnswerer(Answerer):
         while True:
             try:
                 done = await self._client.generate(question.prompt, question.params)
+                self._away_since = None
                 break
             except InvalidValueError as error:
                 raise LineError("invalid_value", str(error), error.field) from None
             except ServerError as error:
-                busy = error.code is StatusCode.RESOURCE_EXHAUSTED
-                if busy and error.retry_after_s is not None and time.monotonic() < deadline:
-                    await asyncio.sleep(error.retry_after_s)
-                elif error.code in _OF_THE_LINE or (busy and error.retry_after_s is None):
-                    code = "invalid_value" if error.code is StatusCode.INVALID_ARGUMENT else "failed"
-                    status = 400 if code == "invalid_value" else 500
-                    raise LineError(code, str(error), error.field, status) from None
-                else:
-                    raise
+                await asyncio.sleep(self._pause(error, deadline))
         samples = [
             Sample(s.index, s.text, s.token_ids, s.logprobs, s.finish_reason or "abort", s.stop_reason, s.error)
             for s in done.samples
         ]
         return Answer(self.model, samples, done.prompt_tokens, done.cached_tokens)
+
+    def _pause(self, error: ServerError, deadline: float) -> float:
+        """In how many seconds to ask again.
+
+        Raises:
+            LineError: the question is wrong.
+            ServerError: asking again is of no use.
+        """
+        now = time.monotonic()
+        if error.code is StatusCode.UNAVAILABLE:
+            self._away_since = self._away_since or now
+            if now - self._away_since < MAX_AWAY_S:
+                return _AWAY_PAUSE_S
+            raise error
+        self._away_since = None
+        busy = error.code is StatusCode.RESOURCE_EXHAUSTED
+        if busy and error.retry_after_s is not None and now < deadline:
+            return error.retry_after_s
+        # What is too large for a message is refused so, too, but with no word of when to try again.
+        if error.code in _OF_THE_LINE or (busy and error.retry_after_s is None):
+            wrong = error.code is StatusCode.INVALID_ARGUMENT
+            code, status = ("invalid_value", 400) if wrong else ("failed", 500)
+            raise LineError(code, str(error), error.field, status)
+        raise error
 
     async def _decode(self, token: int) -> str:
         return await self._client.detokenize([token], skip_special_tokens=False)

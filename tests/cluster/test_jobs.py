@@ -14,6 +14,7 @@ from headwise.cluster.jobs import JobServerError, JobState, follow
 from headwise.cluster.ray_jobs import RayJobServer
 from headwise.workers.errors import InvalidValueError
 from tests.cluster.fake_jobs import FakeJobServer
+from tests.effort import examples
 
 DONE = JobState("SUCCEEDED", 0)
 
@@ -33,6 +34,7 @@ def test_what_a_job_writes_and_how_it_ends() -> None:
         assert followed(FakeJobServer(("a\n", "b\n"), end)) == (end, "a\nb\n")
 
 
+@examples(60)
 @given(st.lists(st.text(min_size=1, max_size=5), max_size=6), st.lists(st.integers(0, 6), max_size=4))
 def test_nothing_comes_twice_after_a_connection_broke(text: list[str], breaks: list[int]) -> None:
     assert followed(FakeJobServer(tuple(text), DONE, tuple(breaks))) == (DONE, "".join(text))

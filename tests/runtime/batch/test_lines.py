@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from headwise.runtime.batch import lines as lines_module
 from headwise.runtime.batch.lines import read_lines
 from headwise.workers.errors import InvalidValueError
+from tests.effort import examples
 
 
 def test_blank_lines_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -36,6 +37,7 @@ def test_a_line_that_is_too_long_is_passed_over_and_told(tmp_path: Path, monkeyp
     assert next(read_lines(path)).digest != before
 
 
+@examples(100)
 @given(st.lists(st.binary(max_size=40).filter(lambda data: b"\n" not in data)))
 def test_lines_are_those_of_the_file(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("lines") / "in"

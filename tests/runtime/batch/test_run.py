@@ -19,6 +19,7 @@ from headwise.runtime.batch.output import Output, OutputBusyError
 from headwise.runtime.batch.question import LineError
 from headwise.runtime.batch.run import check_files
 from headwise.workers.errors import HeadwiseError, InvalidValueError
+from tests.effort import examples
 from tests.runtime.batch.batches import Echo, answers, run, write
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 1}
@@ -127,6 +128,7 @@ def test_openais_own_types_read_the_output(tmp_path: Path) -> None:
 
 
 @given(st.data())
+@examples(50)
 def test_a_job_that_was_killed_goes_on_from_any_byte(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.mktemp("cut")
     lines: list[object] = [{"prompt": f"p{n}"} for n in range(5)]
