@@ -161,7 +161,9 @@ def test_rays_own_stop_drains_a_server(head: Head, smollm2: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_batch_whose_job_is_killed_and_submitted_again_has_every_line_once(head: Head, smollm2: Path) -> None:
     count = 120
-    write(head.folder / "prompts.jsonl", *({"prompt": f"Count on: {n},", "max_tokens": 24} for n in range(count)))
+    # Of different lengths, so that they do not end together.
+    lines = [{"prompt": f"Count on: {n},", "max_tokens": 8 + n // 2, "ignore_eos": True} for n in range(count)]
+    write(head.folder / "prompts.jsonl", *lines)
     target = head.folder / "answers.jsonl"
     words = [
         *("generate", "--input", "prompts.jsonl", "--output", "answers.jsonl", "--model", str(smollm2)),
