@@ -43,7 +43,10 @@ def packages_of(checkout: Path, into: Path) -> tuple[Path, ...]:
         else:
             shutil.copy(checkout / name, source / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(into), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
+    except subprocess.TimeoutExpired:
+        raise HeadwiseError(f"{_FLAG}={checkout.absolute()}: no wheel was built within {BUILD_S:g} s") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise HeadwiseError(f"{_FLAG}={checkout.absolute()}: no wheel can be built: {' '.join(said)}")

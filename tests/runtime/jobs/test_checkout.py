@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
 from headwise.runtime.jobs import checkout
 from headwise.runtime.jobs.checkout import packages_of
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,10 +25,25 @@ def test_the_packages_of_this_checkout(tmp_path: Path) -> None:
     assert {path.name for path in ROOT.iterdir()} == before
 
 
+@pytest.mark.thorough
+def test_a_checkout_of_which_no_wheel_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("build")
+    folder, into = tmp_path / "checkout", tmp_path / "into"
+    into.mkdir()
+    for name in ("proto", "workers", "cluster", "runtime"):
+        (folder / name).mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (folder / name).write_text("[[")
+    with pytest.raises(HeadwiseError, match=r"--checkout=.*no wheel can be built: .+"):
+        packages_of(folder, into)
+    monkeypatch.setattr(checkout, "BUILD_S", 0.0)
+    with pytest.raises(HeadwiseError, match="no wheel was built within 0 s"):
+        packages_of(folder, Path(shutil.copytree(into, tmp_path / "again", ignore=lambda *_: ["source"])))
+
+
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidValueError, match=r"--checkout=.*is no checkout of Headwise: it has no pyproject.toml"):
         packages_of(tmp_path, tmp_path)
     monkeypatch.setattr(checkout.importlib.util, "find_spec", lambda name: None)
-    assert importlib.util.find_spec is not None
     with pytest.raises(InvalidValueError, match="needs the package build"):
         packages_of(ROOT, tmp_path)

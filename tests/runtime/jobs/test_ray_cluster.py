@@ -74,6 +74,15 @@ def test_the_headwise_of_a_checkout_is_what_runs(head: Head, tmp_path: Path) -> 
     assert len(set(pids.read_text().split())) >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_folder_that_goes_along(head: Head, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model")
+    submit = ("headwise", "submit", "--address", head.address, "--working-dir", str(tmp_path))
+    done = head.run(*submit, "--", "plan", "model", "--json")
+    assert done.returncode == 0 and '"kv_bytes_per_token"' in done.stdout, done.stderr
+
+
 @contextmanager
 def streams(address: str) -> Iterator[list[Completion]]:
     """That many streams, once each has begun; afterwards, what has come of them. They go on for longer after the block
