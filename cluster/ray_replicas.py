@@ -154,8 +154,7 @@ class RayReplica(Replica):
 
 
 class RayReplicas(ReplicaFactory):
-    """Joins Ray, or starts one on this machine, as a single engine does. Make it on a thread that lives until
-    :meth:`close`: Linux ends the processes of a Ray that is started here together with the thread that started it."""
+    """Joins Ray, or starts one on this machine, as a single engine does."""
 
     def __init__(self, host: type[Host], ranks: Sequence[int], address: str | None = None) -> None:
         """
