@@ -128,6 +128,15 @@ def test_two_replicas_compute_the_same_and_one_that_is_killed_takes_its_ranks_al
 
 
 @pytest.mark.thorough
+def test_a_fraction_of_the_memory_is_shared_out_evenly(
+    replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
+) -> None:
+    made = [replicas.start(f"replica-{n}", settings | {"kv_memory": 0.02}, deaths) for n in (1, 2)]
+    one, other = (replica.about["num_blocks"] for replica in made)
+    assert one == other > 1000
+
+
+@pytest.mark.thorough
 def test_a_replica_that_is_stopped_is_silent_and_can_be_closed(
     replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:

@@ -113,6 +113,17 @@ def test_tokens_are_those_of_one_engine_when_a_prefill_replica_dies(pools: Pools
     assert pools.computed_by(16) == "replica-3"
 
 
+def test_shards_that_are_started_again_meet_who_serves_now(pools: Pools) -> None:
+    pools.use("replica-1")
+    pools.use("replica-2")
+    before = pools.talk.replica.host._started.engine.generation
+    assert before.group._mailbox is not None  # type: ignore[attr-defined]
+    before.group._mailbox.declare_dead(0, "gone")  # type: ignore[attr-defined]
+    pools.talk.report(lambda report: report.epoch != before.epoch and not report.rebuilding)
+    pools.stats(lambda stats: {name: one["connected"] for name, one in stats["peers"].items()} == {"replica-2": True})
+    assert pools.computed_by(5) == "replica-2"
+
+
 def test_a_replica_that_does_all_itself_passes_peers_over(pools: Pools, caplog: pytest.LogCaptureFixture) -> None:
     talk: Talk[LocalReplica] = Talk(pools.start("alone", None))
     talk.say(Peers((("replica-1", "127.0.0.1:1"),)))
