@@ -31,6 +31,7 @@ from headwise.cluster.ray_watcher import RunWatcher, first_lines
 from headwise.cluster.replica import OnDeath, Replica, ReplicaFactory
 from headwise.cluster.replica_actor import Host, ReplicaActor
 from headwise.cluster.zmq_channel import ZmqEngineChannel
+from headwise.workers.leftovers import sweep
 
 CLOSE_TIMEOUT_S = 10.0
 """How long an engine gets to end once it is asked to before it is killed, and a killed one and its ranks to be gone."""
@@ -116,6 +117,7 @@ class RayReplica(Replica):
             with contextlib.suppress(Exception):  # Ray logs an error that nobody asked for
                 ray.get(ref, timeout=CLOSE_TIMEOUT_S)
         await_on_nodes(self._places)
+        sweep()  # of what it leaves on this host, if it was killed; on another its ranks see to it
         self._remove_placement()
 
     def _ranks(self) -> list[dict[str, Any]]:
@@ -261,7 +263,9 @@ class RayReplicas(ReplicaFactory):
         kind, amount = _demand(settings)
         with self._lock:
             free = {node: left.get(kind, 0.0) for node, left in available_resources_per_node().items()}
-            node_id = max(free, key=lambda node: free[node] - self._starting[node])
+            # Of a node that has just come it is not known yet what is free.
+            has = {node["NodeID"]: node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]}
+            node_id = max(has, key=lambda node: (free.get(node, 0.0) - self._starting[node], has[node]))
             self._starting[node_id] += amount  # type: ignore[assignment]
         try:
             yield node_id
