@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
@@ -29,6 +31,7 @@ class Head:
         folder: where Ray was started, and so where its jobs run.
         environment: of whom it lets in.
         address: of its job server.
+        joined_at: the address that other nodes join.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,21 +52,8 @@ class Head:
             *("--min-worker-port=0", "--max-worker-port=0"),
             *(f"--{flag}={port}" for flag, port in zip(flags, others, strict=True)),
         ]
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self._process = subprocess.Popen(
-            command, cwd=folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert self._process.stdout is not None
-        said = []
-        for line in self._process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
-            self.end()
-            raise AssertionError("".join(said))
-        # Or Ray would wait for somebody to read what it says.
-        threading.Thread(target=self._process.stdout.read, daemon=True).start()
+        self.address, self.joined_at = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{others[0]}"
+        self._process = _started(command, folder, self.environment)
 
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -91,15 +81,35 @@ class Head:
 
     def end(self) -> None:
         """Idempotent."""
-        processes = [self._process, *descendants(self._process.pid)]
-        self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(DEADLINE_S)
+            _end(self._process)
         finally:
-            for one in processes:
-                if isinstance(one, psutil.Process) and one.is_running():
-                    wait_until(lambda one=one: not is_alive(one))
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+class Node:
+    """Another node of a cluster, with two CPUs, for the length of a block."""
+
+    def __init__(self, head: Head) -> None:
+        command = [
+            *("ray", "start", "--block", f"--address={head.joined_at}", "--num-cpus=2", "--node-ip-address=127.0.0.1"),
+            *("--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"),
+        ]
+        self._process = _started(command, head.folder, head.environment)
+
+    def kill(self) -> None:
+        """All its processes at once, as when a machine loses its power."""
+        for process in [*descendants(self._process.pid), psutil.Process(self._process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(DEADLINE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.poll() is None:
+            _end(self._process)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,35 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     started = Head(tmp_path_factory.mktemp("head"))
     yield started
     started.end()
+
+
+def _started(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A ``ray start --block`` that has started."""
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "Ray runtime started" in line:
+            break
+    else:
+        _end(process)
+        raise AssertionError("".join(said))
+    # Or Ray would wait for somebody to read what it says.
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+    return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    processes = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(DEADLINE_S)
+    finally:
+        for one in processes:
+            wait_until(lambda one=one: not is_alive(one))
 
 
 def descendants(pid: int) -> list[psutil.Process]:
