@@ -243,6 +243,7 @@ def test_a_replica_on_another_node_is_reached_by_tcp(checkpoint: Callable[..., P
         cluster.wait_for_nodes()
         replicas = RayReplicas(ReplicaHost, [2], cluster.address)
         try:
+            wait_until(lambda: ray.available_resources().get("CPU") == 2)  # it takes a while until all nodes know
             settings = {"model": str(checkpoint("uneven")), "tensor_parallel_size": 2, "kv_memory": "16MiB"}
             replica = replicas.start("replica-1", settings, deaths)
             assert replica.channel._keys is not None  # type: ignore[attr-defined]
