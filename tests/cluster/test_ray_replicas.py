@@ -237,7 +237,9 @@ def test_a_front_that_is_killed_takes_all_along(checkpoint: Callable[..., Path],
 @pytest.mark.slow
 def test_a_replica_on_another_node_is_reached_by_tcp(checkpoint: Callable[..., Path], deaths: Deaths) -> None:
     ray.shutdown()  # the one of other tests
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+    # Connected before there is another node: this process may belong to any that there is.
+    head = {"num_cpus": 0, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
     try:
         cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
         cluster.wait_for_nodes()
