@@ -18,8 +18,12 @@ from headwise.runtime.client import Client, Completion, Increment
 from tests.runtime.jobs.conftest import DEADLINE_S, Head, Node, free_ports, processes_of, wait_until
 
 STREAMS, TOKENS = 8, 160
-PARAMS = SamplingParams(temperature=0.8, seed=7, max_tokens=TOKENS, ignore_eos=True)
 PROMPTS = [[number + 3] * 5 for number in range(STREAMS)]
+# Half of them are greedy.
+PARAMS = [
+    SamplingParams(temperature=0.8 * (number % 2), seed=7, max_tokens=TOKENS, ignore_eos=True)
+    for number in range(STREAMS)
+]
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def streams_across(address: str, happens: Callable[[], None]) -> list[list[int]]
     results: list[Completion] = []
 
     def stream(client: Client, number: int) -> None:
-        for item in client.stream(PROMPTS[number], PARAMS):
+        for item in client.stream(PROMPTS[number], PARAMS[number]):
             if isinstance(item, Increment):
                 tokens[number] += item.token_ids
                 if len(tokens[number]) == len(item.token_ids):
@@ -114,5 +118,6 @@ def test_a_group_over_both_nodes_and_a_node_that_is_lost(head: Head, smollm2: Pa
     with Node(head) as node, Node(head), served(head, smollm2, "--tp", "2", "--cpus-per-rank", "1.5") as address:
         [engine] = status(head, address)["replicas"]  # type: ignore[misc]
         assert len(engine["shards"]) == 2
-        assert streams_across(address, lambda: None) == right
-        assert streams_across(address, node.kill) == right
+        undisturbed = streams_across(address, lambda: None)
+        assert undisturbed[::2] == right[::2]  # a sampled token may fall between those of two ranks and of one
+        assert streams_across(address, node.kill) == undisturbed
