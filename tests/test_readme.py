@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ CANNOT_RUN = {
     ". .venv/bin/activate": "tests run in an environment of their own",
     'hf download HuggingFaceTB/SmolLM2-360M-Instruct --exclude "onnx/*" --local-dir smollm2-360m': "downloads a model",
     "pkill -9 -o -f ray::ShardActor": "kills a shard of whichever engine of this user is the oldest",
+    "pkill -9 -o -f ray::ReplicaActor": "kills the oldest replica of this user, whosever it is",
 }
 """Commands that no test runs, and why."""
 
@@ -61,6 +63,10 @@ def serves(snippet: str) -> bool:
 
 def asks_the_server(snippet: str) -> bool:
     return "127.0.0.1:" in snippet
+
+
+def asks_for_replicas(snippet: str) -> bool:
+    return snippet.startswith(("headwise status", "headwise scale ", "headwise restart "))
 
 
 def cases(which: Callable[[str], bool]) -> list[Any]:
@@ -117,21 +123,26 @@ def one_ray() -> Iterator[None]:
     ray_session.leave()
 
 
-@pytest.fixture(scope="module")
-def server(reader: None) -> Iterator[dict[str, str]]:
-    """The README's server on ports that are free; gives the addresses here by those in the README."""
-    [command] = filter(serves, commands())
-    free = ["--port", "0", "--openai-port", "0", "--json"]
-    arguments = [sys.executable, "-m", "headwise.runtime.cli", *shlex.split(command)[1:], *free]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+@contextmanager
+def serving(command: str, *flags: str) -> Iterator[dict[str, str]]:
+    """A server of the README on ports that are free; gives what it says when it is ready."""
+    arguments = [sys.executable, "-m", "headwise.runtime.cli", *shlex.split(command)[1:], "--port", "0", "--json"]
+    with subprocess.Popen([*arguments, *flags], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            ready = json.loads(process.stdout.readline())
-            yield {"127.0.0.1:50051": ready["address"], "http://127.0.0.1:8000/v1": ready["openai"]}
+            yield json.loads(process.stdout.readline())
         finally:
             process.terminate()
             process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def server(reader: None) -> Iterator[dict[str, str]]:
+    """The README's first server; gives the addresses here by those in the README."""
+    first, _ = filter(serves, commands())
+    with serving(first, "--openai-port", "0") as ready:
+        yield {"127.0.0.1:50051": ready["address"], "http://127.0.0.1:8000/v1": ready["openai"]}
 
 
 def test_every_command_runs_or_is_listed() -> None:
@@ -140,13 +151,19 @@ def test_every_command_runs_or_is_listed() -> None:
 
 
 @pytest.mark.usefixtures("reader", "one_ray")
-@pytest.mark.parametrize("snippet", cases(lambda snippet: not serves(snippet) and not asks_the_server(snippet)))
+@pytest.mark.parametrize(
+    "snippet",
+    cases(lambda snippet: not (serves(snippet) or asks_the_server(snippet) or asks_for_replicas(snippet))),
+)
 def test_snippet(snippet: str, headwise: Run, capfd: pytest.CaptureFixture[str]) -> None:
     run(snippet, headwise, capfd)
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if is_slow(command)])
-def test_slow_command_has_these_options(command: str, headwise: Run) -> None:
+@pytest.mark.parametrize(
+    "command", [command for command in commands() if is_slow(command) or serves(command) or asks_for_replicas(command)]
+)
+def test_command_has_these_options(command: str, headwise: Run) -> None:
+    """Of commands that no other test runs, or only a slow one."""
     assert headwise(*shlex.split(command)[1:], "--help")[0] == 0
 
 
@@ -155,3 +172,17 @@ def test_snippet_that_asks_the_server(
     snippet: str, server: dict[str, str], headwise: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run(snippet, headwise, capfd, **server)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_replicas_from_one_command_to_the_next(reader: None, headwise: Run) -> None:
+    """The section's commands in order, with a client that asks after each."""
+    _, serve = filter(serves, commands())
+    with serving(serve) as ready:
+        for command in filter(asks_for_replicas, commands()):
+            code, out, err = headwise(*shlex.split(command)[1:], "--server", ready["address"])
+            assert code == 0 and out + err, err
+            ask = ["generate", "--server", ready["address"], "--chat", "What is the capital of France?"]
+            assert "Paris" in headwise(*ask)[1]
+        assert "3 of 3 replicas serve" in headwise("status", "--server", ready["address"])[1]
