@@ -178,6 +178,10 @@ def _settings(flag: str, text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not name or not equals:
             raise FlagError(flag, "must be settings such as tp=1,kv-memory=1GiB", "put = between name and value")
+        if re.match("[0-9]+x", name):
+            raise FlagError(
+                flag, f"has no setting {name}", f'for several replicas put a space after x: {flag} "2x tp=1"'
+            )
         setting = _SHORT.get(name, name.replace("-", "_"))
         if setting in found:
             raise FlagError(flag, f"has {setting} twice", "leave it out once")

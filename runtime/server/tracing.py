@@ -80,7 +80,11 @@ def check_tracing(endpoint: str) -> None:
         InvalidValueError: the endpoint is no URL, another protocol is asked for, or a package is not installed.
     """
     url = urlsplit(endpoint)
-    if url.scheme not in ("http", "https") or not url.netloc:
+    try:
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of the port
+        is_url = False
+    if not is_url:
         limit = "must be the URL of a collector's port for OTLP over gRPC"
         raise InvalidValueError("--otlp-endpoint", endpoint, limit, "such as http://127.0.0.1:4317")
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):

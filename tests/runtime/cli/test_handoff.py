@@ -83,6 +83,8 @@ def test_peers_are_named_with_their_ports(peers: str) -> None:
         ({"prefill": "a:1,a:1"}, "--prefill: names a server twice"),
         ({"prefill": "tp=1,tp=2"}, "--prefill: has tensor_parallel_size twice"),
         ({"prefill": "=1"}, "--prefill"),
+        ({"prefill": "2xtp=1"}, '--prefill: has no setting 2xtp; .* "2x tp=1"'),
+        ({"prefill": "tp=1", "decode": "2xtp=1"}, '--decode: has no setting 2xtp; .* "2x tp=1"'),
         ({"prefill": ""}, "--role"),
         ({"role": "both"}, "--role: must be prefill or decode"),
         ({"role": "both", "prefill": "a:1"}, "--role: must be prefill or decode"),

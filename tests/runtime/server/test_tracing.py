@@ -219,7 +219,16 @@ def test_a_collector_that_is_down_is_said_once_and_holds_nobody_up(
 
 
 def test_what_is_wrong_is_refused_before_the_model_is_loaded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    for url in ("127.0.0.1:4317", "ftp://x", "http://", ""):
+    for url in (
+        "127.0.0.1:4317",
+        "ftp://x",
+        "http://",
+        "",
+        "http://x:port",
+        "http://x:99999",
+        "http://x:0",
+        "http://:1",
+    ):
         with pytest.raises(InvalidValueError, match="--otlp-endpoint"):
             check_tracing(url)
     check_tracing("https://collector:4317")
