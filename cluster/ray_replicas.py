@@ -172,6 +172,7 @@ class RayReplicas(ReplicaFactory):
         self._host, self._most_ranks = host, list(ranks)
         self._lock, self._closed = threading.Lock(), False
         self._replicas: list[RayReplica] = []
+        self._cancelled: set[str] = set()  # names
         self._starting: Counter[str] = Counter()  # by node, the CPUs or GPUs of replicas that take none of them yet
         self._wanted: dict[str, Any] = {}  # settings of the latest replica
         self._nodes_for = self._asked = 0  # so many replicas nodes are to be asked for, and were
@@ -186,6 +187,8 @@ class RayReplicas(ReplicaFactory):
             with self._lock:
                 if self._closed:
                     raise GroupStartError(f"replica {name} was to start after the end")
+                if name in self._cancelled:
+                    raise GroupStartError(f"replica {name} was cancelled before it started")
                 replica = RayReplica(name, node_id, on_death)
                 self._replicas = [one for one in self._replicas if not one._ended.is_set()] + [replica]
                 self._wanted = settings
@@ -196,6 +199,13 @@ class RayReplicas(ReplicaFactory):
                 replica.close(ask=False)
                 raise
         return replica
+
+    def cancel(self, name: str) -> None:
+        with self._lock:
+            self._cancelled.add(name)
+            found = [replica for replica in self._replicas if replica.name == name]
+        for replica in found:
+            replica.close(ask=False)
 
     def has_room(self, settings: dict[str, Any]) -> bool:
         kind, amount = _demand(self._resolved(settings))

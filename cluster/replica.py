@@ -55,8 +55,12 @@ class ReplicaFactory(ABC):
             on_death: called once, on any thread, when the process dies or its engine ends, unless close() came first.
 
         Raises:
-            HeadwiseError: it cannot be started; as an engine in this process would say it.
+            HeadwiseError: it cannot be started, as an engine in this process would say it; or it was cancelled.
         """
+
+    @abstractmethod
+    def cancel(self, name: str) -> None:
+        """Has :meth:`start` give up a replica that nobody wants any more, if it is still starting, or will be."""
 
     @abstractmethod
     def has_room(self, settings: dict[str, Any]) -> bool:

@@ -58,6 +58,9 @@ class LocalReplicas(ReplicaFactory):
         self.started.append(replica)
         return replica
 
+    def cancel(self, name: str) -> None:
+        pass  # it will not take long
+
     def has_room(self, settings: dict[str, Any]) -> bool:
         return True
 

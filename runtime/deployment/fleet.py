@@ -14,7 +14,14 @@ from typing import Any, Protocol
 
 from headwise.cluster.supervisor import BACKOFF_S, MAX_BACKOFF_S, MAX_FAILURES, SOUND_S
 from headwise.runtime.deployment.control import Role, State
-from headwise.runtime.deployment.instructions import AskForNodes, EndReplica, GiveUp, Instruction, StartReplica
+from headwise.runtime.deployment.instructions import (
+    AskForNodes,
+    CancelStart,
+    EndReplica,
+    GiveUp,
+    Instruction,
+    StartReplica,
+)
 from headwise.runtime.deployment.messages import Report
 from headwise.workers.errors import InvalidValueError
 
@@ -188,6 +195,7 @@ class Fleet:
         if member.state == "draining":  # nobody wants it any more
             self._end(member, True, now)
         else:
+            _logger.info("%s serves, with process %d on %s", name, pid, node)
             self._to(member, "serving", now)
             self._routes.joined(name)
             self._succeed(member, now)
@@ -199,13 +207,13 @@ class Fleet:
         member = self.members.pop(name, None)
         if member is None or member.state == "ended":
             return
-        _logger.warning("%s could not be started: %s", name, problem)
         wanted = member.state != "draining"
         self._to(member, "ended", now)
         member.problem = problem
         if (restart := self._restart) is not None and restart.next is member:
             self._restart_failed(restart, problem, no_room, now)
         elif wanted:
+            _logger.warning("%s could not be started: %s", name, problem)
             self._failed(member, now)
         self.settle(now)
 
@@ -283,12 +291,15 @@ class Fleet:
     def _drain(self, member: Member, now: float) -> None:
         was, member.drain_until = member.state, now + self._drain_timeout_s
         self._to(member, "draining", now)
-        if was in ("serving", "rebuilding"):
+        if was == "starting":  # maybe for minutes, where there is no room for it
+            self._out.append(CancelStart(member.name))
+        elif was in ("serving", "rebuilding"):
             self._routes.draining(member.name)
 
     def _look_at_drain(self, member: Member, now: float) -> None:
         if self._routes.num_requests(member.name) and now < member.drain_until and now - member.heard <= SILENCE_S:
             return
+        _logger.info("%s has drained, and ends", member.name)
         self._end(member, True, now)
         self._routes.left(member.name, False)
 
@@ -366,6 +377,7 @@ class Fleet:
             if (place_due := due.get(restart.todo.pop(0))) is not None:
                 restart.old, restart.next = place_due.member, self._start(place_due, now, extra=True)
                 return
+        _logger.info("the rolling restart is over")
         self._restart = None
 
     def _succeed(self, member: Member, now: float) -> None:
@@ -384,6 +396,7 @@ class Fleet:
         assert old is not None
         restart.old = restart.next = None
         if no_room:
+            _logger.info("%s ends before another takes its place: %s", old.name, problem)
             place = self._place_of(old)
             place.after, place.due = old.name, now
             self._drain(old, now)

@@ -17,6 +17,7 @@ from headwise.runtime.deployment.control import Role
 from headwise.runtime.deployment.deployment import Deployment, Heard
 from headwise.runtime.deployment.instructions import (
     AskForNodes,
+    CancelStart,
     EndReplica,
     GiveUp,
     Instruction,
@@ -213,6 +214,8 @@ class Front:
                 self._send(instruction)
             case StartReplica():
                 self._in_background(lambda: self._start(instruction))
+            case CancelStart(name):
+                self._in_background(lambda: self._factory.cancel(name))
             case EndReplica(name, ask):
                 self._in_background(lambda: self._close(name, ask and not self._hurried))
             case AskForNodes(replicas):

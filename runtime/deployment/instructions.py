@@ -25,6 +25,13 @@ class StartReplica:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelStart:
+    """A replica that is being started is not wanted any more. Whether it has started is to be told all the same."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class EndReplica:
     """End a replica's process, and say when it is gone.
 
@@ -58,4 +65,4 @@ class GiveUp:
     reason: str
 
 
-Instruction = StartReplica | EndReplica | Send | AskForNodes | GiveUp
+Instruction = StartReplica | CancelStart | EndReplica | Send | AskForNodes | GiveUp

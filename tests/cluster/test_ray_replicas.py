@@ -173,6 +173,29 @@ def test_an_engine_that_ends_is_a_death_with_its_cause(
     assert gone(pids(replica))
 
 
+def test_one_that_finds_no_room_can_be_cancelled(
+    replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
+) -> None:
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            replicas.start("replica-1", settings | {"cpus_per_rank": 100.0}, deaths)
+        except GroupStartError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    wait_until(lambda: any("ReplicaActor" in one for one in ray_session.living()))
+    replicas.cancel("replica-1")
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive() and len(failed) == 1 and deaths.told == []
+    wait_until(lambda: ray_session.living() == [])
+    replicas.cancel("replica-2")
+    with pytest.raises(GroupStartError, match="replica-2 was cancelled"):
+        replicas.start("replica-2", settings, deaths)
+
+
 def test_the_factory_ends_what_is_starting(replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths) -> None:
     failed: list[BaseException] = []
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headwise.runtime.deployment.deployment import Deployment
-from headwise.runtime.deployment.instructions import AskForNodes, EndReplica, GiveUp, Send, StartReplica
+from headwise.runtime.deployment.instructions import AskForNodes, CancelStart, EndReplica, GiveUp, Send, StartReplica
 from headwise.runtime.deployment.messages import (
     Abort,
     Add,
@@ -85,6 +85,7 @@ class Script:
     Attributes:
         replicas: those that have started, and are not closed.
         starting, ending: names, in order.
+        cancelled: names of those that started, and are not wanted any more.
         asked: so many nodes, each time.
         got: the tokens of each request, by key.
         ended: the requests that have ended, by key.
@@ -99,6 +100,7 @@ class Script:
         self.starting: list[StartReplica] = []
         self.ending: list[EndReplica] = []
         self.asked: list[int] = []
+        self.cancelled: list[str] = []
         self.over: str | None = None
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, Request] = {}
@@ -129,6 +131,8 @@ class Script:
             match instruction := out.pop(0):
                 case StartReplica():
                     self.starting.append(instruction)
+                case CancelStart(name):
+                    self.cancelled.append(name)
                 case EndReplica():
                     self.ending.append(instruction)
                 case AskForNodes(replicas):

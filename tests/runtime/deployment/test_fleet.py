@@ -141,10 +141,22 @@ def test_one_that_only_starts_is_scaled_down_first() -> None:
     script.deployment.scale(1)
     script.follow()
     [started] = script.starting
+    assert script.cancelled == [started.name], "there may be no room for it, which takes minutes to be known"
     script.start(started.name)
-    assert [one.name for one in script.ending] == [started.name]
+    assert [one.name for one in script.ending] == [started.name], "it was faster"
     script.close_all()
     assert script.states() == {"replica-1": "serving"}
+
+
+def test_one_that_was_cancelled_is_followed_by_none() -> None:
+    script = Script.serving(1)
+    script.deployment.scale(2)
+    script.follow()
+    script.deployment.scale(1)
+    script.follow()
+    script.fail_start(script.cancelled[0], "it was closed while it started")
+    script.wait(60)
+    assert script.names == [] and script.states() == {"replica-1": "serving"} and not script.problems()
 
 
 def test_after_the_drain_timeout_the_rest_goes_on_elsewhere() -> None:
