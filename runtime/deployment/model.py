@@ -173,7 +173,7 @@ def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFacto
     """
     if config.executor != "ray":
         limit = "each replica is a Ray actor, and so are its ranks"
-        raise InvalidValueError("--executor", config.executor, limit, "leave out --executor, or --replicas")
+        raise InvalidValueError("--executor", config.executor, limit, "leave out --executor, or have one engine")
     # Here and not above: one engine works where Ray is not installed.
     from headwise.cluster.ray_replicas import RayReplicas
     from headwise.runtime.deployment.host import ReplicaHost
