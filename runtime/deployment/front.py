@@ -154,14 +154,16 @@ class Front:
         self._end(ended)
 
     def _run_functions(self) -> bool:
-        """Runs the functions that wait, or waits for one until something is due; False once closed."""
-        timeout_s = max(0.0, self._ticked + TICK_S - time.monotonic())
+        """Runs the functions that wait, or waits for one, until something is due; False once closed."""
+        due = self._ticked + TICK_S
         try:
-            item = self._functions.get(timeout=timeout_s)
+            item = self._functions.get(timeout=max(0.0, due - time.monotonic()))
             while True:
                 if item is None:
                     return False
                 self._run_one(*item)
+                if time.monotonic() >= due:  # more may come all the time, and clients wait for what is there
+                    return True
                 item = self._functions.get_nowait()
         except queue.Empty:
             return True
