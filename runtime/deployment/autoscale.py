@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UP_WAIT_S = 2.0
-"""Waiting for a first token that is too long."""
+"""Waiting for a first token that is too long, without the time that the prompt itself takes."""
 UP_KV_USE = 0.9
 """Of the KV memory that is too much."""
 UP_LOOKS = 5
@@ -30,7 +30,7 @@ class Look:
     Attributes:
         now: seconds of a clock that only goes forward.
         wanted, serving: replicas.
-        wait_s: how long the request waits that waits for longest, or that a new one would wait.
+        wait_s: how long the request waits that waits for longest, but for the time that its own prompt takes.
         kv_use: the part of the KV memory of all replicas that requests hold.
         requests: that run or wait.
         rows: requests that a replica computes at a time.

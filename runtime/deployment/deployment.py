@@ -288,15 +288,19 @@ class Deployment:
         self._tokens = 0
         if self._autoscaler is None or self._fleet.restarting:
             return
-        serving = self._fleet.serving()
+        dispatcher = self._dispatcher
+        can_be = max(self._options.least, self._fleet.wanted - self._fleet.num_given_up)
+        if can_be < self._fleet.wanted:  # nothing is tried there any more, and no nodes need to be kept for it
+            self._fleet.scale(can_be, now)
+        serving, wanted = self._fleet.serving(), self._fleet.wanted
         reports = [member.report for member in serving if member.report is not None]
+        token_s = {m.name: m.report.token_s for m in serving if m.report is not None and m.report.token_s is not None}
         blocks, free = sum(one.num_blocks for one in reports), sum(one.num_free_blocks for one in reports)
-        dispatcher, wanted = self._dispatcher, self._fleet.wanted
         look = Look(
             now=now,
             wanted=wanted,
             serving=len(serving),
-            wait_s=dispatcher.oldest_wait_s(),
+            wait_s=dispatcher.longest_wait_s(token_s),
             kv_use=1 - free / blocks if blocks else 0.0,
             requests=dispatcher.num_running + dispatcher.num_waiting,
             rows=self._rows,

@@ -9,7 +9,7 @@ A request *waits* until a replica has computed a token for it. It is *held* whil
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headwise.runtime.deployment.blame import Blame
@@ -83,10 +83,21 @@ class Dispatcher:
         """Requests that replicas have died of, as far as is known."""
         return len(self._blame)
 
-    def oldest_wait_s(self) -> float:
-        """Since when the request waits that waits for longest, if anybody takes its tokens; 0 if none does."""
-        waiting = (self.now - live.since for live in self._waiting.values() if not live.request.paused)
-        return max(waiting, default=0.0)
+    def longest_wait_s(self, token_s: Mapping[str, float]) -> float:
+        """Of those whose tokens somebody takes, how long the request waits that waits for longest, but for the time
+        that its own prompt takes: with more replicas, that would be no less.
+
+        Args:
+            token_s: by replica, the seconds that a token of a prompt takes there, where it is known.
+        """
+        return max((self._wait_s(live, token_s) for live in self._waiting.values()), default=0.0)
+
+    def _wait_s(self, live: _Live, token_s: Mapping[str, float]) -> float:
+        request = live.request
+        if request.paused:
+            return 0.0
+        num_tokens = len(request.prompt_token_ids) + len(request.generated)
+        return max(0.0, self.now - live.since - num_tokens * token_s.get(live.replica, 0.0))
 
     def num_requests(self, name: str) -> int:
         return len(self._of.get(name, ()))

@@ -140,6 +140,11 @@ class Fleet:
         return len(self.places)
 
     @property
+    def num_given_up(self) -> int:
+        """Places where no replica is tried any more."""
+        return sum(map(self._given_up, self.places))
+
+    @property
     def restarting(self) -> bool:
         """Whether a rolling restart is under way."""
         return self._restart is not None

@@ -8,6 +8,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.cluster.supervisor import MAX_BACKOFF_S, MAX_FAILURES
 from headwise.runtime.deployment.autoscale import DOWN_S, UP_KV_USE, UP_LOOKS, UP_WAIT_S, Autoscaler, Look
 from headwise.runtime.deployment.deployment import DEMAND_S
 from tests.effort import examples
@@ -128,3 +129,32 @@ def test_a_deployment_follows_it_and_asks_for_nodes() -> None:
     script.close_all()
     assert script.deployment.status()["wanted"] == 1 and script.asked == [1, 2, 1]
     assert [*script.states().values()] == ["serving"]
+
+
+def test_a_long_prompt_alone_needs_no_second_replica() -> None:
+    script = Script.serving(1, least=1, most=3, autoscale=True)
+    script.add("long", prompt=range(10_000))
+    for _ in range(int(UP_WAIT_S) + 3 * UP_LOOKS):
+        script.report("replica-1", token_s=0.01, queued_tokens=5000, running=1)
+        script.wait(1, reports=False)
+    assert script.deployment.status()["wanted"] == 1, "each replica would take as long"
+    script.add("behind it")
+    for _ in range(int(UP_WAIT_S) + UP_LOOKS + 1):
+        script.report("replica-1", token_s=0.01, queued_tokens=5000, running=1)
+        script.wait(1, reports=False)
+    assert script.deployment.status()["wanted"] == 2
+
+
+def test_where_no_replica_can_be_started_no_nodes_are_kept_for_it() -> None:
+    script = Script.serving(1, least=1, most=3, autoscale=True)
+    for number in range(4):
+        script.add(f"r{number}")
+    script.wait(UP_WAIT_S + UP_LOOKS + 2)
+    assert script.asked == [1, 2]
+    for number in range(4):
+        script.deployment.abort(f"r{number}")
+    for _ in range(MAX_FAILURES):
+        [name] = script.names
+        script.fail_start(name, no_room=True)
+        script.wait(MAX_BACKOFF_S + 0.25)
+    assert script.deployment.status()["wanted"] == 1 and script.asked == [1, 2, 1]
