@@ -36,6 +36,10 @@ class GroupStartError(HeadwiseError):
     """The group could not be placed or started; the message says what was wanted and what there is."""
 
 
+class NoRoomError(GroupStartError):
+    """What the cluster has free is too little, and may be enough once others have ended."""
+
+
 class ShardGroup(ABC):
     """All ranks of one tensor-parallel model: the unit of placement and of failure.
 
@@ -145,7 +149,7 @@ class GroupFactory(ABC):
         :meth:`ShardGroup.load` until they are the only one; a group on GPUs must be the only one.
 
         Raises:
-            GroupStartError: there is no room for its ranks.
+            NoRoomError: there is no room for its ranks.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from ray._private.state import available_resources_per_node  # there is no publi
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from headwise.cluster import ray_session
-from headwise.cluster.group import GroupFactory, GroupStartError, ShardGroup
+from headwise.cluster.group import GroupFactory, NoRoomError, ShardGroup
 from headwise.cluster.ray_group import RayShardGroup
 from headwise.workers.spec import ShardSpec
 
@@ -46,7 +46,7 @@ class RayGroupFactory(GroupFactory):
             bundles, strategy = self._bundles(nodes, list(available_resources_per_node().values()))
             self._placement = placement_group(bundles, strategy, **_of_actor(strategy))
         if not self._placement.wait(self._start_timeout_s):
-            raise GroupStartError(self._no_room(self._placement, len(nodes)))
+            raise NoRoomError(self._no_room(self._placement, len(nodes)))
         return RayShardGroup(self._spec, self._placement, self._start_timeout_s)
 
     def close(self) -> None:

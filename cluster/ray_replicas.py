@@ -213,18 +213,20 @@ class RayReplicas(ReplicaFactory):
 
     def ask_for_nodes(self, num_replicas: int) -> None:
         with self._lock:
+            if self._closed:  # Ray would keep the nodes for nobody
+                return
             self._nodes_for = num_replicas
         self._request()
 
     def close(self) -> None:
         with self._lock:
-            first, self._closed = not self._closed, True
+            first, self._closed, self._nodes_for = not self._closed, True, 0
             replicas = list(self._replicas)
         if not first:
             return
         try:
             if ray.is_initialized():
-                self.ask_for_nodes(0)
+                self._request()
             threads = [threading.Thread(target=replica.close, daemon=True) for replica in replicas]
             for thread in threads:
                 thread.start()

@@ -55,6 +55,7 @@ class ReplicaFactory(ABC):
             on_death: called once, on any thread, when the process dies or its engine ends, unless close() came first.
 
         Raises:
+            NoRoomError: it finds no room.
             HeadwiseError: it cannot be started, as an engine in this process would say it; or it was cancelled.
         """
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from headwise.cluster.channel import ChannelError, Kind
-from headwise.cluster.group import GroupStartError
+from headwise.cluster.group import NoRoomError
 from headwise.cluster.replica import Replica, ReplicaFactory
 from headwise.runtime.deployment.control import Role
 from headwise.runtime.deployment.deployment import Deployment, Heard
@@ -77,7 +77,7 @@ class Front:
         self._functions = queue.SimpleQueue()
         self._replicas: dict[str, _Hold] = {}
         self._workers: set[threading.Thread] = set()
-        self._lock = threading.Lock()
+        self._lock, self._asking, self._nodes_for = threading.Lock(), threading.Lock(), 0
         self._closing = self._hurried = False
         self._ended: BaseException | None = None
         self._settled = threading.Event()
@@ -221,7 +221,8 @@ class Front:
             case EndReplica(name, ask):
                 self._in_background(lambda: self._close(name, ask and not self._hurried))
             case AskForNodes(replicas):
-                self._in_background(lambda: self._factory.ask_for_nodes(replicas))
+                self._nodes_for = replicas
+                self._in_background(self._ask_for_nodes)
             case GiveUp(reason):
                 raise NoReplicaError(reason)
 
@@ -251,6 +252,10 @@ class Front:
         self._workers.add(thread)
         thread.start()
 
+    def _ask_for_nodes(self) -> None:
+        with self._asking:  # one after another, and the last for as many as are wanted by then
+            self._factory.ask_for_nodes(self._nodes_for)
+
     def _start(self, instruction: StartReplica) -> None:
         name, settings = instruction.name, self._settings(instruction.role, instruction.place)
 
@@ -259,7 +264,7 @@ class Front:
 
         try:
             if instruction.extra and not self._factory.has_room(settings):
-                raise GroupStartError("there is no room for one more replica")
+                raise NoRoomError("there is no room for one more replica")
             replica = self._factory.start(name, settings, died)
             try:
                 self._check(replica.about)
@@ -267,7 +272,7 @@ class Front:
                 replica.close()
                 raise
         except Exception as error:
-            problem, no_room = str(error), isinstance(error, GroupStartError)
+            problem, no_room = str(error), isinstance(error, NoRoomError)
             if not isinstance(error, HeadwiseError):
                 _logger.exception("%s could not be started", name)
                 problem = f"{type(error).__name__}: {error}"

@@ -171,7 +171,7 @@ class GenerationFactory:
         """A group that is not loaded yet.
 
         Raises:
-            GroupStartError: there is no room for its ranks.
+            NoRoomError: there is no room for its ranks.
         """
         return self._groups.make()
 

@@ -300,3 +300,17 @@ def test_sampling_is_the_same_on_both_sides_of_the_channel(
     whole = (talk := Talk(one)).tokens(talk.add(prompts()[0], 40, sampling))
     rest = (talk := Talk(other)).tokens(talk.add(prompts()[0], 40, sampling, generated=whole[:17]))
     assert whole[:17] + rest == whole
+
+
+def test_no_nodes_are_asked_for_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("headwise.cluster.ray_replicas.request_resources", lambda bundles: asked.append(len(bundles)))
+    monkeypatch.setattr(ray_session, "join", lambda address: None)
+    monkeypatch.setattr(ray_session, "leave", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    replicas = RayReplicas(ReplicaHost, [1])
+    replicas._wanted = {"device": "cpu", "tensor_parallel_size": 1}
+    replicas.ask_for_nodes(3)
+    replicas.close()
+    replicas.ask_for_nodes(3)  # by a thread that comes late
+    assert asked == [3, 0]

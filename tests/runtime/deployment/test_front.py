@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
-from headwise.cluster.group import GroupStartError
+import pytest
+
+from headwise.cluster.group import GroupStartError, NoRoomError
+from headwise.cluster.queue_channel import QueueEngineChannel
 from headwise.cluster.replica import OnDeath, Replica, ReplicaFactory
 from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
@@ -31,6 +35,72 @@ class NoReplicas(ReplicaFactory):
 
     def close(self) -> None:
         pass
+
+
+class Idle(Replica):
+    """Computes nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.node, self.pid, self.about = name, "here", 1, {"num_blocks": 1, "block_size": 4}
+        self.channel = QueueEngineChannel(1)
+        self.closed = threading.Event()
+
+    def close(self, ask: bool = True) -> None:
+        self.closed.set()
+
+
+class OneReplica(NoReplicas):
+    """There is one, and for each further one an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.first, self._error, self.failed = Idle("replica-1"), error, threading.Event()
+
+    def has_room(self, settings: dict[str, Any]) -> bool:
+        return True
+
+    def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> Replica:
+        if name == self.first.name:
+            return self.first
+        self.failed.set()
+        raise self._error
+
+
+def test_the_last_number_of_nodes_is_asked_for_last() -> None:
+    overtaken, asked_last = threading.Event(), threading.Event()
+
+    class Slow(NoReplicas):
+        def ask_for_nodes(self, num_replicas: int) -> None:
+            if num_replicas == 1:
+                overtaken.wait(1.0)  # which must not happen
+            super().ask_for_nodes(num_replicas)
+            overtaken.set()
+            if len(self.asked) == 2:
+                asked_last.set()
+
+    factory = Slow()
+    front = Front(Deployment(ReplicaOptions(1), 4, 8), factory, lambda role, place: {}, lambda error: None)
+    try:
+        front.run(lambda deployment: deployment.scale(3))
+        assert asked_last.wait(DEADLINE_S) and factory.asked[-1] == 3
+    finally:
+        front.close()
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_the_old_one_goes_first_only_where_the_next_lacks_its_room(room: bool) -> None:
+    error = GroupStartError("it died while it started") if room else NoRoomError("1 rank wants 1 CPU")
+    factory = OneReplica(error)
+    front = Front(Deployment(ReplicaOptions(1), 4, 8), factory, lambda role, place: {}, lambda error: None)
+    try:
+        front.await_start()
+        front.run(lambda deployment: deployment.restart())
+        deadline = time.monotonic() + DEADLINE_S
+        while front.run(lambda deployment: deployment.status())["restarting"] and not factory.first.closed.is_set():
+            assert time.monotonic() < deadline
+        assert factory.failed.is_set() and factory.first.closed.is_set() is not room
+    finally:
+        front.close()
 
 
 def test_what_is_due_is_done_while_more_comes_all_the_time() -> None:
