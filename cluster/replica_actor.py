@@ -14,6 +14,10 @@ from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
 from headwise.workers.machine import free_host_memory
 from headwise.workers.processes import ProcessId
 
+FRONT_TIMEOUT_S = 60.0
+"""How long an engine waits for a front that does not read, as its process is stopped. If it ended, so would all others
+at once, and each would have to load its weights again."""
+
 
 class Host(Protocol):
     """An engine that serves a channel, as runtime/deployment/host.py has it."""
@@ -69,7 +73,7 @@ class ReplicaActor:
             HeadwiseError: what the engine has ended with.
         """
         assert self._host is not None, "load() comes first"
-        channel = ZmqShardChannel(endpoint)
+        channel = ZmqShardChannel(endpoint, FRONT_TIMEOUT_S)
         try:
             self._host.serve(channel)
         finally:

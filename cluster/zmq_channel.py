@@ -151,12 +151,16 @@ class ZmqEngineChannel(EngineChannel):
 
 
 class ZmqShardChannel(ShardChannel):
-    def __init__(self, endpoint: ShardEndpoint) -> None:
+    def __init__(self, endpoint: ShardEndpoint, send_timeout_s: float | None = None) -> None:
+        """Args: ``send_timeout_s``: how long a message may wait for an engine that does not read. Default:
+        SEND_TIMEOUT_S."""
         self._rank, self._lock = endpoint.rank.to_bytes(4, "big"), threading.Lock()
         self._context = zmq.Context()
         self._plans = _Inbox(self._context, self._connect(zmq.PULL, endpoint.plans, endpoint), "plans")
         self._transfers = _Inbox(self._context, self._connect(zmq.PULL, endpoint.transfers, endpoint), "transfers")
         self._replies = self._connect(zmq.PUSH, endpoint.replies, endpoint)
+        if send_timeout_s is not None:
+            self._replies.sndtimeo = int(send_timeout_s * 1000)
         self._error: BaseException | None = None
         self._transfers_over = False
         self._closed = False
@@ -270,4 +274,4 @@ def _send(socket: zmq.Socket[bytes], parts: list[bytes], receiver: str) -> None:
     try:
         socket.send_multipart(parts)
     except zmq.Again:
-        raise ChannelError(f"{receiver} has not read for {SEND_TIMEOUT_S:g} s") from None
+        raise ChannelError(f"{receiver} has not read for {int(socket.sndtimeo) / 1000:g} s") from None

@@ -222,6 +222,26 @@ def test_a_full_queue_is_an_error_and_loses_nothing(monkeypatch: pytest.MonkeyPa
     channel.close()
 
 
+def test_who_may_wait_for_longer_loses_nothing_while_the_engine_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.cluster.zmq_channel.SEND_TIMEOUT_S", 0.05)
+    channel, count = ZmqEngineChannel(1, "ipc"), 5000
+    rank = ZmqShardChannel(channel.endpoint(0), DEADLINE_S)
+
+    def send() -> None:
+        for number in range(count):
+            rank.send(Kind.OUTPUT, number.to_bytes(4, "big"))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    thread.join(1.0)
+    assert thread.is_alive(), "the queue is full"
+    received = [channel.receive(DEADLINE_S) for _ in range(count)]
+    assert [int.from_bytes(message[2], "big") for message in received if message] == list(range(count))
+    thread.join(DEADLINE_S)
+    rank.close(linger_s=0)
+    channel.close()
+
+
 def test_unknown_transport() -> None:
     with pytest.raises(InvalidValueError, match="transport='udp'"):
         ZmqEngineChannel(1, "udp")
