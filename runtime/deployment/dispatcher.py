@@ -53,7 +53,7 @@ class Dispatcher:
         self._samples: dict[str, dict[str, _Live]] = {}  # by request id, then by key
         self._by_number: dict[int, _Live] = {}
         self._of: dict[str, dict[int, _Live]] = {}  # by replica, then by number; of those that have not left
-        self._open: set[str] = set()  # replicas that take requests
+        self._open: dict[str, int] = {}  # replicas that take requests, and the most tokens of one there
         self._idle: set[str] = set()  # replicas without shards
         self._held: dict[str, _Live] = {}  # by key, whose turn is next first
         self._alone: set[str] = set()  # keys of those that are to be computed alone, and are
@@ -148,9 +148,9 @@ class Dispatcher:
             live.request.error = reason
             self._finish(live, end(live.request, live.text, FinishReason.ERROR), tell=False)
 
-    def joined(self, name: str) -> None:
+    def joined(self, name: str, most_tokens: int) -> None:
         self._idle.discard(name)
-        self._open.add(name)
+        self._open[name] = most_tokens
         self._of.setdefault(name, {})
         self.follow(self._router.joined(name))
         for idle in [*self._idle]:
@@ -158,19 +158,19 @@ class Dispatcher:
         self.place_held()
 
     def draining(self, name: str) -> None:
-        self._open.discard(name)
+        self._open.pop(name, None)
         self._router.draining(name)
 
     def rebuilding(self, name: str) -> None:
         """Its requests go on elsewhere, or else wait until it has shards again."""
-        self._open.discard(name)
+        self._open.pop(name, None)
         self._idle.add(name)
         self._router.left(name)
         if self._open:
             self._move(name, True)
 
     def left(self, name: str, died: bool) -> None:
-        self._open.discard(name)
+        self._open.pop(name, None)
         self._idle.discard(name)
         self._router.left(name)
         self._move(name, died, tell=False)
@@ -235,7 +235,11 @@ class Dispatcher:
         choice = None
         if self._open and not self._stands_back(request):
             num_tokens = len(request.prompt_token_ids) + len(request.generated)
-            choice = self._router.route(request.key, digests, num_tokens)
+            most = len(request.prompt_token_ids) + request.max_tokens
+            too_small = [name for name, tokens in self._open.items() if tokens < most]
+            choice = self._router.route(request.key, digests, num_tokens, too_small)
+            if choice is None:  # and one of them will say what does not fit
+                choice = self._router.route(request.key, digests, num_tokens)
         if choice is None:
             self._held[request.key] = live
             return

@@ -61,6 +61,13 @@ class Member:
     report: Report | None = None
     stats: dict[str, Any] | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a request that it can compute, once it has said something of itself. A later group of its shards may have
+        less memory."""
+        num_blocks = self.report.num_blocks if self.report is not None else self.about["num_blocks"]
+        return min(int(self.about["max_model_len"]), int(num_blocks * self.about["block_size"]))
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -82,8 +89,8 @@ class Place:
 class Routes(Protocol):
     """Who sends requests to replicas, and is told which take some."""
 
-    def joined(self, name: str) -> None:
-        """It takes requests."""
+    def joined(self, name: str, most_tokens: int) -> None:
+        """It takes requests. Args: ``most_tokens``: of the prompt and the output of each."""
 
     def draining(self, name: str) -> None:
         """It gets no new ones, and ends those it has."""
@@ -202,7 +209,7 @@ class Fleet:
         else:
             _logger.info("%s serves, with process %d on %s", name, pid, node)
             self._to(member, "serving", now)
-            self._routes.joined(name)
+            self._routes.joined(name, member.most_tokens)
             self._succeed(member, now)
         self.settle(now)
         return True
@@ -258,7 +265,7 @@ class Fleet:
             self._routes.rebuilding(name)
         elif not report.rebuilding and member.state == "rebuilding":
             self._to(member, "serving", now)
-            self._routes.joined(name)
+            self._routes.joined(name, member.most_tokens)
         return member
 
     def settle(self, now: float) -> None:

@@ -39,7 +39,7 @@ class PrefillPool:
 
     # What a fleet asks of who sends requests to its replicas.
 
-    def joined(self, name: str) -> None:
+    def joined(self, name: str, most_tokens: int) -> None:
         pass
 
     def draining(self, name: str) -> None:

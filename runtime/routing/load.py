@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,6 +152,17 @@ class Loads:
             mixed = (self._seed[equal] ^ np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
             return int(equal[(mixed ^ (mixed >> np.uint64(32))).argmax()])
         return int(equal[0])
+
+    @contextmanager
+    def without(self, slots: Sequence[int]) -> Iterator[None]:
+        """These take nothing, for the length of the block."""
+        at = np.asarray(slots, np.intp)
+        before = self._wait_s[at]
+        self._wait_s[at] = np.inf
+        try:
+            yield
+        finally:
+            self._wait_s[at] = before
 
     def wait_s(self, slot: int, tokens: int) -> float:
         """Seconds until a prompt of which so many tokens are not cached there would be computed, as far as known."""

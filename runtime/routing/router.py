@@ -16,7 +16,7 @@ elsewhere, and its blocks are there too from then on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from headwise.runtime.kv.events import KvMessage, KvSnapshot
@@ -131,16 +131,19 @@ class Router:
             del self._requests[request]
         return [RouteAgain(request) for request in replica.requests]
 
-    def route(self, request: str, digests: Sequence[bytes], num_tokens: int) -> Choice | None:
+    def route(
+        self, request: str, digests: Sequence[bytes], num_tokens: int, without: Collection[str] = ()
+    ) -> Choice | None:
         """Chooses a replica for a request, which counts there from now on.
 
         Args:
             request: its id.
             digests: of the prompt's full blocks, in order, as ``KvIdentity.token_blocks`` makes them.
             num_tokens: of the prompt.
+            without: replicas that are not to be chosen.
 
         Returns:
-            None if no replica takes requests.
+            None if no replica takes requests, or none but those.
 
         Raises:
             InvalidValueError: the request is under way already, or the prompt has no tokens or fewer than its blocks.
@@ -155,7 +158,8 @@ class Router:
         ]
         number = self._number + 1
         seed = int.from_bytes(digests[-1][:8], "little") if digests else number
-        slot = self._best(num_tokens, prefixes, seed)
+        with self._loads.without([self._replicas[name].slot for name in without if name in self._replicas]):
+            slot = self._best(num_tokens, prefixes, seed)
         if slot is None:
             return None
         self._number = number

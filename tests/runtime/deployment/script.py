@@ -146,10 +146,11 @@ class Script:
             self._take(deltas)
         self.deployment.check()
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, max_model_len: int = 1 << 20, num_blocks: int = BLOCKS) -> None:
         self.starting = [one for one in self.starting if one.name != name]
         self.replicas[name] = FakeReplica()
-        about: dict[str, Any] = {"num_blocks": BLOCKS, "block_size": BLOCK, "tensor_parallel_size": 1, "shards": []}
+        about: dict[str, Any] = {"num_blocks": num_blocks, "block_size": BLOCK, "tensor_parallel_size": 1, "shards": []}
+        about |= {"max_model_len": max_model_len}
         about["handoff_address"] = f"unix:/{name}"
         self.deployment.started(name, "here", 1, about)
         self.follow()

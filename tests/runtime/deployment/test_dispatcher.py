@@ -76,6 +76,25 @@ def test_a_replica_answers_only_for_what_it_was_sent() -> None:
     assert script.got == {}
 
 
+def test_a_request_goes_only_where_it_fits() -> None:
+    """It was let in when all replicas had memory for it; one that came later has less."""
+    script = Script(3)
+    script.start("replica-1")
+    script.start("replica-2")
+    long = script.add("long", 300)
+    script.start("replica-3", num_blocks=50)
+    script.step()
+    dead = script.where(long)
+    [other] = {"replica-1", "replica-2"} - {dead}
+    script.die(dead)
+    assert script.where(long) == other, "replica-3 would refuse it"
+    prompt_tokens, most = 3, 50 * BLOCK
+    assert {script.where(script.add(f"long-{n}", most - prompt_tokens + 1)) for n in range(4)} == {other}
+    assert script.where(script.add("short", most - prompt_tokens)) == "replica-3"
+    script.die(other)
+    assert script.where(long) == "replica-3", "which says why it cannot compute it"
+
+
 def test_while_its_shards_are_replaced_requests_go_on_elsewhere_and_it_joins_again() -> None:
     script = Script.serving(2)
     requests = [script.add(f"r{number}", 6) for number in range(4)]

@@ -41,7 +41,8 @@ class Idle(Replica):
     """Computes nothing."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.node, self.pid, self.about = name, "here", 1, {"num_blocks": 1, "block_size": 4}
+        self.name, self.node, self.pid = name, "here", 1
+        self.about = {"num_blocks": 1, "block_size": 4, "max_model_len": 4}
         self.channel = QueueEngineChannel(1)
         self.closed = threading.Event()
 
