@@ -266,6 +266,8 @@ class Fleet:
         elif not report.rebuilding and member.state == "rebuilding":
             self._to(member, "serving", now)
             self._routes.joined(name, member.most_tokens)
+        elif report.rebuilding and member.state == "draining":  # others compute what it has before it could
+            member.drain_until = now
         return member
 
     def settle(self, now: float) -> None:

@@ -98,8 +98,17 @@ class Front:
         raise self.start_error or self._ended or NoReplicaError("no replica has started")
 
     def run(self, function: Callable[[Deployment], T], timeout_s: float | None = None) -> T:
-        """Runs ``function`` on the front's thread; returns or raises what it does, or raises as :meth:`submit`."""
-        return self.submit(function).result(timeout_s)
+        """Runs ``function`` on the front's thread; returns or raises what it does, or raises as :meth:`submit`.
+
+        Raises:
+            TimeoutError: it was not done in time; unless it has begun, it never will be.
+        """
+        future = self.submit(function)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise
 
     def submit(self, function: Callable[[Deployment], T]) -> Future[T]:
         """As :meth:`run`, but the answer is the future's.
@@ -116,7 +125,8 @@ class Front:
 
     def post(self, function: Callable[[Deployment], object]) -> None:
         """As :meth:`run`, but waits for nothing and raises nothing; after the front's end, does nothing."""
-        self._functions.put((function, None))
+        if self._ended is None:  # else nobody takes it out again, and replicas may still say a lot
+            self._functions.put((function, None))
 
     def close(self) -> None:
         """Ends the requests and the replicas. Idempotent."""

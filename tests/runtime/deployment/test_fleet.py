@@ -179,6 +179,19 @@ def test_after_the_drain_timeout_the_rest_goes_on_elsewhere() -> None:
     assert len(script.ended) == 4
 
 
+def test_one_whose_shards_die_while_it_drains_is_waited_for_no_longer() -> None:
+    script = Script.serving(2)
+    requests = [script.add(f"r{number}", 50) for number in range(4)]
+    script.step()
+    script.deployment.scale(1)
+    script.follow()
+    [draining] = [name for name, state in script.states().items() if state == "draining"]
+    script.report(draining, rebuilding=True)
+    script.wait(0.25, reports=False)
+    assert [one.name for one in script.ending] == [draining]
+    assert all(script.where(request) != draining for request in requests)
+
+
 def test_limits_of_scaling_are_named() -> None:
     script = Script.serving(2, least=2, most=4, autoscale=True)
     for wrong in (1, 5):

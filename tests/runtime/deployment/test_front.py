@@ -67,6 +67,28 @@ class OneReplica(NoReplicas):
         raise self._error
 
 
+def test_who_was_told_that_it_took_too_long_can_count_on_it() -> None:
+    goes_on = threading.Event()
+    front = Front(Deployment(ReplicaOptions(1), 4, 8), NoReplicas(), lambda role, place: {}, lambda error: None)
+    try:
+        front.post(lambda deployment: goes_on.wait(DEADLINE_S))
+        with pytest.raises(TimeoutError):
+            front.run(lambda deployment: deployment.scale(3), 0.01)
+        goes_on.set()
+        assert front.run(lambda deployment: deployment.status())["wanted"] == 1
+    finally:
+        goes_on.set()
+        front.close()
+
+
+def test_after_its_end_the_front_keeps_nothing() -> None:
+    front = Front(Deployment(ReplicaOptions(1), 4, 8), NoReplicas(), lambda role, place: {}, lambda error: None)
+    front.close()
+    for _ in range(10):
+        front.post(lambda deployment: deployment.tick())
+    assert front._functions.empty()
+
+
 def test_the_last_number_of_nodes_is_asked_for_last() -> None:
     overtaken, asked_last = threading.Event(), threading.Event()
 
