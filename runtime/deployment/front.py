@@ -140,8 +140,10 @@ class Front:
         for thread in ending:
             thread.start()
         self._factory.close()  # what is being started ends, too
-        for thread in [*ending, *self._workers]:
-            thread.join(_HURRY_S if self._hurried else _END_S)
+        began = time.monotonic()
+        for thread in [*ending, *self._workers]:  # for all together so long as for one
+            limit_s = _HURRY_S if self._hurried else _END_S
+            thread.join(max(0.0, began + limit_s - time.monotonic()))
 
     def hurry(self) -> None:
         """From now on, :meth:`close` does not wait for replicas to end by themselves."""

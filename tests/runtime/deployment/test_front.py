@@ -89,6 +89,29 @@ def test_after_its_end_the_front_keeps_nothing() -> None:
     assert front._functions.empty()
 
 
+def test_the_end_waits_for_all_replicas_together_no_longer_than_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.runtime.deployment.front._HURRY_S", 0.2)
+    over, count = threading.Event(), 30
+
+    class Hangs(Idle):
+        def close(self, ask: bool = True) -> None:
+            over.wait(DEADLINE_S)
+
+    class Hanging(NoReplicas):
+        def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> Replica:
+            return Hangs(name)
+
+    front = Front(Deployment(ReplicaOptions(count), 4, 8), Hanging(), lambda role, place: {}, lambda error: None)
+    front.await_start()
+    front.hurry()
+    began = time.monotonic()
+    try:
+        front.close()
+        assert time.monotonic() - began < 0.2 * count / 2
+    finally:
+        over.set()
+
+
 def test_the_last_number_of_nodes_is_asked_for_last() -> None:
     overtaken, asked_last = threading.Event(), threading.Event()
 
