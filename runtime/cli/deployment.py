@@ -13,7 +13,7 @@ import typer
 from headwise.runtime.cli.options import AsJson, FlagError, option
 from headwise.runtime.cli.printing import print_json
 from headwise.runtime.cli.server import DEFAULT_SERVER, Server, TlsCa, TlsCert, TlsKey, Token, connected
-from headwise.runtime.cli.status import TIMEOUT_S, as_dict, state_of
+from headwise.runtime.cli.status import TIMEOUT_S, as_dict, serving, state_of, wanted
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ def scale(
     Those that are too many end once their requests have. Without --wait it returns at once. Takes an admin's token
     where there are tokens.
     """
-    wanted = _number(replicas)
+    number = _number(replicas)
     with connected(server, token, tls_ca, tls_cert, tls_key, TIMEOUT_S) as client:
-        client.scale(wanted)
-        found = _wait(client, lambda now: _is_scaled(now, wanted), timeout) if wait else client.status()
+        client.scale(number)
+        found = _wait(client, lambda now: _is_scaled(now, number), timeout) if wait else client.status()
         if as_json:
             print_json(as_dict(found))
 
@@ -116,7 +116,7 @@ def _is_scaled(now: GetStatusResponse, replicas: int) -> bool:
     """
     if now.wanted != replicas:
         raise NotDoneError(f"the server is to have {now.wanted} replicas by now, and not {replicas}")
-    states = Counter(state_of(one) for one in now.replicas)
+    states = Counter(state_of(one) for one in wanted(now))
     return states["serving"] == replicas and states.total() - states["ended"] == replicas
 
 
@@ -125,8 +125,8 @@ def _not_replaced(now: GetStatusResponse, before: set[str]) -> str:
     old = [one.name for one in now.replicas if one.name in before and state_of(one) != "ended"]
     if old:
         return f"{', '.join(old)} was not replaced"
-    serving = sum(state_of(one) == "serving" for one in now.replicas)
-    return f"{serving} of {now.wanted} replicas serve" if serving < now.wanted else ""
+    serve = serving(now)
+    return f"{serve} of {now.wanted} replicas serve" if serve < now.wanted else ""
 
 
 def _wait(client: Client, done: Callable[[GetStatusResponse], bool], timeout: float | None) -> GetStatusResponse:

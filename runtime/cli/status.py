@@ -85,6 +85,16 @@ def state_of(replica: Replica) -> str:
     return str(ReplicaState.Name(replica.state)).removeprefix("REPLICA_STATE_").lower()
 
 
+def wanted(found: GetStatusResponse) -> list[Replica]:
+    """The replicas that its ``wanted`` is about: all but those that only compute prompts for others."""
+    return [one for one in found.replicas if role_of(one) != "prefill"]
+
+
+def serving(found: GetStatusResponse) -> int:
+    """How many of them serve."""
+    return sum(state_of(one) == "serving" for one in wanted(found))
+
+
 def role_of(replica: Replica) -> str:
     from headwise.v1.deployment_pb2 import ReplicaRole
 
@@ -129,7 +139,8 @@ def _table(found: GetStatusResponse) -> Table:
 
     problems = [f"{one.name}: {one.problem}" for one in found.replicas if one.problem]
     said = "\n".join([_summary(found), *problems])
-    made = Table(caption=said, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # As Text: to Rich, brackets in a problem would be markup.
+    made = Table(caption=Text(said), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("replica", "state", "shards", "epoch", "requests", "queued", "kv", "hits"):
         made.add_column(name, overflow="fold")
     for one in found.replicas:
@@ -146,9 +157,8 @@ def _table(found: GetStatusResponse) -> Table:
 
 
 def _summary(found: GetStatusResponse) -> str:
-    serving = sum(state_of(one) == "serving" for one in found.replicas)
     bounds = f" ({found.min_replicas} to {found.max_replicas})" if found.HasField("max_replicas") else ""
-    said = f"{serving} of {found.wanted}{bounds} replicas serve, {found.waiting} requests wait for one"
+    said = f"{serving(found)} of {found.wanted}{bounds} replicas serve, {found.waiting} requests wait for one"
     return f"{said}{', rolling restart' * found.restarting}{', draining' * found.draining}"
 
 

@@ -17,7 +17,7 @@ from headwise.runtime import SamplingParams
 from headwise.runtime.cli import deployment as commands
 from headwise.runtime.cli import status
 from headwise.runtime.client import ServerError
-from headwise.runtime.deployment.control import ReplicaStatus, State, Status
+from headwise.runtime.deployment.control import ReplicaStatus, Role, State, Status
 from headwise.runtime.server import single
 from headwise.v1 import deployment_pb2 as pb
 from headwise.workers.errors import InvalidValueError
@@ -30,10 +30,10 @@ PROMPT = list(range(3, 40))
 MAX = 4
 
 
-def replica(number: int, state: State = "serving") -> ReplicaStatus:
+def replica(number: int, state: State = "serving", role: Role = "both") -> ReplicaStatus:
     return ReplicaStatus(
         name=f"replica-{number}",
-        role="both",
+        role=role,
         state=state,
         node=f"10.0.0.{number}",
         pid=100 + number,
@@ -218,6 +218,9 @@ def test_status_on_a_terminal(serve: Serve, headwise: Run, monkeypatch: pytest.M
     code, out, _ = headwise("status", "--server", running.address)
     assert code == 0 and "replica-1" in out and "rebuilding" in out and "25%" in out
     assert "the shards are dead" in out and "1 of 2 (1 to 4) replicas serve" in out
+    control.replicas[1]["problem"] = "no such file: [/models/a], [bold]"
+    code, out, _ = headwise("status", "--server", running.address)
+    assert code == 0 and "no such file: [/models/a], [bold]" in out
     code, _, err = headwise("status", "--watch", "--json", "--server", running.address)
     assert code == 2 and "--json" in err
 
@@ -253,6 +256,23 @@ def test_scale_and_wait(serve: Serve, headwise: Run, quick: None) -> None:
     code, _, err = headwise("scale", "replicas=2", "--wait", "--timeout", "0", "--server", running.address)
     assert code == 1 and "not done after 0 s" in err
     assert headwise("scale", "replicas=2", "--server", running.address) == (0, "", "")
+
+
+def test_replicas_that_only_compute_prompts_are_not_those_that_are_wanted(
+    serve: Serve, headwise: Run, quick: None
+) -> None:
+    control = FakeDeployment(1)
+    prefill = [replica(2, role="prefill"), replica(3, role="prefill")]
+    control.replicas = [replica(1, role="decode"), *prefill]
+    control.after_scale = [[replica(1, role="decode"), replica(4, role="decode"), *prefill]]
+    running = serve(control=control)
+    code, out, _ = headwise("status", "--server", running.address)
+    assert code == 0 and out.startswith("1 of 1 (1 to 4) replicas serve")
+    code, _, err = headwise("scale", "replicas=2", "--wait", "--timeout", "5", "--server", running.address)
+    assert (code, err.count("replica-4 serving")) == (0, 1)
+    control.after_restart = [[replica(5, role="decode"), replica(6, role="prefill"), replica(7, role="prefill")]]
+    code, _, err = headwise("restart", "--rolling", "--server", running.address)
+    assert code == 1 and "1 of 2 replicas serve" in err
 
 
 @pytest.mark.parametrize("number", ["3", "replicas=", "replicas=-1", "replicas=0", "replicas=many", "engines=3"])
