@@ -31,6 +31,7 @@ from headwise.runtime.deployment.messages import (
     SnapshotWanted,
     decode_front,
     encode,
+    number_of_add,
 )
 from headwise.runtime.deployment.prefill_door import handoff_address, on_node, reachable, serve_decode
 from headwise.runtime.engine.engine import Engine
@@ -154,7 +155,8 @@ class ReplicaHost:
         return [{"rank": rank, "node": node, "pid": pid} for rank, (node, pid) in enumerate(places)]
 
     def _take(self, kind: Kind, payload: bytes) -> None:
-        """Does what a message asks for; one that cannot be understood is passed over, and the engine lives on."""
+        """Does what a message asks for; one that cannot be understood is passed over, and the engine lives on. A
+        request that is in it ends, for the front would wait for it for ever."""
         if kind != Kind.STEP:
             _logger.warning("the front has sent a message of kind %s, which no replica knows; passed over", kind.name)
             return
@@ -162,6 +164,8 @@ class ReplicaHost:
             message = decode_front(payload)
         except ValueError as error:
             _logger.warning("the front has sent what is no message (%d bytes); passed over: %s", len(payload), error)
+            if (number := number_of_add(payload)) is not None:
+                self._refuse(number, "the replica does not understand the request; is Headwise another there?")
             return
         self._do(message)
 
@@ -198,15 +202,21 @@ class ReplicaHost:
         try:
             request = request_of(message, inputs.model.vocab_size, inputs.max_model_len, spec.block_size)
         except HeadwiseError as error:
-            self._send(Output([RequestDelta(message.number, [], finish_reason=FinishReason.ERROR, error=str(error))]))
-            request = None
-        self._loop.post(lambda engine: self._queue(engine, message.number, request))
+            self._refuse(message.number, str(error))
+        else:
+            self._loop.post(lambda engine: self._queue(engine, message.number, request))
 
-    def _queue(self, engine: Engine, number: int, request: Request | None) -> None:
+    def _refuse(self, number: int, why: str) -> None:
+        self._send(Output([RequestDelta(number, [], finish_reason=FinishReason.ERROR, error=why)]))
+        self._loop.post(lambda _: self._receive(number))
+
+    def _receive(self, number: int) -> None:
         """On the engine's thread. A request that was refused has reached the engine, too."""
         self._received = max(self._received, number)
-        if request is None:
-            return
+
+    def _queue(self, engine: Engine, number: int, request: Request) -> None:
+        """On the engine's thread."""
+        self._receive(number)
         if number in self._requests:
             _logger.warning("the front has sent request %d twice; the second is passed over", number)
             return
@@ -241,7 +251,7 @@ class ReplicaHost:
         return RequestDelta(number, delta.token_ids, logprobs, request.finish_reason, stop, request.error, first)
 
     def _send(self, message: ReplicaMessage) -> None:
-        """Tells the front; ends :meth:`serve` if the front does not read. For any thread."""
+        """Tells the front; ends :meth:`serve` if the front does not read, or would lack tokens. For any thread."""
         channel = self._channel
         if channel is None or self._closing.is_set():
             return
@@ -249,8 +259,11 @@ class ReplicaHost:
             channel.send(Kind.OUTPUT, encode(message))
         except ChannelError as error:
             channel.fail(error)
-        except ValueError as error:  # a great many blocks; the router does without, or asks for a snapshot
-            _logger.warning("the front is not told of %s: %s", type(message).__name__, error)
+        except ValueError as error:
+            if isinstance(message, Output):
+                channel.fail(ChannelError(f"what requests have got cannot be told to the front: {error}"))
+            else:  # a great many blocks; the router does without, or asks for a snapshot
+                _logger.warning("the front is not told of %s: %s", type(message).__name__, error)
 
     def _report(self) -> None:
         """Tells the front every REPORT_S how the engine is, whatever the engine does."""

@@ -206,6 +206,17 @@ def decode_front(data: bytes) -> FrontMessage:
     return message
 
 
+def number_of_add(data: bytes) -> int | None:
+    """The number of a request in an :class:`Add` that :func:`decode_front` refuses; None if it is none, or has no
+    number."""
+    try:
+        with foreign_is_value_error():
+            kind, number, *_ = unpack(data)
+            return _count(number) if kind == _NUMBERS[Add] else None
+    except ValueError:
+        return None
+
+
 def decode_replica(data: bytes) -> ReplicaMessage:
     """A message from a replica; raises as :func:`decode_front`."""
     message: ReplicaMessage = _decode(data, (Output, Report, KvEvents, KvSnapshot))

@@ -13,6 +13,7 @@ import pytest
 
 from headwise.cluster.channel import Kind
 from headwise.runtime.config import handoff_config
+from headwise.runtime.deployment import host
 from headwise.runtime.deployment.messages import (
     Abort,
     Add,
@@ -20,6 +21,7 @@ from headwise.runtime.deployment.messages import (
     KvSnapshot,
     Output,
     Pause,
+    ReplicaMessage,
     RequestDelta,
     ResetPrefixCache,
     SnapshotWanted,
@@ -230,6 +232,36 @@ def test_what_is_no_message_is_passed_over(talk: Talk[LocalReplica], caplog: pyt
     assert len(talk.tokens(number)) == 3
     talk.report(lambda report: report.stats is not None and report.stats["num_generated_tokens"] in (3, 6))
     assert sum("passed over" in record.message for record in caplog.records) >= 6
+
+
+@pytest.mark.parametrize("fields", [[], [PROMPT], [PROMPT, [], "of another version"], [[], [], None, 3]])
+def test_a_request_that_is_not_understood_ends(talk: Talk[LocalReplica], fields: list[Any]) -> None:
+    talk.say_bytes(msgpack.packb([1, 5, *fields]))
+    [delta] = talk.deltas(5)
+    assert delta.finish_reason is FinishReason.ERROR and "does not understand" in str(delta.error)
+    assert talk.report(lambda report: report.received == 5)
+    assert len(talk.tokens(talk.add(PROMPT, 3))) == 3
+
+
+def test_tokens_that_cannot_be_told_end_the_replica(
+    talk: Talk[LocalReplica], deaths: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the front would go on without them."""
+
+    def refuse(message: ReplicaMessage) -> bytes:
+        if isinstance(message, Output):
+            raise ValueError("a message of 99 bytes is over the limit of 98")
+        return encode(message)
+
+    monkeypatch.setattr(host, "encode", refuse)
+    talk.add(PROMPT, 3)
+    talk.replica._thread.join(10.0)
+    assert deaths == [
+        (
+            "replica-1",
+            "what requests have got cannot be told to the front: a message of 99 bytes is over the limit of 98",
+        )
+    ]
 
 
 def test_a_replica_without_a_model_says_why(replica_settings: dict[str, Any]) -> None:
