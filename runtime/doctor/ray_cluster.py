@@ -47,7 +47,8 @@ def ray_auth(environment: Mapping[str, str], home: Path, joins: bool) -> Finding
         return warned(name, said, f"RAY_AUTH_MODE=token on every node and here; {_MAKE_TOKEN}")
     where, problem = _token(environment, home)
     if problem:
-        return failed(name, problem, f"write the cluster's token there, or unset RAY_AUTH_TOKEN_PATH; {_MAKE_TOKEN}")
+        fix = f"write the cluster's token there, or give it in RAY_AUTH_TOKEN alone; {_MAKE_TOKEN}"
+        return failed(name, problem, fix)
     if joins:
         return _joining(name, mode, where)
     if where is None and not os.access(home, os.W_OK):
@@ -67,17 +68,18 @@ def _joining(name: str, mode: str, where: str | Path | None) -> Finding:
 
 
 def _token(environment: Mapping[str, str], home: Path) -> tuple[str | Path | None, str]:
-    """Where Ray finds a token, in the order in which it looks; and what is wrong with a file that is named."""
+    """Where Ray finds a token, in the order in which it looks; and what is wrong with the file."""
     if environment.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN", ""
-    if named := environment.get("RAY_AUTH_TOKEN_PATH"):
-        try:
-            held = Path(named).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            return None, f"RAY_AUTH_TOKEN_PATH={named} cannot be read ({type(error).__name__})"
-        return (Path(named), "") if held else (None, f"RAY_AUTH_TOKEN_PATH={named} is empty")
-    own = home / ".ray" / "auth_token"
-    return (own if own.is_file() else None), ""
+    named, own = environment.get("RAY_AUTH_TOKEN_PATH"), home / ".ray" / "auth_token"
+    if not named and not own.is_file():
+        return None, ""
+    path, said = (Path(named), f"RAY_AUTH_TOKEN_PATH={named}") if named else (own, str(own))
+    try:
+        held = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return None, f"{said} cannot be read ({type(error).__name__})"
+    return (path, "") if held else (None, f"{said} is empty")
 
 
 def _kept(name: str, where: str | Path) -> Finding:

@@ -64,6 +64,15 @@ def test_a_file_that_holds_none(tmp_path: Path, text: str | None) -> None:
     assert found.level is Level.FAIL and str(path) in found.said and found.fix
 
 
+@pytest.mark.parametrize("held", [b"", b"\xff\xfe\x00"])
+def test_a_token_of_ray_itself_that_cannot_be_used(kept: Path, held: bytes) -> None:
+    path = kept / ".ray" / "auth_token"
+    path.write_bytes(held)
+    found = ray_auth({"RAY_AUTH_MODE": "token"}, kept, joins=True)
+    assert found.level is Level.FAIL and str(path) in found.said
+    assert refused("127.0.0.1:1", {"RAY_AUTH_MODE": "token"}, kept, 1.0) is None
+
+
 def test_without_authentication(kept: Path) -> None:
     assert ray_auth({"RAY_AUTH_MODE": "disabled"}, kept, joins=True).level is Level.WARN
     assert ray_auth({"RAY_AUTH_MODE": "none"}, kept, joins=True).level is Level.FAIL
