@@ -36,7 +36,7 @@ class HandoffConfig(BaseModel):
             loopback, and is shown to the other side.
         ca: a PEM file: whom the certificates of the other side are signed by; a prefill engine without such a one can
             write nothing. None connects in clear text.
-        token: of decode: sent to the prefill engines.
+        token: of decode: sent to the prefill engines. Of a prefill replica of a deployment: what decode has to send.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

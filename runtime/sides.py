@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -84,17 +85,18 @@ def decode_config(config: EngineConfig, address: str) -> EngineConfig:
 
 
 def pool_configs(config: EngineConfig) -> tuple[EngineConfig, EngineConfig]:
-    """The settings of the prefill and of the decode replicas of a deployment. Who computes prompts for whom they are
-    told once they run.
+    """The settings of the prefill and of the decode replicas of a deployment, with a token that nobody else has. Who
+    computes prompts for whom they are told once they run.
 
     Raises:
         InvalidValueError: a setting is wrong.
     """
     assert config.prefill is not None
     check_side("prefill", config.prefill)
-    decode = config.handoff or HandoffConfig(role="decode")
+    token = secrets.token_hex(32)
+    decode = (config.handoff or HandoffConfig(role="decode")).model_copy(update={"token": token})
     files = {name: getattr(decode, name) for name in ("ca", "tls_cert", "tls_key")}
-    handoff = HandoffConfig(role="prefill", shared_memory=decode.shared_memory, **files)
+    handoff = HandoffConfig(role="prefill", shared_memory=decode.shared_memory, token=token, **files)
     common = config.model_dump(exclude={"prefill", "handoff", *_OWN})
     side = engine_config(**common | config.prefill | {"handoff": handoff})
     return side, config.model_copy(update={"prefill": None, "handoff": decode})

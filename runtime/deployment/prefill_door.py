@@ -17,7 +17,8 @@ _UNIX = "unix:"
 
 def serve_decode(service: HandoffService, handoff: HandoffConfig, node_address: str | None) -> LocalServer:
     """Serves decode replicas: on this host by a socket that only this user can connect to, and on others by TLS, where
-    both sides show a certificate, if there are certificates.
+    both sides show a certificate, if there are certificates. The authority of these may have others, such as those of
+    clients, so decode also shows the deployment's token.
 
     Args:
         node_address: of this host; None where there are no others.
@@ -26,9 +27,9 @@ def serve_decode(service: HandoffService, handoff: HandoffConfig, node_address: 
         InvalidValueError: a file of the certificates cannot be used.
     """
     if node_address is None or handoff.tls_cert is None or handoff.tls_key is None or handoff.ca is None:
-        return LocalServer(service)
+        return LocalServer(service, token=handoff.token)
     credentials = server_credentials(Path(handoff.tls_cert), Path(handoff.tls_key), Path(handoff.ca))
-    return LocalServer(service, node_address, credentials)
+    return LocalServer(service, node_address, credentials, handoff.token)
 
 
 def on_node(handoff: HandoffConfig, node_address: str | None) -> HandoffConfig:

@@ -3,8 +3,10 @@ those of the program that are on other hosts, by TLS."""
 
 from __future__ import annotations
 
+import hmac
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 
@@ -29,11 +31,16 @@ class LocalServer:
     """
 
     def __init__(
-        self, service: HandoffService, host: str | None = None, credentials: grpc.ServerCredentials | None = None
+        self,
+        service: HandoffService,
+        host: str | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        token: str | None = None,
     ) -> None:
         """
         Args:
             host, credentials: the address of this host, and by what it serves other hosts; both or none.
+            token: who does not show it is refused; None asks for none.
 
         Raises:
             InvalidValueError: the folder for temporary files has too long a path.
@@ -44,7 +51,8 @@ class LocalServer:
         self._folder = SocketFolder()
         self.address = f"unix:{self._folder.path}/handoff"
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=most)
+        inside: list[grpc.ServerInterceptor] = [_Doorkeeper(token)] if token is not None else []
+        self._server = grpc.server(self._threads, interceptors=inside, options=options, maximum_concurrent_rpcs=most)
         try:
             add_KvHandoffServiceServicer_to_server(service, self._server)
             self._server.add_insecure_port(self.address)
@@ -65,3 +73,20 @@ class LocalServer:
             stopped.wait()
         self._threads.shutdown(wait)
         self._folder.close()
+
+
+class _Doorkeeper(grpc.ServerInterceptor):
+    """Lets in who shows a token."""
+
+    def __init__(self, token: str) -> None:
+        self._wanted = f"Bearer {token}".encode()
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        shown = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
+        if hmac.compare_digest(shown.encode() if isinstance(shown, str) else shown, self._wanted):
+            return continuation(details)
+        return grpc.unary_unary_rpc_method_handler(_refuse)
+
+
+def _refuse(request: object, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this engine hands over KV within its deployment alone")

@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import pytest
 
-from headwise.runtime.config import handoff_config
+from headwise.runtime.config import EngineConfig, handoff_config
 from headwise.runtime.deployment.messages import Output, Peers, Report, RequestDelta
 from headwise.runtime.deployment.prefill_door import on_node, reachable
 from headwise.runtime.handoff.links import NamedPeer
 from headwise.runtime.output import FinishReason
+from headwise.runtime.sides import pool_configs
 from headwise.runtime.tls import channel_credentials
 from headwise.v1.kv_transfer_pb2 import QueryRequest
 from headwise.v1.kv_transfer_pb2_grpc import KvHandoffServiceStub
@@ -23,6 +24,7 @@ from tests.local_replicas import LocalReplica, LocalReplicas
 from tests.replica_talk import Talk
 
 NAMESPACE = b"n" * 32
+TOKEN = "the-token-of-this-deployment"
 TLS = {"ca": "-ca.pem", "tls_cert": ".pem", "tls_key": ".key"}
 SAMPLING = RowSampling(temperature=0.8, seed=3)
 
@@ -138,6 +140,7 @@ def test_decode_on_another_host_comes_in_by_tls_with_a_certificate(
     if not (own := own_addresses()):
         pytest.skip("this host has no address by which others reach it")
     tls = {key: str(certificates / f"good{end}") for key, end in TLS.items()}
+    tls["token"] = TOKEN
     pools = Pools(replica_settings | {"node_address": own[0]}, **tls)
     try:
         prefill = pools.start("replica-1", {"role": "prefill", **tls})
@@ -146,21 +149,32 @@ def test_decode_on_another_host_comes_in_by_tls_with_a_certificate(
         pools.talk.say(Peers((("replica-1", remote),)))
         pools.stats(lambda stats: stats["peers"].get("replica-1", {}).get("connected"))
         assert pools.computed_by(1) == "replica-1"
-        assert _greets(remote, certificates, "good") and not _greets(remote, certificates, "other")
-        assert not _greets(remote, certificates, None)
+        assert _greets(remote, certificates, "good") is grpc.StatusCode.OK
+        for name in ("other", None):
+            assert _greets(remote, certificates, name) is grpc.StatusCode.UNAVAILABLE
+        for token in (TOKEN[1:], "", None):  # such as a client's that the same authority knows
+            assert _greets(remote, certificates, "good", token) is grpc.StatusCode.UNAUTHENTICATED
     finally:
         pools.replicas.close()
 
 
-def _greets(address: str, certificates: Path, name: str | None) -> bool:
-    """Whether a client with a certificate of an authority, or none, is let in."""
+def _greets(address: str, certificates: Path, name: str | None, token: str | None = TOKEN) -> grpc.StatusCode:
+    """How a client with a certificate of an authority, or none, is received."""
     files = [certificates / f"{name}.pem", certificates / f"{name}.key"] if name is not None else [None, None]
+    metadata = [("authorization", f"Bearer {token}")] if token is not None else None
     with grpc.secure_channel(address, channel_credentials(certificates / "good-ca.pem", *files)) as channel:
         try:
-            KvHandoffServiceStub(channel).Query(QueryRequest(), timeout=5.0)
+            KvHandoffServiceStub(channel).Query(QueryRequest(), timeout=5.0, metadata=metadata)
         except grpc.RpcError as error:
-            return error.code() is not grpc.StatusCode.UNAVAILABLE
-    return True
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def test_both_sides_of_a_deployment_have_a_token_of_its_own() -> None:
+    config = EngineConfig(model="smollm2", prefill={}, handoff=handoff_config(role="decode"))
+    sides = [pool_configs(config), pool_configs(config)]
+    tokens = [{side.handoff.token for side in pair if side.handoff is not None} for pair in sides]
+    assert [len(one) for one in tokens] == [1, 1] and tokens[0] != tokens[1] and None not in tokens[0]
 
 
 def test_a_decode_replica_with_certificates_takes_blocks_at_its_hosts_address() -> None:

@@ -180,8 +180,10 @@ def test_each_side_has_its_settings() -> None:
     )  # fmt: skip
     prefill, decode = pool_configs(config)
     assert (prefill.tensor_parallel_size, prefill.kv_memory, prefill.disk_kv_path) == (2, "1GiB", None)
-    assert (decode.kv_memory, decode.disk_kv_path, decode.handoff) == ("2GiB", "/kv", secured)
-    assert prefill.handoff == handoff_config(role="prefill", ca="ca", tls_cert="cert", tls_key="key")
+    assert (decode.kv_memory, decode.disk_kv_path) == ("2GiB", "/kv") and decode.handoff is not None
+    token = decode.handoff.token
+    assert token and decode.handoff == secured.model_copy(update={"token": token})
+    assert prefill.handoff == handoff_config(role="prefill", ca="ca", tls_cert="cert", tls_key="key", token=token)
     assert decode.prefill is None and prefill.cpus_per_rank is None
     assert _settings(decode, "decode", 2)["disk_kv_path"] == "/kv/decode-2"
     assert _settings(prefill, "prefill", 2)["handoff"]["role"] == "prefill"
