@@ -27,6 +27,7 @@ from headwise.cluster.ray_watcher import first_lines
 from headwise.cluster.zmq_channel import ZmqEngineChannel
 from headwise.workers.collectives import Rendezvous
 from headwise.workers.errors import PeerDiedError
+from headwise.workers.leftovers import sweep
 from headwise.workers.processes import ProcessId
 from headwise.workers.spec import ShardSpec
 
@@ -266,7 +267,8 @@ def await_on_nodes(places: list[dict[str, Any]]) -> None:
 
 def await_processes(processes: list[tuple[int, float | None]]) -> list[int]:
     """Waits until processes of this host, given by id and time of creation, are gone; kills those that are not in time.
-    Without that time, it is of a process that was there a moment ago.
+    Without that time, it is of a process that was there a moment ago. Then removes what they have left: Ray kills the
+    wardens of the processes that it kills.
 
     Returns:
         The ids of those that are not gone even so.
@@ -282,4 +284,6 @@ def await_processes(processes: list[tuple[int, float | None]]) -> list[int]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     _, alive = psutil.wait_procs(alive, timeout=CLOSE_TIMEOUT_S)
+    if processes:
+        sweep()
     return [process.pid for process in alive]

@@ -174,7 +174,7 @@ class RayReplicas(ReplicaFactory):
         self._replicas: list[RayReplica] = []
         self._cancelled: set[str] = set()  # names
         self._starting: Counter[str] = Counter()  # by node, the CPUs or GPUs of replicas that take none of them yet
-        self._wanted: dict[str, Any] = {}  # settings of the latest replica
+        self._wanted: dict[str, Any] = {}  # settings of the latest replica that takes requests
         self._nodes_for = self._asked = 0  # so many replicas nodes are to be asked for, and were
         self._free_memory: dict[str, int] = {}  # by node, in bytes, before the first replica was there
         ray_session.join(address)
@@ -191,7 +191,8 @@ class RayReplicas(ReplicaFactory):
                     raise GroupStartError(f"replica {name} was cancelled before it started")
                 replica = RayReplica(name, node_id, on_death)
                 self._replicas = [one for one in self._replicas if not one._ended.is_set()] + [replica]
-                self._wanted = settings
+                if _takes_requests(settings):
+                    self._wanted = settings
             self._request()
             try:
                 replica.load(self._host, settings, lambda place: self._of_place(place, settings))
@@ -284,6 +285,11 @@ class RayReplicas(ReplicaFactory):
         finally:
             with self._lock:
                 self._starting[node_id] -= amount  # type: ignore[assignment]
+
+
+def _takes_requests(settings: dict[str, Any]) -> bool:
+    """Whether it is no replica that only computes prompts for others."""
+    return (settings.get("handoff") or {}).get("role") != "prefill"
 
 
 def _demand(settings: dict[str, Any]) -> tuple[str, float]:

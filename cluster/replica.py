@@ -69,8 +69,8 @@ class ReplicaFactory(ABC):
 
     @abstractmethod
     def ask_for_nodes(self, num_replicas: int) -> None:
-        """Has the cluster's autoscaler provide room for so many replicas in all; 0 takes the request back. Does nothing
-        where there is no autoscaler."""
+        """Has the cluster's autoscaler provide room for so many replicas in all, beside those that only compute prompts
+        for others; 0 takes the request back. Does nothing where there is no autoscaler, and after :meth:`close`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,16 @@ def test_a_replica_that_is_stopped_is_silent_and_can_be_closed(
     assert gone(pids(replica)) and deaths.told == []
 
 
+def test_one_that_its_front_kills_leaves_no_sockets(
+    replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
+) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("headwise-*"))
+    replica = replicas.start("replica-1", settings, deaths)
+    assert set(Path(tempfile.gettempdir()).glob("headwise-*")) > before
+    replica.close(ask=False)
+    assert gone(pids(replica)) and set(Path(tempfile.gettempdir()).glob("headwise-*")) <= before
+
+
 def test_what_an_engine_could_not_be_started_for_is_said_as_it_says_it(
     replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:
@@ -222,8 +233,12 @@ def test_nodes_are_asked_for_and_given_back(
     assert asked == [], "it is not known yet what a replica needs"
     replicas.start("replica-1", settings | {"cpus_per_rank": 0.5}, deaths)
     replicas.ask_for_nodes(3)
+    prefill = {"tensor_parallel_size": 1, "cpus_per_rank": 1.0, "handoff": {"role": "prefill"}}  # computes no request
+    replicas.start("replica-2", settings | prefill, deaths)
+    replicas.ask_for_nodes(2)
     replicas.close()
-    assert asked == [[{"CPU": 0.5}] * 6, []]
+    replicas.ask_for_nodes(4)
+    assert asked == [[{"CPU": 0.5}] * 6, [{"CPU": 0.5}] * 4, []]
 
 
 FRONT = """
