@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from headwise.cluster.replica import ReplicaFactory
 from headwise.runtime.async_model import AsyncModel
@@ -16,6 +17,8 @@ from headwise.runtime.prepare import PreparedModel, prepare
 from headwise.runtime.routing.router import Router
 from headwise.runtime.sides import pool_configs
 from headwise.workers.errors import HeadwiseError, InvalidValueError
+
+T = TypeVar("T")
 
 ANSWER_S = 5.0
 """For the front to answer."""
@@ -101,16 +104,29 @@ class DeployedModel(AsyncModel[Deployment]):
 
     def status(self) -> Status:
         """As of the protocol."""
-        return self._front.run(lambda deployment: deployment.status(), ANSWER_S)
+        return self._ask(lambda deployment: deployment.status())
 
     def scale(self, replicas: int) -> None:
         """As of the protocol."""
-        self._front.run(lambda deployment: deployment.scale(replicas), ANSWER_S)
+        self._ask(lambda deployment: deployment.scale(replicas))
 
     def restart(self) -> str:
         """As of the protocol."""
-        self._front.run(lambda deployment: deployment.restart(), ANSWER_S)
+        self._ask(lambda deployment: deployment.restart())
         return "each replica is replaced by another, one after another"
+
+    def _ask(self, function: Callable[[Deployment], T]) -> T:
+        """
+        Raises:
+            FrontBusyError: there is no answer in time; what ``function`` would do is not done later either, unless it
+                has begun.
+        """
+        answer = self._front.submit(function)
+        try:
+            return answer.result(ANSWER_S)
+        except TimeoutError:
+            done = "nothing was done" if answer.cancel() else "it may still be done"
+            raise FrontBusyError(f"the front has not answered within {ANSWER_S:g} s; {done}, try again") from None
 
     def shutdown(self) -> None:
         try:
@@ -127,6 +143,10 @@ class DeployedModel(AsyncModel[Deployment]):
             self._blocks = sum(about["num_blocks"] for about in abouts)
             fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
             self.inputs.max_model_len = min(self._max_model_len, fits)
+
+
+class FrontBusyError(HeadwiseError):
+    """The front of a deployment has not answered in time."""
 
 
 class UnlikeError(HeadwiseError):

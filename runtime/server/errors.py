@@ -13,6 +13,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from headwise.cluster.group import ShardGroupDied
 from headwise.runtime.async_model import QueueFullError, TenantBusyError
 from headwise.runtime.deployment.front import NoReplicaError
+from headwise.runtime.deployment.model import FrontBusyError
 from headwise.runtime.engine.loop import EngineStoppedError
 from headwise.runtime.handoff.errors import MismatchError, NotFoundError, RefusedError
 from headwise.runtime.inputs.grammars import GrammarTrialError
@@ -95,6 +96,7 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (ShardGroupDied, grpc.StatusCode.UNAVAILABLE),
     (NoReplicaError, grpc.StatusCode.UNAVAILABLE),
+    (FrontBusyError, grpc.StatusCode.UNAVAILABLE),
     (EngineStoppedError, grpc.StatusCode.UNAVAILABLE),
     (OneEngineError, grpc.StatusCode.UNIMPLEMENTED),
     (GrammarTrialError, grpc.StatusCode.UNAVAILABLE),

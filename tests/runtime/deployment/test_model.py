@@ -9,15 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from headwise.cluster.group import GroupStartError
 from headwise.runtime.aio import AsyncLLM
 from headwise.runtime.async_model import QueueFullError
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.deployment import model
 from headwise.runtime.deployment.model import DeployedModel, _settings
 from headwise.runtime.deployment.options import ReplicaOptions
 from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.server.errors import code_of
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
@@ -59,6 +62,24 @@ def test_the_tokens_are_those_of_one_engine(one: AsyncLLM, deployed: Deployed, r
     llm = deployed(replicas)
     assert ask_all(llm, asked, streamed=streamed) == expected
     settled(llm)
+
+
+def test_a_front_that_does_not_answer_says_so_and_does_nothing_later(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, go_on = deployed(1), threading.Event()
+    monkeypatch.setattr(model, "ANSWER_S", 0.1)
+    llm._front.post(lambda _: go_on.wait(30.0))
+    try:
+        for ask_front in (llm.status, lambda: llm.scale(2), llm.restart):
+            with pytest.raises(model.FrontBusyError, match="nothing was done") as error:
+                ask_front()
+            assert code_of(error.value) is grpc.StatusCode.UNAVAILABLE
+    finally:
+        go_on.set()
+    monkeypatch.undo()
+    status = llm.status()
+    assert status["wanted"] == 1 and not status["restarting"]
 
 
 def test_a_death_with_16_streams_changes_no_token(one: AsyncLLM, deployed: Deployed) -> None:
