@@ -128,7 +128,7 @@ def test_two_replicas_compute_the_same_and_one_that_is_killed_takes_its_ranks_al
     again.close()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_fraction_of_the_memory_is_shared_out_evenly(
     replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:
@@ -253,7 +253,8 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("joined", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [True, False])
 def test_a_front_that_is_killed_takes_all_along(checkpoint: Callable[..., Path], one_ray: str, joined: bool) -> None:
     environment = {**os.environ, "RAY_ADDRESS": one_ray} if joined else dict(os.environ)
     if not joined:
@@ -305,7 +306,7 @@ def test_a_replica_on_another_node_is_reached_by_tcp(checkpoint: Callable[..., P
         cluster.shutdown()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_sampling_is_the_same_on_both_sides_of_the_channel(
     replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:

@@ -129,7 +129,7 @@ def packed(parts: tuple[int, list[Any]]) -> bytes:
     return data
 
 
-@examples(500)
+@examples(200)
 @given(st.binary(max_size=60) | st.tuples(st.integers(0, 20), st.lists(junk, max_size=12)).map(packed))
 def test_junk_is_a_value_error_or_a_message(data: bytes) -> None:
     for decode in (decode_front, decode_replica):
@@ -140,7 +140,7 @@ def test_junk_is_a_value_error_or_a_message(data: bytes) -> None:
         assert decode(encode(message)) == message
 
 
-@examples(300)
+@examples(100)
 @given(front_messages | replica_messages, st.data())
 def test_a_field_of_another_type_is_a_value_error_or_a_message(
     message: FrontMessage | ReplicaMessage, data: st.DataObject
