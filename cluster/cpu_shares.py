@@ -12,7 +12,8 @@ _UNIT = 10_000
 
 
 def share_cpus(nodes: Sequence[float], ranks: Sequence[int]) -> float:
-    """The most CPUs that each rank can have so that all engines fit, each on one node.
+    """The most CPUs that each rank can have so that all engines fit, each on one node, if the largest comes first and
+    each goes where the most is left. (Where engines differ, other ways of placing them may now and then do better.)
 
     Args:
         nodes: the CPUs of each node.
