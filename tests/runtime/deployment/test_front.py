@@ -27,6 +27,9 @@ class NoReplicas(ReplicaFactory):
     def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> Replica:
         raise GroupStartError("there is no room")
 
+    def cancel(self, name: str) -> None:
+        pass
+
     def has_room(self, settings: dict[str, Any]) -> bool:
         return False
 
@@ -35,6 +38,10 @@ class NoReplicas(ReplicaFactory):
 
     def close(self) -> None:
         pass
+
+
+def front_of(deployment: Deployment, factory: ReplicaFactory) -> Front:
+    return Front(deployment, factory, lambda role, place: {}, lambda error: None, lambda about: None, vocab_size=8)
 
 
 class Idle(Replica):
@@ -69,7 +76,7 @@ class OneReplica(NoReplicas):
 
 def test_who_was_told_that_it_took_too_long_can_count_on_it() -> None:
     goes_on = threading.Event()
-    front = Front(Deployment(ReplicaOptions(1), 4, 8), NoReplicas(), lambda role, place: {}, lambda error: None)
+    front = front_of(Deployment(ReplicaOptions(1), 4, 8), NoReplicas())
     try:
         front.post(lambda deployment: goes_on.wait(DEADLINE_S))
         with pytest.raises(TimeoutError):
@@ -82,7 +89,7 @@ def test_who_was_told_that_it_took_too_long_can_count_on_it() -> None:
 
 
 def test_after_its_end_the_front_keeps_nothing() -> None:
-    front = Front(Deployment(ReplicaOptions(1), 4, 8), NoReplicas(), lambda role, place: {}, lambda error: None)
+    front = front_of(Deployment(ReplicaOptions(1), 4, 8), NoReplicas())
     front.close()
     for _ in range(10):
         front.post(lambda deployment: deployment.tick())
@@ -101,7 +108,7 @@ def test_the_end_waits_for_all_replicas_together_no_longer_than_for_one(monkeypa
         def start(self, name: str, settings: dict[str, Any], on_death: OnDeath) -> Replica:
             return Hangs(name)
 
-    front = Front(Deployment(ReplicaOptions(count), 4, 8), Hanging(), lambda role, place: {}, lambda error: None)
+    front = front_of(Deployment(ReplicaOptions(count), 4, 8), Hanging())
     front.await_start()
     front.hurry()
     began = time.monotonic()
@@ -125,7 +132,7 @@ def test_the_last_number_of_nodes_is_asked_for_last() -> None:
                 asked_last.set()
 
     factory = Slow()
-    front = Front(Deployment(ReplicaOptions(1), 4, 8), factory, lambda role, place: {}, lambda error: None)
+    front = front_of(Deployment(ReplicaOptions(1), 4, 8), factory)
     try:
         front.run(lambda deployment: deployment.scale(3))
         assert asked_last.wait(DEADLINE_S) and factory.asked[-1] == 3
@@ -137,7 +144,7 @@ def test_the_last_number_of_nodes_is_asked_for_last() -> None:
 def test_the_old_one_goes_first_only_where_the_next_lacks_its_room(room: bool) -> None:
     error = GroupStartError("it died while it started") if room else NoRoomError("1 rank wants 1 CPU")
     factory = OneReplica(error)
-    front = Front(Deployment(ReplicaOptions(1), 4, 8), factory, lambda role, place: {}, lambda error: None)
+    front = front_of(Deployment(ReplicaOptions(1), 4, 8), factory)
     try:
         front.await_start()
         front.run(lambda deployment: deployment.restart())
@@ -160,7 +167,7 @@ def test_what_is_due_is_done_while_more_comes_all_the_time() -> None:
             if self.busy:
                 ticked.set()
 
-    front = Front(Ticks(ReplicaOptions(1), 4, 8), NoReplicas(), lambda role, place: {}, lambda error: None)
+    front = front_of(Ticks(ReplicaOptions(1), 4, 8), NoReplicas())
 
     def again(deployment: Deployment) -> None:
         assert isinstance(deployment, Ticks)
