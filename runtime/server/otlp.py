@@ -32,6 +32,8 @@ END_S = 2.0
 """For the last spans to be sent once the server ends."""
 
 _PROPAGATOR = TraceContextTextMapPropagator()
+# It would log what clients send, as often as they send it.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 _logger = logging.getLogger(__name__)
 

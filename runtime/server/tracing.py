@@ -14,6 +14,8 @@ from headwise.runtime.output import RequestMetrics
 from headwise.workers.errors import InvalidValueError
 
 _W3C = ("traceparent", "tracestate")
+MAX_HEADER = 512
+"""Characters that a trace's header may have, as many as W3C asks for: to read 8,000 takes more than a millisecond."""
 
 
 class Ended(NamedTuple):
@@ -64,8 +66,9 @@ def phases(metrics: RequestMetrics, now: float) -> Iterator[Phase]:
 
 
 def carrier_of(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
-    """What a call's metadata say of a trace: W3C's headers."""
-    return {key: value for key, value in metadata if key in _W3C and isinstance(value, str)}
+    """What a call's metadata say of a trace: W3C's headers, but for those of more than MAX_HEADER characters."""
+    headers = ((key, value) for key, value in metadata if key in _W3C and isinstance(value, str))
+    return {key: value for key, value in headers if len(value) <= MAX_HEADER}
 
 
 def traces_are_off(environment: Mapping[str, str]) -> bool:

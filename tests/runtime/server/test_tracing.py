@@ -245,6 +245,7 @@ def test_variables_that_turn_traces_off() -> None:
 def test_only_the_headers_of_traces_are_kept() -> None:
     metadata = [("authorization", "Bearer secret"), ("traceparent", "a"), ("tracestate", "b"), ("traceparent", b"x")]
     assert carrier_of(metadata) == {"traceparent": "a", "tracestate": "b"}
+    assert carrier_of([("traceparent", "a"), ("tracestate", "b" * 513)]) == {"traceparent": "a"}, "it costs too much"
 
 
 HEADER = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=80)
@@ -263,6 +264,15 @@ def quiet() -> Iterator[Tracing]:
 def test_whatever_a_client_sends_as_its_trace(quiet: Tracing, parent: str, state: str) -> None:
     carrier = {"traceparent": parent, "tracestate": state}
     quiet.record(Ended("Generate", "a", "", time.monotonic(), grpc.StatusCode.OK, [], carrier))
+
+
+@pytest.mark.parametrize("state", ["no state", "a=b," * 40, "a=1,a=2", "=" * 600])
+def test_what_a_client_sends_as_its_trace_is_not_logged(
+    quiet: Tracing, caplog: pytest.LogCaptureFixture, state: str
+) -> None:
+    carrier = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "tracestate": state}
+    quiet.record(Ended("Generate", "a", "", time.monotonic(), grpc.StatusCode.OK, [], carrier))
+    assert caplog.records == []
 
 
 TIMES = st.floats(0.001, 1000.0)
