@@ -11,6 +11,7 @@ import ray
 from headwise.cluster.channel import ShardChannel
 from headwise.cluster.engine_watch import EngineProcess, EngineWatch
 from headwise.cluster.zmq_channel import ShardEndpoint, ZmqShardChannel
+from headwise.workers.leftovers import remove_own
 from headwise.workers.machine import free_host_memory
 from headwise.workers.processes import ProcessId
 
@@ -40,8 +41,8 @@ class ReplicaActor:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = "1"
         self._host: Host | None = None
-        # The ranks notice the end of this process, and remove what it leaves.
-        self._watch = EngineWatch(front, lambda: None)
+        # Ray kills the ranks and the warden, which else would remove what it leaves, with it.
+        self._watch = EngineWatch(front, remove_own)
 
     def place(self) -> dict[str, Any]:
         """Where this replica runs, and how many bytes of memory are free there."""

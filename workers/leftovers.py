@@ -53,6 +53,7 @@ class SocketFolder:
         while self._lock < 0:  # until it is locked before somebody takes it for left over
             self.path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
             self._lock = _lock(self.path, os.O_DIRECTORY, make=True)
+        _own.add(self)
         _warden.enter()
 
     def close(self) -> None:
@@ -62,6 +63,16 @@ class SocketFolder:
             os.close(self._lock)
             self._lock = -1
             _warden.leave()
+
+
+_own: weakref.WeakSet[SocketFolder] = weakref.WeakSet()
+
+
+def remove_own() -> None:
+    """Removes all folders of sockets of this process, which is about to end, where its warden may be killed with it."""
+    for folder in [*_own]:
+        if folder._lock >= 0:
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 class SharedMemoryFile:

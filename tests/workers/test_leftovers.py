@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from headwise.workers import leftovers
-from headwise.workers.leftovers import SharedMemoryFile, SocketFolder, sweep
+from headwise.workers.leftovers import SharedMemoryFile, SocketFolder, remove_own, sweep
 from tests.effort import thorough
 
 DEADLINE_S = 30.0
@@ -82,6 +82,15 @@ def test_nothing_of_this_process_is_swept_while_it_needs_it(temporary: Path) -> 
     del file  # whoever attaches removes it before
     assert sweep() == [path]
     assert list(temporary.iterdir()) == []
+
+
+def test_a_process_that_ends_removes_its_own_without_its_warden(temporary: Path) -> None:
+    folder, closed = SocketFolder(), SocketFolder()
+    closed.close()
+    Path(closed.path).mkdir()  # another's by now
+    remove_own()
+    assert not Path(folder.path).exists() and Path(closed.path).exists()
+    folder.close()
 
 
 def test_what_is_not_ours_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
