@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -40,19 +41,25 @@ class Output:
         """
         Raises:
             OutputBusyError: another job has it open.
-            InvalidValueError: it cannot be written, or holds something else than answers.
+            InvalidValueError: it cannot be written or locked, is no file, or holds something else than answers.
         """
         self._path = path.absolute()
         self.finished: dict[int, int] = {}
         self.num_failed = 0
         self.models: set[str] = set()
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise InvalidValueError(_FLAG, str(self._path), f"cannot be written: {error.strerror}") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                limit = "must be a file on a disk: answers are read from it when the same command is run again"
+                raise InvalidValueError(_FLAG, str(self._path), limit)
             self._lock()
             self._read()
+        except OSError as error:
+            os.close(self._file)
+            raise InvalidValueError(_FLAG, str(self._path), f"cannot be read: {error.strerror}") from None
         except BaseException:
             os.close(self._file)
             raise
@@ -113,14 +120,19 @@ class Output:
             self._broken = error.errno or errno.EIO
             with suppress(OSError):
                 os.ftruncate(self._file, self._size)  # no half of a line: another could come after it
-            text = f"{_FLAG}={self._path}: cannot be written: {error.strerror}"
-            raise HeadwiseError(f"{text}; make room, and run the same command again") from error
+            raise self._lost(error) from error
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent.
+
+        Raises:
+            HeadwiseError: the last of what was written did not reach the disk.
+        """
         if self._file >= 0:
             try:
                 self._sync()
+            except OSError as error:
+                raise self._lost(error) from error
             finally:
                 os.close(self._file)
                 self._file = -1
@@ -128,8 +140,12 @@ class Output:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except HeadwiseError:
+            if error is None:  # else it says what came first
+                raise
 
     def _sync(self) -> None:
         os.fsync(self._file)
@@ -141,6 +157,9 @@ class Output:
         except BlockingIOError:
             text = f"{_FLAG}={self._path}: another job writes this file now; wait for its end, or give another file"
             raise OutputBusyError(text) from None
+        except OSError as error:  # of a network file system, say
+            fix = "give a file on another file system"
+            raise InvalidValueError(_FLAG, str(self._path), f"cannot be locked: {error.strerror}", fix) from None
 
     def _read(self) -> None:
         """Takes what is there, and cuts a last line off that was not written to its end."""
@@ -172,6 +191,10 @@ class Output:
         self.num_failed += is_failure(value)
         if (model := model_of(value)) is not None:
             self.models.add(model)
+
+    def _lost(self, error: OSError) -> HeadwiseError:
+        text = f"{_FLAG}={self._path}: cannot be written: {error.strerror}"
+        return HeadwiseError(f"{text}; make room, and run the same command again")
 
     def _foreign(self, number: int) -> InvalidValueError:
         limit = f"its line {number} is no answer of a batch"

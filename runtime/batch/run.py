@@ -165,7 +165,12 @@ def check_files(source: Path, output: Path) -> None:
     Raises:
         InvalidValueError: there is no input, or the output is the same file.
     """
-    if not source.is_file():
-        raise InvalidValueError("--input", str(source.absolute()), "there is no such file")
-    if output.exists() and source.samefile(output):
-        raise InvalidValueError("--output", str(output.absolute()), "is the input", "give another file")
+    for flag, path in (("--input", source), ("--output", output)):
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that is too long, or a folder that is closed to this user
+            raise InvalidValueError(flag, str(path.absolute()), f"cannot be used: {error.strerror}") from None
+        if not there and path is source:
+            raise InvalidValueError(flag, str(path.absolute()), "there is no such file")
+        if there and path is output and source.samefile(output):
+            raise InvalidValueError(flag, str(path.absolute()), "is the input", "give another file")

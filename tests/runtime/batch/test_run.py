@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -251,6 +252,40 @@ def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path, monkeypatch: pytes
     assert len(answers(target)) == 9
 
 
+@pytest.mark.parametrize("kind", ["null", "fifo"])
+def test_an_output_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/null") if kind == "null" else tmp_path / "fifo"
+    if kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(InvalidValueError, match=r"--output=.*must be a file on a disk"):
+        Output(path)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(output_module.fcntl, "flock", lock)
+    with pytest.raises(InvalidValueError, match=r"--output=.*cannot be locked: No locks available; give a file on"):
+        Output(tmp_path / "out")
+
+
+def test_what_does_not_reach_the_disk_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may say only then that it is full. What went wrong before is told first."""
+
+    def sync(file: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(output_module.os, "fsync", sync)
+    with (
+        pytest.raises(HeadwiseError, match="cannot be written: Disk quota exceeded; make room"),
+        Output(tmp_path / "o"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="first"), Output(tmp_path / "o"):
+        raise ValueError("first")
+
+
 def test_the_files_of_a_batch_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"--input=.*there is no such file"):
         check_files(tmp_path / "in", tmp_path / "out")
@@ -258,6 +293,12 @@ def test_the_files_of_a_batch_are_checked(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "in")
     with pytest.raises(InvalidValueError, match=r"--output=.*is the input"):
         check_files(tmp_path / "in", tmp_path / "out")
+    for files, flag in (
+        ((Path("x" * 300), tmp_path / "out"), "--input"),
+        ((tmp_path / "in", Path("x" * 300)), "--output"),
+    ):
+        with pytest.raises(InvalidValueError, match=rf"{flag}=.*cannot be used: File name too long"):
+            check_files(*files)
     with pytest.raises(InvalidValueError, match=r"--output=.*cannot be written: Is a directory"):
         Output(tmp_path)
 
