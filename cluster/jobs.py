@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from headwise.workers.errors import HeadwiseError
 LOST_S = 60.0
 """How long a job server may be out of reach before whoever follows a job gives up."""
 _BETWEEN_TRIES_S = 1.0
+_SILENCE_S = 10.0
+"""How long a connection to a job's logs may bring nothing before the server is asked how the job is."""
 
 
 class JobServerError(HeadwiseError):
@@ -90,12 +93,13 @@ async def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -
     while True:
         try:
             read = 0
-            async for text in server.logs(job_id):
-                answered = time.monotonic()
-                read += len(text)
-                if read > written:  # after a new connection, the logs come from the beginning
-                    write(text[written - read :])
-                    written = read
+            async with aclosing(_pieces(server, job_id)) as pieces:
+                async for text in pieces:
+                    answered = time.monotonic()
+                    read += len(text)
+                    if read > written:  # after a new connection, the logs come from the beginning
+                        write(text[written - read :])
+                        written = read
             state = await asyncio.to_thread(server.state, job_id)
             if state.ended:
                 return state
@@ -104,3 +108,31 @@ async def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -
             if time.monotonic() - answered > LOST_S:
                 raise
         await asyncio.sleep(_BETWEEN_TRIES_S)
+
+
+async def _pieces(server: JobServer, job_id: str) -> AsyncGenerator[str]:
+    """What a connection to the job's logs brings; empty text where the job was seen to go on without writing.
+
+    A machine that is gone, or a router that forgot a connection, says nothing of it: where nothing comes for a while,
+    the server is asked how the job is.
+
+    Raises:
+        JobServerError: the connection broke, or brings nothing though the job has ended; another one may.
+    """
+    logs = server.logs(job_id)
+    ended = False
+    while True:
+        piece = asyncio.ensure_future(anext(logs, None))
+        try:
+            while not (await asyncio.wait({piece}, timeout=_SILENCE_S))[0]:
+                if ended:
+                    raise JobServerError(f"the logs of job {job_id} do not end with it")
+                ended = (await asyncio.to_thread(server.state, job_id)).ended
+                yield ""
+        finally:
+            if not piece.done():
+                piece.cancel()
+                await asyncio.wait({piece})
+        if (text := piece.result()) is None:
+            return
+        yield text

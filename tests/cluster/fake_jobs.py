@@ -17,12 +17,13 @@ class FakeJobServer(JobServer):
         stopped: is set by the first stop.
         breaks: after how many pieces of text each connection to the logs breaks; each is used once.
         lost: whether nothing answers.
+        silent: how many connections to the logs bring nothing and never end.
     """
 
     def __init__(self, text: tuple[str, ...] = (), end: JobState | None = None, breaks: tuple[int, ...] = ()) -> None:
         self.text, self.end, self.breaks = text, end, list(breaks)
         self.jobs: list[Job] = []
-        self.stopped, self.lost = threading.Event(), False
+        self.stopped, self.lost, self.silent = threading.Event(), False, 0
         self.on_logs: Callable[[], None] = lambda: None
 
     def submit(self, job: Job) -> None:
@@ -44,6 +45,9 @@ class FakeJobServer(JobServer):
         self.on_logs()
         if self.lost:
             raise JobServerError("does not answer")
+        if self.silent:
+            self.silent -= 1
+            await asyncio.Event().wait()
         end = self.breaks.pop(0) if self.breaks else None
         for text in self.text[:end]:
             yield text

@@ -24,6 +24,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_BETWEEN_TRIES_S", 0.0)
 
 
+def lost(job_id: str) -> JobState:
+    raise JobServerError("does not answer")
+
+
 def followed(server: FakeJobServer) -> tuple[JobState, str]:
     pieces: list[str] = []
     return asyncio.run(follow(server, "job", pieces.append)), "".join(pieces)
@@ -46,6 +50,41 @@ def test_a_server_that_stays_out_of_reach_is_given_up(monkeypatch: pytest.Monkey
     server.lost = True
     with pytest.raises(JobServerError, match="does not answer"):
         followed(server)
+
+
+def test_a_connection_that_went_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that lost its power closes no connection, nor does a router that forgot one."""
+    monkeypatch.setattr(jobs, "_SILENCE_S", 0.01)
+    server = FakeJobServer(("a\n", "b\n"), DONE)
+    server.silent = 2
+    assert followed(server) == (DONE, "a\nb\n")
+    monkeypatch.setattr(jobs, "LOST_S", 0.05)
+    monkeypatch.setattr(server, "state", lost)
+    server.silent = 1000
+    with pytest.raises(JobServerError, match="does not answer"):
+        followed(server)
+
+
+def test_a_job_that_writes_nothing_for_long_is_followed_on_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_SILENCE_S", 0.01)
+    monkeypatch.setattr(jobs, "LOST_S", 0.0)
+    server, connections, looks = FakeJobServer(("a\n",)), 0, 0
+
+    def connected() -> None:
+        nonlocal connections
+        connections += 1
+
+    def state(job_id: str) -> JobState:
+        nonlocal looks
+        looks += 1
+        if looks == 5:
+            server.stop(job_id)
+        return JobState("STOPPED" if server.stopped.is_set() else "RUNNING")
+
+    server.on_logs = connected
+    monkeypatch.setattr(server, "state", state)
+    assert followed(server) == (JobState("STOPPED"), "a\n")
+    assert connections == 1 and looks >= 5
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "auto", ""])
