@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from grpc import StatusCode
 
@@ -17,11 +17,15 @@ from headwise.runtime.client import AsyncClient, ServerError
 from headwise.runtime.engine.request import Request
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
+T = TypeVar("T")
+
 MAX_BUSY_S = 600.0
 """How long a server may refuse a question because others wait."""
 MAX_AWAY_S = 60.0
 """How long a server that has answered before may be out of reach: it may be started again."""
 _AWAY_PAUSE_S = 1.0
+_REACHED_S = 30.0
+"""A call that fails after this long had reached a server: a connection that cannot be made fails after 20."""
 _OF_THE_LINE = (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE, StatusCode.DEADLINE_EXCEEDED)
 """What a server says of one question; anything else is said of all."""
 _MAX_TEXTS = 1 << 16
@@ -120,7 +124,6 @@ class ServerAnswerer(Answerer):
     def __init__(self, client: AsyncClient, model: str) -> None:
         super().__init__()
         self._client, self.model = client, model
-        self._away_since: float | None = None
 
     @classmethod
     async def connect(cls, client: AsyncClient) -> ServerAnswerer:
@@ -131,48 +134,59 @@ class ServerAnswerer(Answerer):
         return cls(client, (await client.model()).name)
 
     async def _answer(self, question: Question, number: int) -> Answer:
-        deadline = time.monotonic() + MAX_BUSY_S
-        while True:
-            try:
-                done = await self._client.generate(question.prompt, question.params)
-                self._away_since = None
-                break
-            except InvalidValueError as error:
-                raise LineError("invalid_value", str(error), error.field) from None
-            except ServerError as error:
-                await asyncio.sleep(self._pause(error, deadline))
+        # A server counts the requests of all its clients: by its own seed, a line would get other tokens each time.
+        params = question.params if question.params.seed is not None else question.params.clone(seed=number)
+        done = await self._asked(lambda: self._client.generate(question.prompt, params))
         samples = [
             Sample(s.index, s.text, s.token_ids, s.logprobs, s.finish_reason or "abort", s.stop_reason, s.error)
             for s in done.samples
         ]
         return Answer(self.model, samples, done.prompt_tokens, done.cached_tokens)
 
-    def _pause(self, error: ServerError, deadline: float) -> float:
-        """In how many seconds to ask again.
-
-        Raises:
-            LineError: the question is wrong.
-            ServerError: asking again is of no use.
-        """
-        now = time.monotonic()
-        if error.code is StatusCode.UNAVAILABLE:
-            self._away_since = self._away_since or now
-            if now - self._away_since < MAX_AWAY_S:
-                return _AWAY_PAUSE_S
-            raise error
-        self._away_since = None
-        busy = error.code is StatusCode.RESOURCE_EXHAUSTED
-        if busy and error.retry_after_s is not None and now < deadline:
-            return error.retry_after_s
-        # What is too large for a message is refused so, too, but with no word of when to try again.
-        if error.code in _OF_THE_LINE or (busy and error.retry_after_s is None):
-            wrong = error.code is StatusCode.INVALID_ARGUMENT
-            code, status = ("invalid_value", 400) if wrong else ("failed", 500)
-            raise LineError(code, str(error), error.field, status)
-        raise error
-
     async def _decode(self, token: int) -> str:
-        return await self._client.detokenize([token], skip_special_tokens=False)
+        return await self._asked(lambda: self._client.detokenize([token], skip_special_tokens=False))
+
+    async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What the server answers, asked again while it is busy or away."""
+        deadline = time.monotonic() + MAX_BUSY_S
+        away_since: float | None = None
+        while True:
+            began = time.monotonic()
+            try:
+                return await call()
+            except InvalidValueError as error:
+                raise LineError("invalid_value", str(error), error.field) from None
+            except ServerError as error:
+                now = time.monotonic()
+                pause = _AWAY_PAUSE_S
+                if error.code is not StatusCode.UNAVAILABLE:
+                    away_since, pause = None, _pause(error, now < deadline)
+                elif away_since is None or now - began >= _REACHED_S:
+                    away_since = now
+                if away_since is not None and now - away_since >= MAX_AWAY_S:
+                    raise
+                await asyncio.sleep(pause)
+
+
+def _pause(error: ServerError, in_time: bool) -> float:
+    """In how many seconds to ask a server again that can be reached.
+
+    Args:
+        in_time: whether it may still be busy.
+
+    Raises:
+        LineError: the question is wrong.
+        ServerError: asking again is of no use.
+    """
+    busy = error.code is StatusCode.RESOURCE_EXHAUSTED
+    if busy and error.retry_after_s is not None and in_time:
+        return error.retry_after_s
+    # What is too large for a message is refused so, too, but with no word of when to try again.
+    if error.code in _OF_THE_LINE or (busy and error.retry_after_s is None):
+        wrong = error.code is StatusCode.INVALID_ARGUMENT
+        code, status = ("invalid_value", 400) if wrong else ("failed", 500)
+        raise LineError(code, str(error), error.field, status)
+    raise error
 
 
 def _sample(request: Request, text: str | None) -> Sample:

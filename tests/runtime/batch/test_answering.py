@@ -19,13 +19,22 @@ class Server:
     """Says these things, one after another."""
 
     def __init__(self, *said: ServerError | Completion) -> None:
-        self.said = list(said)
+        self.said, self.seeds = list(said), list[int | None]()
+        self.before = lambda: None
 
     async def generate(self, prompt: Any, params: SamplingParams) -> Completion:
+        self.before()
+        self.seeds.append(params.seed)
         one = self.said.pop(0)
         if isinstance(one, ServerError):
             raise one
         return one
+
+    async def detokenize(self, token_ids: Any, skip_special_tokens: bool) -> str:
+        one = self.said.pop(0)
+        if isinstance(one, ServerError):
+            raise one
+        return one.request_id
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +71,67 @@ def test_a_server_that_stays_busy_or_away_ends_the_batch(monkeypatch: pytest.Mon
     for said in (error(StatusCode.UNAVAILABLE), error(StatusCode.RESOURCE_EXHAUSTED, 0.0)):
         with pytest.raises(ServerError):
             ask(said)
+
+
+def test_a_server_that_is_away_again_after_a_long_answer_has_its_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there in between: what it was asked for took longer than it may be away."""
+    clock = 0.0
+    monkeypatch.setattr(answering.time, "monotonic", lambda: clock)
+    away, server = error(StatusCode.UNAVAILABLE), Server()
+    server.said = [away, away, done()]
+
+    def take_long() -> None:
+        nonlocal clock
+        clock += 100.0 if len(server.said) == 2 else 1.0
+
+    server.before = take_long
+    answerer = ServerAnswerer(server, "m")  # type: ignore[arg-type]
+    assert asyncio.run(answerer._asked(lambda: server.generate("a", SamplingParams()))).prompt_tokens == 2
+
+
+def test_another_question_that_takes_long_does_not_count_as_being_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(answering.time, "monotonic", lambda: clock)
+    server = Server()
+    answerer = ServerAnswerer(server, "m")  # type: ignore[arg-type]
+
+    async def ask_both() -> list[Completion]:
+        """The first is away, is asked again, and computed for long; meanwhile the second loses its connection once."""
+        nonlocal clock
+        computed, failed = asyncio.Event(), [False, False]
+
+        async def generate(number: int) -> Completion:
+            nonlocal clock
+            if number == 0 and failed[0]:
+                await computed.wait()
+            elif not failed[number]:
+                failed[number] = True
+                clock += 100.0 * number
+                raise error(StatusCode.UNAVAILABLE)
+            computed.set()
+            return done()
+
+        first = asyncio.create_task(answerer._asked(lambda: generate(0)))
+        await asyncio.sleep(0)
+        return [await answerer._asked(lambda: generate(1)), await first]
+
+    assert len(asyncio.run(ask_both())) == 2
+
+
+def test_a_line_has_the_same_seed_whenever_it_is_asked() -> None:
+    """Or a batch that goes on would sample other tokens than one that was not disturbed."""
+    server = Server(done(), done(), done())
+    answerer = ServerAnswerer(server, "m")  # type: ignore[arg-type]
+    for number, seed in ((7, None), (8, 5), (7, None)):
+        asyncio.run(answerer.answer(Question("a", SamplingParams(seed=seed)), number))
+    assert server.seeds == [7, 5, 7]
+
+
+def test_the_text_of_a_token_is_asked_for_again_too() -> None:
+    server = Server(done(), error(StatusCode.UNAVAILABLE), error(StatusCode.RESOURCE_EXHAUSTED, 0.0), done())
+    answerer = ServerAnswerer(server, "m")  # type: ignore[arg-type]
+    question = Question("a", SamplingParams(logprobs=0), url="/v1/completions")
+    assert asyncio.run(answerer.answer(question, 1)).token_texts == {5: "a"}
 
 
 @pytest.mark.parametrize(
