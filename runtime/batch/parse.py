@@ -54,6 +54,16 @@ def parse(line: Line, defaults: Mapping[str, Any]) -> Parsed:
     return parsed
 
 
+def custom_id_of(line: Line) -> str | None:
+    """What ``parse`` says of it, for less."""
+    if b"custom_id" not in line.data and b"\\" not in line.data:
+        return None
+    try:
+        return _custom_id(_object(line))
+    except (InvalidValueError, LineError):
+        return None
+
+
 def _own(value: dict[str, Any], parsed: Parsed, defaults: Mapping[str, Any]) -> Question:
     refuse_unknown(value, {"prompt", "messages", "custom_id", *PARAMETERS})
     given = [name for name in ("prompt", "messages") if value.get(name) is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 from headwise.runtime.batch.lines import Line
@@ -112,7 +113,7 @@ def _choice(question: Question, answer: Answer, sample: Sample) -> dict[str, Any
     logprobs = None
     if question.params.logprobs is not None:
         texts = [answer.token_texts[token] for token in sample.token_ids]
-        starts = [len("".join(texts[:place])) for place in range(len(texts))]
+        starts = list(accumulate(map(len, texts[:-1]), initial=0))[: len(texts)]
         logprobs = {
             "tokens": texts,
             "token_logprobs": [value for value, _, _ in sample.logprobs],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from headwise.runtime.batch.answering import Answerer
 from headwise.runtime.batch.lines import Line, read_lines
 from headwise.runtime.batch.output import Output
-from headwise.runtime.batch.parse import Parsed, parse
+from headwise.runtime.batch.parse import Parsed, custom_id_of, parse
 from headwise.runtime.batch.question import Answer, LineError
 from headwise.runtime.batch.render import render
 from headwise.workers.errors import InvalidValueError
@@ -20,6 +21,9 @@ from headwise.workers.errors import InvalidValueError
 MAX_IN_FLIGHT = 256
 """Questions at the same time: twice the requests that an engine computes by default, so that one waits for each that
 ends. No more lines than these, and their answers, are in memory."""
+
+_TURN = 256
+"""So many lines are read before others, such as whoever waits for Ctrl-C, have their turn."""
 
 Warn = Callable[[str], None]
 Show = Callable[[], Coroutine[Any, Any, None]]
@@ -72,10 +76,13 @@ class Batch:
         """
         self._source, self._output, self._defaults, self._context = source, output, defaults, context
         count = before = last = 0
+        seen = hashlib.sha256()
         for line in read_lines(source, context):
             before += output.check(line)
             count, last = count + 1, line.number
+            seen.update(line.id.encode())
         output.check_length(last)
+        self._last, self._seen = last, seen.digest()
         self.summary = Summary(count, before, before, output.num_failed)
         self._names: dict[int, int] = {}  # custom_id's hash: the line that has it
         self._told: set[str] = set()
@@ -112,7 +119,11 @@ class Batch:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for line, parsed in self._waiting(answerer.model, warn):
+                for work in self._waiting(answerer.model, warn):
+                    if work is None:
+                        await asyncio.sleep(0)
+                        continue
+                    line, parsed = work
                     await slots.acquire()
                     group.create_task(one(line, parsed))
         except BaseExceptionGroup as errors:
@@ -121,23 +132,40 @@ class Batch:
             if showing is not None:
                 showing.cancel()
 
-    def _waiting(self, model: str, warn: Warn) -> Iterator[tuple[Line, Parsed]]:
-        """The lines that have no answer yet."""
+    def _waiting(self, model: str, warn: Warn) -> Iterator[tuple[Line, Parsed] | None]:
+        """The lines that have no answer yet; now and then None, for others to have their turn.
+
+        Raises:
+            InvalidValueError: the input is not the one that was read first.
+        """
+        seen = hashlib.sha256()
         for line in read_lines(self._source, self._context):
+            if line.number > self._last:  # added since
+                break
+            seen.update(line.id.encode())
+            if line.number % _TURN == 0:
+                yield None
+            if self._output.check(line):
+                self._has_name(line, custom_id_of(line))
+                continue
             parsed = parse(line, self._defaults)
             name = parsed.custom_id
-            if name is not None:
-                first = self._names.setdefault(hash(name), line.number)
-                if first != line.number:
-                    said = f"custom_id={name[:80]!r}: line {first} has it too; give each line its own"
-                    parsed.question, parsed.error = None, LineError("invalid_value", said, "custom_id")
-            if self._output.check(line):
-                continue
+            if (first := self._has_name(line, name)) != line.number:
+                said = f"custom_id={(name or '')[:80]!r}: line {first} has it too; give each line its own"
+                parsed.question, parsed.error = None, LineError("invalid_value", said, "custom_id")
             asked = parsed.question.model if parsed.question is not None else ""
             if asked and asked != model and asked not in self._told and len(self._told) < 10:
                 self._told.add(asked)
                 warn(f"line {line.number} asks for the model {asked[:80]}; {model} answers")
             yield line, parsed
+        if seen.digest() != self._seen:
+            limit = "was changed while it was read"
+            fix = "run the same command again, which says if the answers so far are not to its lines"
+            raise InvalidValueError("--input", str(self._source.absolute()), limit, fix)
+
+    def _has_name(self, line: Line, name: str | None) -> int:
+        """The first line with that name, which has to be the only one."""
+        return line.number if name is None else self._names.setdefault(hash(name), line.number)
 
     async def _one(self, line: Line, parsed: Parsed, answerer: Answerer) -> None:
         result: Answer | LineError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.runtime import SamplingParams
 from headwise.runtime.batch import output as output_module
 from headwise.runtime.batch import run as run_module
-from headwise.runtime.batch.lines import read_lines
+from headwise.runtime.batch.lines import Line, read_lines
 from headwise.runtime.batch.output import Output, OutputBusyError
-from headwise.runtime.batch.question import LineError
+from headwise.runtime.batch.parse import Parsed
+from headwise.runtime.batch.question import Answer, LineError, Question, Sample
+from headwise.runtime.batch.render import render
 from headwise.runtime.batch.run import check_files
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from tests.effort import examples
@@ -114,6 +118,20 @@ def test_openais_form(tmp_path: Path) -> None:
         assert found[number]["response"]["body"]["error"]["param"] == param
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 60_000])
+def test_where_the_tokens_of_a_completion_begin(count: int) -> None:
+    """In a time that grows with their number, not with its square."""
+    tokens, logprobs = [n % 2 for n in range(count)], [(-0.5, 1, [(0, -0.5)])] * count
+    question = Question("a", SamplingParams(logprobs=1), "a", "/v1/completions")
+    answer = Answer("m", [Sample(0, "", tokens, list(logprobs), "stop")], 1, 0, {0: "ab", 1: "c"})
+    line = Line(1, b"{}", "0" * 16, 2)
+    began = time.monotonic()
+    value = json.loads(render(line, Parsed("a", True, question), answer, 0))
+    assert time.monotonic() - began < 10
+    offsets = value["response"]["body"]["choices"][0]["logprobs"]["text_offset"]
+    assert offsets == [n // 2 * 3 + n % 2 * 2 for n in range(count)]
+
+
 def test_openais_own_types_read_the_output(tmp_path: Path) -> None:
     types = pytest.importorskip("openai.types")
     source = write(
@@ -181,6 +199,56 @@ def test_another_input_for_the_same_output_is_noticed(
     with pytest.raises(InvalidValueError, match=said):
         run(write(tmp_path / "in", *change(lines)), tmp_path / "out", echo)
     assert (tmp_path / "out").read_bytes() == before and not echo.asked
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_an_input_that_changes_before_it_is_answered_is_noticed(tmp_path: Path, left: int) -> None:
+    """A model takes a while to load."""
+    source = prompts(tmp_path / "in", 3)
+    with Output(tmp_path / "out") as output:
+        batch = run_module.Batch(source, output, {})
+        prompts(source, left)
+        with pytest.raises(InvalidValueError, match=r"--input=.*was changed while it was read"):
+            run_module.asyncio.run(batch.run(Echo(), print))
+
+
+def test_lines_that_are_added_meanwhile_are_left_to_the_next_run(tmp_path: Path) -> None:
+    """The last of them may be half written."""
+    source = prompts(tmp_path / "in", 3)
+    with Output(tmp_path / "out") as output:
+        batch = run_module.Batch(source, output, {})
+        with source.open("ab") as file:
+            file.write(b'{"prompt": "p')
+        run_module.asyncio.run(batch.run(Echo(), print))
+    assert answers(tmp_path / "out").keys() == {1, 2, 3} and batch.is_done
+
+
+def test_a_name_of_a_line_that_has_its_answer_is_taken(tmp_path: Path) -> None:
+    names = ["a", "\u00e4", "b"]
+    lines = [{"prompt": "x", "custom_id": name} for name in names]
+    run(write(tmp_path / "in", *lines), tmp_path / "out", Echo())
+    summary, _ = run(write(tmp_path / "in", *lines, *lines), tmp_path / "out", Echo())
+    assert (summary.before, summary.failed) == (3, 3)
+
+
+def test_others_have_their_turn_while_answered_lines_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C would wait for the end of a million lines otherwise."""
+    monkeypatch.setattr(run_module, "_TURN", 10)
+    run(prompts(tmp_path / "in", 200), tmp_path / "out", Echo())
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await run_module.asyncio.sleep(0)
+
+    with Output(tmp_path / "out") as output:
+        batch = run_module.Batch(prompts(tmp_path / "in", 201), output, {})
+        run_module.asyncio.run(batch.run(Echo(), print, count))
+    assert turns > 20
 
 
 def test_other_flags_or_another_model_are_noticed(tmp_path: Path) -> None:
