@@ -69,6 +69,10 @@ class JobServer(ABC):
         """Starts a job; copies what it needs first."""
 
     @abstractmethod
+    def has(self, job_id: str) -> bool:
+        """Whether there is a job of that name, or was one."""
+
+    @abstractmethod
     def state(self, job_id: str) -> JobState: ...
 
     @abstractmethod

@@ -23,6 +23,7 @@ _FAILURES = (OSError, RuntimeError, ValueError, RayError, requests.exceptions.Re
 _NO_TOKEN = "asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 _OTHER_TOKEN = "asks for a token, and does not know that of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 _CAUSE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): (.+)$", re.MULTILINE)
+_USER = re.compile(r"://[^/\s]*@")
 _CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
 
@@ -40,7 +41,7 @@ class RayJobServer(JobServer):
         """
         if not address.startswith(("http://", "https://")):
             limit = "must be that of the head's dashboard, as a URL"
-            raise InvalidValueError("--address", address, limit, "such as http://head:8265")
+            raise InvalidValueError("--address", without_password(address), limit, "such as http://head:8265")
         self._address = address
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -54,7 +55,14 @@ class RayJobServer(JobServer):
         if job.working_dir is not None:
             environment["working_dir"] = str(job.working_dir)
         with self._failures("does not take the job"):
-            self._client.submit_job(entrypoint=job.command, submission_id=job.id, runtime_env=environment)
+            try:
+                self._client.submit_job(entrypoint=job.command, submission_id=job.id, runtime_env=environment)
+            except (requests.exceptions.Timeout, requests.exceptions.ConnectionError) as error:
+                raise RuntimeError(f"{error}; the job may have begun: ray job status {job.id}") from error
+
+    def has(self, job_id: str) -> bool:
+        with self._failures("does not say whether there is a job of that name"):
+            return self._client.has_job(job_id)
 
     def state(self, job_id: str) -> JobState:
         with self._failures("does not say how the job is"):
@@ -76,11 +84,16 @@ class RayJobServer(JobServer):
             yield
         except AuthenticationError as error:
             said = _OTHER_TOKEN if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else _NO_TOKEN
-            raise JobServerError(f"--address={self._address}: {said}") from error
+            raise JobServerError(f"--address={without_password(self._address)}: {said}") from error
         except _FAILURES as error:
             # Of a traceback that the server sends, the line that says what was wrong.
             cause = (_CAUSE.findall(str(error)) or [str(error)])[-1]
-            raise JobServerError(f"--address={self._address}: {what}: {cause}") from error
+            raise JobServerError(without_password(f"--address={self._address}: {what}: {cause}")) from error
+
+
+def without_password(text: str) -> str:
+    """A text with the user and password of each URL in it left out."""
+    return _USER.sub("://...@", text)
 
 
 class _Client(JobSubmissionClient):
@@ -88,6 +101,12 @@ class _Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, **{"timeout": TIMEOUT_S} | options)
+
+    def has_job(self, job_id: str) -> bool:
+        response = self._do_request("GET", f"/api/jobs/{job_id}")
+        if response.status_code not in (200, 404):
+            self._raise_error(response)
+        return bool(response.status_code == 200)
 
 
 @contextmanager

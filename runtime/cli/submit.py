@@ -8,7 +8,8 @@ import secrets
 import signal
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +19,12 @@ from headwise.runtime.cli.options import AsJson, FlagError, option
 from headwise.runtime.cli.printing import print_json, write
 
 if TYPE_CHECKING:
-    from headwise.cluster.jobs import Job, JobServer, JobState
+    from headwise.cluster.jobs import JobServer, JobState
 
 INTERRUPTED, STOPPED, NOT_RUN, NOT_FOUND = 130, 143, 4, 127
 """Exit codes: Ctrl-C, here; stopped by somebody else; the job server is out of reach, or did not run the command; and
 the shell's, for a command that is not there."""
-_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def submit(
@@ -79,33 +80,47 @@ def submit(
     The exit code is the command's own; 130 after Ctrl-C; 143 if somebody else stopped the job; 4 if the cluster cannot
     be reached, or could not run the command.
     """
-    from headwise.cluster.jobs import Job
-    from headwise.cluster.ray_jobs import RayJobServer
+    from headwise.cluster.jobs import Job, JobServerError
+    from headwise.cluster.ray_jobs import RayJobServer, without_password
     from headwise.runtime.jobs.checkout import packages_of
-    from headwise.runtime.jobs.command import job_environment, relative_output, secret_names, shell_command
+    from headwise.runtime.jobs.command import (
+        job_environment,
+        relative_output,
+        secret_flags,
+        secret_names,
+        shell_command,
+    )
 
     words = command[1:] if command[0] == "headwise" else command
     if not words or words[0] == "submit":
         raise FlagError("COMMAND", "must be another command of headwise", "such as: -- serve --model …")
     if job_id is not None and not _ID.fullmatch(job_id):
-        raise FlagError("--job-id", "has 1 to 128 letters, digits, dots, dashes and underscores", "give another")
+        limit = "has 1 to 128 letters, digits, dots, dashes and underscores, and begins with none of . and -"
+        raise FlagError("--job-id", limit, "give another")
     if working_dir is not None and (lost := relative_output(words)):
         fix = "give a path from / on, of a disk that stays"
         raise FlagError("--output", f"{lost} would be in the copy of --working-dir, which goes when the job ends", fix)
     environment = job_environment(env or (), words)
-    if names := secret_names(environment):
+    if names := [*secret_names(environment), *secret_flags(words)]:
         _say(f"{', '.join(names)}: Ray keeps this in clear text, for all who may ask it about jobs; use a file instead")
     address = address or "http://127.0.0.1:8265"
     server = RayJobServer(address)
+    if job_id is not None and server.has(job_id):  # before Ctrl-C could stop that one
+        raise JobServerError(f"--job-id={job_id}: there is a job of this name, or was; give another name")
     name = job_id or f"headwise-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="headwise-submit-") as folder:
         packages = packages_of(checkout, Path(folder)) if checkout is not None else ()
-        _submit(server, Job(name, shell_command(words, bool(packages)), environment, packages, working_dir))
-    if not wait:
-        print_json({"job_id": name, "address": address}) if as_json else print(name)
-        return
-    _say(f"job {name} is submitted; Ctrl-C stops it")
-    state, stopped = asyncio.run(_follow(server, name, as_json))
+        job = Job(name, shell_command(words, bool(packages)), environment, packages, working_dir)
+        with _stopped_by_ctrl_c(server, name):
+            server.submit(job)
+    with _stopped_by_ctrl_c(server, name):
+        if not wait:
+            print_json({"job_id": name, "address": without_password(address)}) if as_json else print(name)
+            return
+        _say(f"job {name} is submitted; Ctrl-C stops it")
+        state, stopped = asyncio.run(_follow(server, name, as_json))
+    if state is None:
+        raise KeyboardInterrupt
     code = exit_code(state, stopped)
     _say(ending(name, state, stopped))
     if as_json:
@@ -139,17 +154,24 @@ def ending(name: str, state: JobState, stopped_here: bool) -> str:
     return f"job {name} failed with exit code {exit_code(state, False)}{hint}"
 
 
-def _submit(server: JobServer, job: Job) -> None:
+@contextmanager
+def _stopped_by_ctrl_c(server: JobServer, name: str) -> Iterator[None]:
+    """Ctrl-C stops the job while nothing else listens for it."""
     try:
-        server.submit(job)
+        yield
     except KeyboardInterrupt:
+        _say(f"stopping job {name}")
         with suppress(Exception):  # it may have begun, or not
-            server.stop(job.id)
+            server.stop(name)
         raise
 
 
-async def _follow(server: JobServer, name: str, as_json: bool) -> tuple[JobState, bool]:
-    """How the job ended, and whether it was stopped from here."""
+async def _follow(server: JobServer, name: str, as_json: bool) -> tuple[JobState | None, bool]:
+    """How the job ended, None if the user did not wait for that; and whether it was stopped from here.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came before this listened for it.
+    """
     from headwise.cluster.jobs import JobServerError, follow
 
     loop, presses = asyncio.get_running_loop(), 0
@@ -175,8 +197,10 @@ async def _follow(server: JobServer, name: str, as_json: bool) -> tuple[JobState
     try:
         return await following, presses > 0
     except asyncio.CancelledError:
+        if not presses:
+            raise KeyboardInterrupt from None
         _say(f"job {name} may go on for a while: ray job status {name}")
-        raise KeyboardInterrupt from None
+        return None, True
     except JobServerError as error:
         raise JobServerError(f"{error}; the job may go on: ray job status {name}") from error
     finally:

@@ -14,6 +14,7 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 without, it takes 3."""
 DRAIN_S, MARGIN_S = 30.0, 30.0
 """``serve --drain-timeout``, unless it is given; and for everything else that an end takes."""
+_SECRET_FLAGS = ("--token",)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 
@@ -54,6 +55,11 @@ def job_environment(given: Sequence[str], words: Sequence[str]) -> dict[str, str
 def secret_names(environment: Mapping[str, str]) -> list[str]:
     """The variables that are secrets, by their names."""
     return [name for name in environment if _SECRET.search(name)]
+
+
+def secret_flags(words: Sequence[str]) -> list[str]:
+    """The flags among a command's words whose values are secrets."""
+    return [flag for flag in _SECRET_FLAGS if _value(words, flag)]
 
 
 def relative_output(words: Sequence[str]) -> str:

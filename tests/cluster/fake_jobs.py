@@ -31,6 +31,9 @@ class FakeJobServer(JobServer):
             raise JobServerError("does not take the job: it is there already")
         self.jobs.append(job)
 
+    def has(self, job_id: str) -> bool:
+        return any(job_id == job.id for job in self.jobs)
+
     def state(self, job_id: str) -> JobState:
         if self.lost:
             raise JobServerError("does not answer")

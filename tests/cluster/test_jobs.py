@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwise.cluster import jobs
+from headwise.cluster import jobs, ray_jobs
 from headwise.cluster.jobs import JobServerError, JobState, follow
 from headwise.cluster.ray_jobs import RayJobServer
-from headwise.workers.errors import InvalidValueError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 from tests.cluster.fake_jobs import FakeJobServer
 from tests.effort import examples
 
@@ -100,3 +104,56 @@ def test_the_address_that_is_given_is_the_one_that_is_asked(monkeypatch: pytest.
     with pytest.raises(JobServerError, match=r"--address=http://127.0.0.1:1: does not answer: .*127.0.0.1:1\."):
         RayJobServer("http://127.0.0.1:1")
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:2"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Of a job server: there is a job ``known``; one that is submitted gets no answer."""
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        about = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+        self.send_response({"version": 200, "known": 200, "unknown": 404}.get(name, 500))
+        self.end_headers()
+        self.wfile.write(json.dumps(about if name == "version" else {}).encode())
+
+    def do_POST(self) -> None:
+        given_up.wait(30)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+given_up = threading.Event()
+
+
+@pytest.fixture
+def answers() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        given_up.clear()
+        yield f"http://user:hush@127.0.0.1:{server.server_port}"
+        given_up.set()
+        server.shutdown()
+
+
+def test_what_ray_says_of_a_name(answers: str) -> None:
+    server = RayJobServer(answers)
+    assert server.has("known") and not server.has("unknown")
+    with pytest.raises(JobServerError, match=r"--address=http://\.\.\.@127.*: does not say whether") as refused:
+        server.has("other")
+    assert "hush" not in str(refused.value)
+
+
+def test_a_job_that_gets_no_answer_may_have_begun(answers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RayJobServer(answers)
+    monkeypatch.setattr(ray_jobs, "TIMEOUT_S", 0.2)
+    with pytest.raises(JobServerError, match=r"Read timed out.*; the job may have begun: ray job status x"):
+        server.submit(jobs.Job("x", "true"))
+
+
+@pytest.mark.parametrize("address", ["http://user:hush@127.0.0.1:1", "ray://user:hush@127.0.0.1:1"])
+def test_a_password_in_an_address_is_not_shown(address: str) -> None:
+    with pytest.raises(HeadwiseError, match=r"--address='?\w+://\.\.\.@127.0.0.1:1") as refused:
+        RayJobServer(address)
+    assert "hush" not in str(refused.value)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headwise.cluster import jobs, ray_jobs
-from headwise.cluster.jobs import JobState
+from headwise.cluster.jobs import Job, JobState
+from headwise.runtime.cli import submit as submit_module
 from tests.cluster.fake_jobs import FakeJobServer
 from tests.runtime.conftest import Run
 
@@ -43,7 +47,7 @@ def test_without_waiting_the_name_is_printed(headwise: Run, server: FakeJobServe
     code, out, _ = headwise("submit", "--no-wait", "--json", "--job-id", "y", "--", "plan")
     assert code == 0 and json.loads(out) == {"job_id": "y", "address": "http://127.0.0.1:8265"}
     code, out, err = headwise("submit", "--job-id", "y", "--", "plan")
-    assert (code, out) == (4, "") and "does not take the job" in err
+    assert (code, out) == (4, "") and "--job-id=y: there is a job of this name, or was; give another name" in err
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,57 @@ def test_a_second_ctrl_c_leaves_at_once(headwise: Run, server: FakeJobServer, mo
     assert code == 130 and "may go on for a while" in err and not server.stopped.is_set()
 
 
+@pytest.mark.parametrize("moment", ["submit", "print", "run"])
+def test_ctrl_c_at_any_moment_stops_the_job(
+    headwise: Run, server: FakeJobServer, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    server.end = None
+    if moment == "submit":
+        submit = server.submit
+        monkeypatch.setattr(server, "submit", lambda job: (submit(job), os.kill(os.getpid(), signal.SIGINT)))
+    elif moment == "print":
+        say = submit_module._say
+        monkeypatch.setattr(
+            submit_module,
+            "_say",
+            lambda text: os.kill(os.getpid(), signal.SIGINT) if "is submitted" in text else say(text),
+        )
+    else:
+        run = asyncio.run
+
+        def interrupted(work: Coroutine[Any, Any, Any]) -> Any:
+            async def begin() -> Any:
+                os.kill(os.getpid(), signal.SIGINT)
+                return await work
+
+            return run(begin())
+
+        monkeypatch.setattr(submit_module.asyncio, "run", interrupted)
+    code, _, err = headwise("submit", "--job-id", "x", "--", "serve")
+    assert code == 130 and "stopping job x" in err
+    assert server.jobs and server.stopped.is_set()
+
+
+def test_ctrl_c_does_not_stop_a_job_that_had_the_name_before(
+    headwise: Run, server: FakeJobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name is looked up before the packages are sent, which takes long."""
+    headwise("submit", "--no-wait", "--job-id", "x", "--", "serve")
+
+    def submit(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "submit", submit)
+    code, _, err = headwise("submit", "--job-id", "x", "--", "plan")
+    assert code == 4 and "--job-id=x: there is a job" in err and not server.stopped.is_set()
+
+
+def test_a_token_among_the_words_is_warned_of(headwise: Run, server: FakeJobServer) -> None:
+    for words in (["--token", "hush"], ["--token=hush"]):
+        code, out, err = headwise("submit", "--", "chat", "--server", "localhost:1", *words, "--max-tokens", "5")
+        assert code == 0 and "headwise: --token: Ray keeps this in clear text" in err and "hush" not in out + err
+
+
 def test_a_secret_is_not_shown_and_warned_of(headwise: Run, server: FakeJobServer) -> None:
     code, out, err = headwise("submit", "--env", "MY_TOKEN=hush", "--", "plan")
     assert code == 0 and "MY_TOKEN: Ray keeps this in clear text" in err and "hush" not in out + err
@@ -87,6 +142,8 @@ def test_a_secret_is_not_shown_and_warned_of(headwise: Run, server: FakeJobServe
         (["--", "submit", "x"], "COMMAND: must be another command"),
         (["--", "headwise"], "COMMAND: must be another command"),
         (["--job-id", "a b", "--", "plan"], "--job-id: has 1 to 128 letters"),
+        (["--job-id", "..", "--", "plan"], "--job-id: has 1 to 128 letters"),
+        (["--job-id=-x", "--", "plan"], "--job-id: has 1 to 128 letters"),
         (["--env", "A", "--", "plan"], "--env='...': must be NAME=VALUE"),
         (["--working-dir", ".", "--", "generate", "--output", "o"], "--output: o would be in the copy"),
     ],
