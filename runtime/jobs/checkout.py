@@ -36,12 +36,12 @@ def packages_of(checkout: Path, into: Path) -> tuple[Path, ...]:
         limit = "needs the package build, which is not installed"
         raise InvalidValueError(_FLAG, str(checkout.absolute()), limit, "run: pip install build setuptools")
     source = into / "source"
-    source.mkdir()
-    for name in _NEEDED:  # a copy: setuptools takes along what an earlier build has left in the checkout
-        if (checkout / name).is_dir():
-            shutil.copytree(checkout / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(checkout / name, source / name)
+    try:
+        _copy(checkout, source)
+    except shutil.Error as error:
+        raise HeadwiseError(f"{_FLAG}={checkout.absolute()}: cannot be copied: {error.args[0][0][2]}") from error
+    except OSError as error:
+        raise HeadwiseError(f"{_FLAG}={checkout.absolute()}: cannot be copied: {error}") from error
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(into), str(source)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
@@ -55,3 +55,15 @@ def packages_of(checkout: Path, into: Path) -> tuple[Path, ...]:
     with zipfile.ZipFile(wheel) as file:
         file.extractall(unpacked)
     return tuple(sorted(unpacked.iterdir()))
+
+
+def _copy(checkout: Path, source: Path) -> None:
+    """A copy, for setuptools takes along what an earlier build has left in the checkout. Editors leave links in it that
+    lead nowhere."""
+    source.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in _NEEDED:
+        if (checkout / name).is_dir():
+            shutil.copytree(checkout / name, source / name, ignore=ignore, ignore_dangling_symlinks=True)
+        else:
+            shutil.copy(checkout / name, source / name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -39,6 +40,25 @@ def test_a_checkout_of_which_no_wheel_can_be_built(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(checkout, "BUILD_S", 0.0)
     with pytest.raises(HeadwiseError, match="no wheel was built within 0 s"):
         packages_of(folder, Path(shutil.copytree(into, tmp_path / "again", ignore=lambda *_: ["source"])))
+
+
+def test_what_an_editor_left_in_a_checkout_and_what_cannot_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("build")
+    folder = tmp_path / "checkout"
+    for name in ("proto", "workers", "cluster", "runtime"):
+        (folder / name).mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (folder / name).write_text("")
+    (folder / "runtime" / ".#llm.py").symlink_to("nowhere")
+    monkeypatch.setattr(checkout, "BUILD_S", 0.0)
+    for name, said in (("one", "no wheel was built within 0 s"), ("two", "cannot be copied: .*is a named pipe")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(HeadwiseError, match=rf"--checkout=.*{said}"):
+            packages_of(folder, tmp_path / name)
+        if name == "one":
+            os.mkfifo(folder / "runtime" / "pipe")
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
