@@ -35,9 +35,16 @@ def raise_if_failed(finish_reason: str | None, error: str | None) -> None:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
+    """To stdout at once; characters that its encoding has not as Python writes them: ``\\xe9``."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError as error:
+        sys.stdout.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
+    try:
+        print(json.dumps(value, ensure_ascii=False, default=str))
+    except UnicodeEncodeError:  # another encoding's terminal, or a file's name that is no text
+        print(json.dumps(value, default=str))

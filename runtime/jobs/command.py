@@ -48,6 +48,8 @@ def job_environment(given: Sequence[str], words: Sequence[str]) -> dict[str, str
             raise InvalidValueError("--env", name if equals else "...", "must be NAME=VALUE")
         if name in found:
             raise InvalidValueError("--env", name, "is given twice")
+        if name == STOP_WAIT and not re.fullmatch(r"[0-9]{1,9}", value):
+            raise InvalidValueError("--env", name, "must be a whole number of seconds: Ray could not end the job")
         found[name] = value
     return {STOP_WAIT: str(math.ceil(_drain_s(words) + MARGIN_S))} | found
 

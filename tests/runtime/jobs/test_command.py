@@ -40,6 +40,12 @@ def test_a_variable_that_is_wrong_is_refused_without_its_value(given: list[str])
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "1m"])
+def test_a_time_to_stop_that_ray_cannot_read_is_refused(value: str) -> None:
+    with pytest.raises(InvalidValueError, match="--env='RAY_JOB_STOP_WAIT_TIME_S': must be a whole number of seconds"):
+        job_environment([f"RAY_JOB_STOP_WAIT_TIME_S={value}"], ["plan"])
+
+
 def test_secrets_are_known_by_their_names() -> None:
     names = ["HF_TOKEN", "db_password", "API_KEY", "OMP_NUM_THREADS", "KEYBOARD", "AWS_SECRET_ACCESS_KEY"]
     found = secret_names(dict.fromkeys(names, ""))
