@@ -22,6 +22,8 @@ MAX_IN_FLIGHT = 256
 """Questions at the same time: twice the requests that an engine computes by default, so that one waits for each that
 ends. No more lines than these, and their answers, are in memory."""
 
+MAX_BYTES_IN_FLIGHT = 128 << 20
+"""Of their lines, unless one alone is longer. What is made of a line may take some ten times as much."""
 _TURN = 256
 """So many lines are read before others, such as whoever waits for Ctrl-C, have their turn."""
 
@@ -108,12 +110,15 @@ class Batch:
         self._output.check_model(answerer.model)
         showing = asyncio.create_task(shown()) if shown is not None else None
         started = time.monotonic()
-        slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+        slots, held, freed = asyncio.Semaphore(MAX_IN_FLIGHT), 0, asyncio.Event()
 
         async def one(line: Line, parsed: Parsed) -> None:
+            nonlocal held
             try:
                 await self._one(line, parsed, answerer)
             finally:
+                held -= len(line.data)
+                freed.set()
                 slots.release()
                 self.summary.seconds = time.monotonic() - started
 
@@ -125,6 +130,10 @@ class Batch:
                         continue
                     line, parsed = work
                     await slots.acquire()
+                    while held and held + len(line.data) > MAX_BYTES_IN_FLIGHT:
+                        freed.clear()
+                        await freed.wait()
+                    held += len(line.data)
                     group.create_task(one(line, parsed))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None

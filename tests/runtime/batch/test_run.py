@@ -72,6 +72,15 @@ def test_lines_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: pytest.M
     assert most <= 4 + 1
 
 
+def test_long_lines_are_asked_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "MAX_BYTES_IN_FLIGHT", 100)
+    lines = [{"prompt": "x" * length} for length in (500, *[20] * 20, 500, 500, *[1] * 20)]
+    echo = Echo()
+    summary, _ = run(write(tmp_path / "in", *lines), tmp_path / "out", echo)
+    assert summary.done == len(lines) == 43 and echo.asked == list(range(1, 44))
+    assert echo.most == 100 // len('{"prompt": "x"}')
+
+
 def test_a_bad_line_stops_no_other(tmp_path: Path) -> None:
     source = write(tmp_path / "in", {"prompt": "a"}, b"nonsense", {"prompt": "b"}, {"prompt": "c", "n": 0})
 
