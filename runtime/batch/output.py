@@ -166,6 +166,8 @@ class Output:
         self._size = 0
         with open(os.dup(self._file), "rb") as file:
             file.seek(0)
+            if file.peek(1)[:1] not in (b"", b"{"):
+                raise self._foreign(1)  # without its first line, which may be gigabytes
             for number, data in enumerate(file, 1):
                 if not data.endswith(b"\n"):
                     if not (data.startswith(_BEGINNING) or _BEGINNING.startswith(data)):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,19 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, held: bytes) -> N
     with pytest.raises(InvalidValueError, match=r"--output=.*its line 1 is no answer"):
         Output(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == held
+
+
+def test_a_large_file_of_somebody_else_is_not_read(tmp_path: Path) -> None:
+    """Such as a model's weights: they may have no line break for gigabytes."""
+    (tmp_path / "out").touch()
+    os.truncate(tmp_path / "out", 1 << 26)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidValueError, match=r"--output=.*its line 1 is no answer"):
+            Output(tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
 
 
 def test_two_answers_to_one_line_are_noticed(tmp_path: Path) -> None:
