@@ -69,7 +69,8 @@ def answer_here(batch: Batch, model: str, settings: dict[str, Any]) -> None:
 
     llm = AsyncLLM(engine_config(model=model, **settings))
     try:
-        asyncio.run(_run(batch, EngineAnswerer(llm, Path(model).resolve().name)))
+        with _terminable():  # again: Ray has a handler of its own since it was joined
+            asyncio.run(_run(batch, EngineAnswerer(llm, Path(model).resolve().name)))
     finally:
         llm.shutdown()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from headwise.runtime import LLM, SamplingParams
+from headwise.runtime import LLM, SamplingParams, aio
 from headwise.runtime.batch.output import Output
+from headwise.runtime.batch.run import Batch
 from tests.checkpoints import write_checkpoint
 from tests.runtime.batch.batches import answers, write
 from tests.runtime.cli.test_cli import speaking
@@ -124,6 +126,32 @@ def test_a_second_job_on_the_same_output_is_refused(headwise: Run, model: Path, 
     with Output(target):
         code, _, err = headwise("generate", "--input", str(source), "--output", str(target), "-m", str(model), *LOCAL)
     assert code == 1 and "another job writes this file now" in err
+
+
+def test_sigterm_ends_a_batch_as_ctrl_c_does_though_ray_was_joined(
+    headwise: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``ray.init`` sets this handler."""
+    closed = []
+
+    class Joined:
+        def __init__(self, config: object) -> None:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+        def shutdown(self) -> None:
+            closed.append(True)
+
+    async def run(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(DEADLINE_S)
+
+    monkeypatch.setattr(aio, "AsyncLLM", Joined)
+    monkeypatch.setattr(Batch, "run", run)
+    files = ["--input", str(source), "--output", str(tmp_path / "out")]
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = headwise("generate", *files, "-m", "m", *LOCAL)
+    assert code == 130 and "the same command goes on from there" in err and closed
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
