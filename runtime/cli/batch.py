@@ -65,9 +65,12 @@ def answer_here(batch: Batch, model: str, settings: dict[str, Any]) -> None:
     """By a model that is loaded here."""
     from headwise.runtime.aio import AsyncLLM
     from headwise.runtime.batch.answering import EngineAnswerer
+    from headwise.runtime.batch.run import MAX_IN_FLIGHT
     from headwise.runtime.config import engine_config
+    from headwise.runtime.sampling_params import MAX_N
 
-    llm = AsyncLLM(engine_config(model=model, **settings))
+    # Every line in flight may have so many samples, each of which waits as a request.
+    llm = AsyncLLM(engine_config(model=model, **settings), max_queued_requests=MAX_IN_FLIGHT * MAX_N)
     try:
         with _terminable():  # again: Ray has a handler of its own since it was joined
             asyncio.run(_run(batch, EngineAnswerer(llm, Path(model).resolve().name)))

@@ -135,7 +135,7 @@ def test_sigterm_ends_a_batch_as_ctrl_c_does_though_ray_was_joined(
     closed = []
 
     class Joined:
-        def __init__(self, config: object) -> None:
+        def __init__(self, config: object, max_queued_requests: int) -> None:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
 
         def shutdown(self) -> None:
@@ -184,3 +184,11 @@ def test_a_job_that_is_ended_half_way_goes_on(model: Path, tmp_path: Path, numbe
     assert cut.read_bytes().startswith(kept)
     done = answers(cut)
     assert {n: one["outputs"] for n, one in done.items()} == {n: one["outputs"] for n, one in answers(whole).items()}
+
+
+def test_lines_with_many_samples_wait_for_room_in_the_queue(headwise: Run, model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{n}", "max_tokens": 1, "n": 64, "temperature": 1} for n in range(40)]
+    files = ["--input", str(write(tmp_path / "in", *lines)), "--output", str(tmp_path / "out")]
+    code, _, err = headwise("generate", *files, "-m", str(model), *LOCAL)
+    assert code == 0, err
+    assert {len(one["outputs"]) for one in answers(tmp_path / "out").values()} == {64}
