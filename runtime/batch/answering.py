@@ -15,12 +15,13 @@ from headwise.runtime.async_model import Lane
 from headwise.runtime.batch.question import Answer, LineError, Question, Sample
 from headwise.runtime.client import AsyncClient, ServerError
 from headwise.runtime.engine.request import Request
+from headwise.runtime.inputs.grammars import GrammarTrialError
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
 
 MAX_BUSY_S = 600.0
-"""How long a server may refuse a question because others wait."""
+"""How long a server that answers nothing else may refuse a question because others wait."""
 MAX_AWAY_S = 60.0
 """How long a server that has answered before may be out of reach: it may be started again."""
 _AWAY_PAUSE_S = 1.0
@@ -91,6 +92,8 @@ class EngineAnswerer(Answerer):
             requests = await self._llm.off_loop(lambda: self._requests(question, number), self._lane(question))
         except InvalidValueError as error:
             raise LineError("invalid_value", str(error), error.field) from None
+        except GrammarTrialError as error:  # there may be grammars that no trial survives
+            raise LineError("failed", str(error), "structured_outputs", 500) from None
         texts: dict[int, list[str]] = {request.index: [] for request in requests}
         async for deltas in self._llm.stream(requests):
             for delta in deltas:
@@ -124,6 +127,7 @@ class ServerAnswerer(Answerer):
     def __init__(self, client: AsyncClient, model: str) -> None:
         super().__init__()
         self._client, self.model = client, model
+        self._answered = 0.0
 
     @classmethod
     async def connect(cls, client: AsyncClient) -> ServerAnswerer:
@@ -148,19 +152,21 @@ class ServerAnswerer(Answerer):
 
     async def _asked(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the server answers, asked again while it is busy or away."""
-        deadline = time.monotonic() + MAX_BUSY_S
+        first = time.monotonic()
         away_since: float | None = None
         while True:
             began = time.monotonic()
             try:
-                return await call()
+                answer = await call()
+                self._answered = time.monotonic()
+                return answer
             except InvalidValueError as error:
                 raise LineError("invalid_value", str(error), error.field) from None
             except ServerError as error:
                 now = time.monotonic()
                 pause = _AWAY_PAUSE_S
                 if error.code is not StatusCode.UNAVAILABLE:
-                    away_since, pause = None, _pause(error, now < deadline)
+                    away_since, pause = None, _pause(error, now < max(first, self._answered) + MAX_BUSY_S)
                 elif away_since is None or now - began >= _REACHED_S:
                     away_since = now
                 if away_since is not None and now - away_since >= MAX_AWAY_S:

@@ -10,9 +10,10 @@ from grpc import StatusCode
 
 from headwise.runtime import SamplingParams
 from headwise.runtime.batch import answering
-from headwise.runtime.batch.answering import ServerAnswerer, UnfinishedError
+from headwise.runtime.batch.answering import EngineAnswerer, ServerAnswerer, UnfinishedError
 from headwise.runtime.batch.question import Answer, LineError, Question
 from headwise.runtime.client import Completion, Sample, ServerError
+from headwise.runtime.inputs.grammars import GrammarTrialError
 
 
 class Server:
@@ -116,6 +117,43 @@ def test_another_question_that_takes_long_does_not_count_as_being_away(monkeypat
         return [await answerer._asked(lambda: generate(1)), await first]
 
     assert len(asyncio.run(ask_both())) == 2
+
+
+def test_a_question_may_be_refused_for_as_long_as_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with many samples finds less room in the queue than the others."""
+    clock = 1.0
+    monkeypatch.setattr(answering.time, "monotonic", lambda: clock)
+    answerer = ServerAnswerer(Server(), "m")  # type: ignore[arg-type]
+    refused = 0
+
+    async def large() -> Completion:
+        nonlocal clock, refused
+        clock += answering.MAX_BUSY_S - 1
+        refused += 1
+        if refused == 1 or refused > 6:
+            raise error(StatusCode.RESOURCE_EXHAUSTED, 0.0)
+        await answerer._asked(small)
+        raise error(StatusCode.RESOURCE_EXHAUSTED, 0.0)
+
+    async def small() -> Completion:
+        return done()
+
+    with pytest.raises(ServerError):
+        asyncio.run(answerer._asked(large))
+    assert refused == 8
+
+
+def test_a_grammar_that_cannot_be_tried_stops_no_other_line() -> None:
+    class Model:
+        inputs = None
+
+        async def off_loop(self, work: Any, lane: str) -> Any:
+            raise GrammarTrialError("the process that tries grammars has ended")
+
+    answerer = EngineAnswerer(Model(), "m")  # type: ignore[arg-type]
+    with pytest.raises(LineError, match="has ended") as refused:
+        asyncio.run(answerer.answer(Question("a", SamplingParams()), 1))
+    assert (refused.value.code, refused.value.status, refused.value.field) == ("failed", 500, "structured_outputs")
 
 
 def test_a_line_has_the_same_seed_whenever_it_is_asked() -> None:
