@@ -185,7 +185,8 @@ class Batch:
             try:
                 result = await answerer.answer(parsed.question, line.number)
             except LineError as error:
-                result = error
+                # A traceback holds this call, and so the line, until the garbage is collected.
+                result = error.with_traceback(None)
         self._output.append(render(line, parsed, result, int(time.time())))
         summary = self.summary
         summary.done += 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,23 @@ def test_long_lines_are_asked_a_few_at_a_time(tmp_path: Path, monkeypatch: pytes
     summary, _ = run(write(tmp_path / "in", *lines), tmp_path / "out", echo)
     assert summary.done == len(lines) == 43 and echo.asked == list(range(1, 44))
     assert echo.most == 100 // len('{"prompt": "x"}')
+
+
+def test_a_line_that_failed_is_not_kept(tmp_path: Path) -> None:
+    """Nor is what was made of it, until the garbage is collected, which a few long lines do not bring about."""
+    kept: list[weakref.ref[SamplingParams]] = []
+
+    class Failing(Echo):
+        async def _answer(self, question: Question, number: int) -> Answer:
+            kept.append(weakref.ref(question.params))
+            raise LineError("invalid_value", "too long", "prompt")
+
+    gc.disable()
+    try:
+        run(prompts(tmp_path / "in", 5), tmp_path / "out", Failing())
+        assert [one() for one in kept] == 5 * [None]
+    finally:
+        gc.enable()
 
 
 def test_a_bad_line_stops_no_other(tmp_path: Path) -> None:
