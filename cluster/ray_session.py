@@ -28,6 +28,7 @@ _lock = threading.Lock()
 _users = 0
 _started_here = False
 _inherited: dict[str, str] = {}
+_ended = threading.Event()  # of the Ray that was started here
 _print = ray_worker.print_to_stdstream
 
 
@@ -38,7 +39,7 @@ def join(address: str | None) -> None:
     Raises:
         GroupStartError: no Ray answers there.
     """
-    global _users, _started_here, _inherited
+    global _users, _started_here, _inherited, _ended
     with _lock:
         if not ray.is_initialized():
             target = address or os.environ.get("RAY_ADDRESS")
@@ -48,7 +49,8 @@ def join(address: str | None) -> None:
                 except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # of a token, the last
                     raise GroupStartError(f"no Ray at address={target!r} (--address, RAY_ADDRESS): {error}") from error
             else:
-                _on_a_thread_that_stays(_start)
+                _ended = threading.Event()
+                _on_a_thread_that_stays(_start, _ended)
                 _started_here, _inherited = True, failpoints.environment()
             _keep_from_stdout()
         _users += 1
@@ -61,7 +63,10 @@ def leave() -> None:
         _users -= 1
         if _users == 0 and _started_here:
             _started_here, _inherited = False, {}
-            ray.shutdown()
+            try:
+                ray.shutdown()
+            finally:
+                _ended.set()
 
 
 def _start() -> None:
@@ -75,9 +80,10 @@ def _start() -> None:
     )
 
 
-def _on_a_thread_that_stays(function: Callable[[], None]) -> None:
-    """Runs a function that starts processes. Ray has Linux kill its processes when the thread that started them ends,
-    so that a program that makes its model on a thread, and uses it on another, would lose its Ray."""
+def _on_a_thread_that_stays(function: Callable[[], None], over: threading.Event) -> None:
+    """Runs a function that starts processes, on a thread that stays until they are ``over``. Ray has Linux kill its
+    processes when the thread that started them ends, so that a program that makes its model on a thread, and uses it
+    on another, would lose its Ray."""
     if threading.current_thread() is threading.main_thread():
         function()
         return
@@ -90,7 +96,7 @@ def _on_a_thread_that_stays(function: Callable[[], None]) -> None:
             done.set_exception(error)
             return
         done.set_result(None)
-        threading.Event().wait()
+        over.wait()
 
     threading.Thread(target=run, name="headwise-ray", daemon=True).start()
     done.result()

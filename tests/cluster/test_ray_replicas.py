@@ -137,7 +137,7 @@ def test_a_fraction_of_the_memory_is_shared_out_evenly(
     assert one == other > 1000
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_replica_that_is_stopped_is_silent_and_can_be_closed(
     replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:
@@ -224,6 +224,7 @@ def test_the_factory_ends_what_is_starting(replicas: RayReplicas, settings: dict
     assert not thread.is_alive() and len(failed) == 1
 
 
+@pytest.mark.slow
 def test_nodes_are_asked_for_and_given_back(
     monkeypatch: pytest.MonkeyPatch, replicas: RayReplicas, settings: dict[str, Any], deaths: Deaths
 ) -> None:

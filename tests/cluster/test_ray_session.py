@@ -56,8 +56,11 @@ def test_a_ray_that_a_thread_has_started_outlives_that_thread(monkeypatch: pytes
     user = threading.Thread(target=ray_session.join, args=(None,))
     user.start()
     user.join(30)
+    [keeper] = starting
+    assert keeper is not user and keeper.is_alive()
     ray_session.leave()
-    assert len(starting) == 1 and starting[0] is not user and starting[0].is_alive()
+    keeper.join(30)
+    assert not keeper.is_alive()
 
 
 def test_what_a_thread_could_not_start_is_told_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: Callable[..., Path]
 def test_auto_is_the_dtype_of_the_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     LlamaForCausalLM.from_pretrained(checkpoint("gqa"), dtype=torch.bfloat16).save_pretrained(tmp_path)
     with LLM(tmp_path, **ENGINE) as llm:
-        assert llm._inputs._identity is not None and llm._inputs._identity.dtype == "bfloat16"
+        assert llm._inputs.identity is not None and llm._inputs.identity.dtype == "bfloat16"
         outputs = llm.generate(prompts(), GREEDY)
     assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * len(outputs)
 

@@ -62,8 +62,8 @@ def test_auto_computes_a_checkpoint_of_16_bits_in_float32_on_a_cpu(
     # K and V of 16 tokens in 2 layers of 4 heads, 16 floats wide.
     assert explicit.stats()["kv_bytes_per_rank"] == [2 * 16 * 2 * 4 * 16 * 4 * explicit.stats()["num_blocks"]]
     # KV of float32 is one thing, whichever setting asked for it: either engine finds what the other kept on disk.
-    assert auto._inputs._identity == explicit._inputs._identity
-    assert explicit._inputs._identity is not None and explicit._inputs._identity.dtype == "float32"
+    assert auto._inputs.identity == explicit._inputs.identity
+    assert explicit._inputs.identity is not None and explicit._inputs.identity.dtype == "float32"
 
 
 @pytest.mark.parametrize(
