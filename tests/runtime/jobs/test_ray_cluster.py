@@ -49,7 +49,7 @@ def test_logs_and_exit_codes_by_ours(head: Head) -> None:
         refused = head.run(*submit, "--", "plan", "--help", **wrong)
         assert refused.returncode == 4 and "asks for a token" in refused.stderr
     twice = head.run(*submit, "--job-id", json.loads(failed.stdout)["job_id"], "--", "plan", "--help")
-    assert twice.returncode == 4 and "already exists" in twice.stderr and "Traceback" not in twice.stderr
+    assert twice.returncode == 4 and "there is a job of this name" in twice.stderr and "Traceback" not in twice.stderr
 
 
 @pytest.mark.slow
