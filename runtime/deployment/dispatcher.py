@@ -142,12 +142,6 @@ class Dispatcher:
             live.request.error = reason
             self._finish(live, end(live.request, live.text, FinishReason.ERROR), tell=False)
 
-    def fail_all(self, reason: str) -> None:
-        """No request will be computed any more."""
-        for live in [*self._live.values()]:
-            live.request.error = reason
-            self._finish(live, end(live.request, live.text, FinishReason.ERROR), tell=False)
-
     def joined(self, name: str, most_tokens: int) -> None:
         self._idle.discard(name)
         self._open[name] = most_tokens

@@ -272,7 +272,10 @@ def test_a_replica_without_a_model_says_why(replica_settings: dict[str, Any]) ->
 def test_handoff_settings_may_be_a_plain_dict(replica_settings: dict[str, Any]) -> None:
     handoff = handoff_config(role="decode").model_dump()
     replica = LocalReplica("replica-1", replica_settings | {"handoff": handoff}, lambda name, cause: None)
-    replica.close()
+    try:
+        assert replica.host._config.handoff == handoff_config(role="decode")
+    finally:
+        replica.close()
 
 
 def test_an_engine_that_fails_ends_the_replica(talk: Talk[LocalReplica], deaths: list[tuple[str, str]]) -> None:

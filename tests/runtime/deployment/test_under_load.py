@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def test_a_rolling_restart_under_load_fails_no_request(
 
 
 def test_replicas_die_again_and_again_under_load(one: AsyncLLM, deployed: Deployed) -> None:
-    llm = deployed(2)
+    llm, killed = deployed(2), list[str]()
 
     def work() -> None:
         for _ in range(4):
@@ -101,8 +100,10 @@ def test_replicas_die_again_and_again_under_load(one: AsyncLLM, deployed: Deploy
             busy = next((r["name"] for r in llm.status()["replicas"] if r["running"]), None)
             if busy is not None:
                 deployed.kill(busy)
+                killed.append(busy)
 
     under_load(llm, one, work)
+    assert killed and not set(killed) & deployed.states().keys()
 
 
 def test_a_replica_whose_shards_die_hands_its_requests_on(one: AsyncLLM, deployed: Deployed) -> None:
@@ -138,13 +139,17 @@ def test_a_replica_with_other_weights_does_not_join(
 
 def test_a_replica_that_dies_as_it_starts_is_ended(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = deployed(1)
-    start = LocalReplicas.start
+    start, told = LocalReplicas.start, threading.Event()
 
     def dies(self: LocalReplicas, name: str, settings: dict[str, Any], died: Any) -> Any:
-        replica = start(self, name, settings, died)
+        def tell(name: str, cause: str) -> None:
+            died(name, cause)
+            told.set()
+
+        replica = start(self, name, settings, tell)
         if name == "replica-2":
-            replica.die()  # before the front knows that it has started
-            time.sleep(0.3)
+            replica.die()
+            assert told.wait(30)  # the front hears of the death before it knows that there was a start
         return replica
 
     monkeypatch.setattr(LocalReplicas, "start", dies)
