@@ -47,9 +47,6 @@ from headwise.workers.addresses import is_loopback, join
 from headwise.workers.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from headwise.runtime.server.otlp import Tracing
 
 MAX_MESSAGE_BYTES = 5 << 20
