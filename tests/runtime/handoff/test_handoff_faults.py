@@ -65,7 +65,10 @@ def duplicated(cell: Cell) -> None:
 
 def reordered(cell: Cell) -> None:
     def swap(message: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
-        return chain(list(islice(rest, 1)), [message], rest)
+        following = list(islice(rest, 1))
+        if not following:  # the last of a stream, so another stream is to be damaged
+            cell.wire.damage = swap
+        return chain(following, [message], rest)
 
     cell.wire.damage = swap
 
