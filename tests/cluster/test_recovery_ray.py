@@ -99,6 +99,7 @@ def test_streams_go_on_when_any_rank_or_all_are_killed(checkpoint: Callable[...,
     nothing_left([*dead, *stats["shard_pids"]])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_a_spare_takes_over_and_is_followed_by_another_even_if_it_dies(checkpoint: Callable[..., Path]) -> None:
     with make(checkpoint("uneven"), warm_spare=True) as llm:

@@ -25,7 +25,7 @@ RAY_WAITS_S = 3.0
 """Between SIGTERM and SIGKILL, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_logs_and_exit_codes_by_rays_own_command(head: Head) -> None:
     done = head.ray("submit", "--", "headwise", "plan", "--help")

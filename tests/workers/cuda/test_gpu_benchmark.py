@@ -44,7 +44,7 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_every_part_runs_in_the_interpreter() -> None:
     ran = run("--tiny", TRITON_INTERPRET="1")
     assert ran.returncode == 0, ran.stdout + ran.stderr

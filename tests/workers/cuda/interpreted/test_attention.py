@@ -38,7 +38,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rows, q_starts, head_dim, block_size, draw(st.integers(0, 2**31)))
 
 
-@examples(25)
+@examples(10)
 @given(case=cases())
 def test_is_dense_attention(case: Case) -> None:
     assert_close(case.run(triton(case)), case.dense(), 1e-5)
@@ -58,7 +58,7 @@ def test_bfloat16_as_far_as_the_interpreter_goes() -> None:
     assert_close(case.run(triton(case, torch.bfloat16)), case.dense(), 0.05)
 
 
-@examples(8)
+@examples(4)
 @given(case=cases())
 def test_a_row_has_the_same_bits_alone(case: Case) -> None:
     backend = triton(case)

@@ -63,7 +63,7 @@ def cache_of(shard: Shard) -> torch.Tensor:
     return torch.cat([shard._kv_cache.keys, shard._kv_cache.values])
 
 
-@pytest.mark.parametrize("shape", ["gqa", "uneven"])
+@pytest.mark.parametrize("shape", ["gqa", pytest.param("uneven", marks=pytest.mark.slow)])
 def test_graphs_give_the_tokens_of_the_reference(
     checkpoint: Callable[..., Path], fake_gpu: FakeGpu, shape: str
 ) -> None:

@@ -83,7 +83,7 @@ def a_range(draw: st.DrawFn, length: int) -> Range:
     return start, draw(st.integers(start + 1, length))
 
 
-@examples(25)
+@examples(15)
 @given(
     dtype=st.sampled_from(DTYPES),
     block_size=st.sampled_from([1, 3, 16]),

@@ -24,7 +24,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kinds", [KINDS[:1] * 3, KINDS], ids=["greedy", "mixed"])
+@pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(KINDS[:1] * 3, id="greedy"), pytest.param(KINDS, id="mixed", marks=pytest.mark.slow)],
+)
 def test_no_launch_waits(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kinds: list[RowSampling]
 ) -> None:
