@@ -65,8 +65,7 @@ def ray_processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("as_json", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generate_answers_on_two_actors(smollm2: Path, tmp_path: Path, as_json: bool) -> None:
     arguments = ["--model", str(smollm2), "--tp", "2", "--chat", "--max-model-len", "512", "--max-tokens", "16"]
     run = headwise("generate", *arguments, *(["--json"] if as_json else []), QUESTIONS[0], cwd=tmp_path)
