@@ -1,12 +1,15 @@
 """The messages a shard understands, and their msgpack codec.
 
-A request keeps one *row* on every shard: its tokens, its block table and how it is sampled. A
+A request keeps one *row* on every shard: its tokens, its block tables and how it is sampled. A
 :class:`StepPlan` is a delta against those rows, so that a steady decode step costs a few bytes a row.
+
+A row has a block table for each group of the KV policy (see :class:`~headwise.workers.kv.policy.KvPolicy`). Group 0,
+which is the only one of most policies, has fields of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -60,8 +63,10 @@ class RowAdmit:
         row: which, in [0, max_num_seqs).
         token_ids: every token known so far: the prompt and, after a preemption, what was generated.
         prompt_len: how many of them are the prompt.
-        num_computed: how many of them already have their KV in ``block_ids``.
-        block_ids: the row's first blocks.
+        num_computed: how many of them already have their KV in the row's blocks.
+        block_ids: the row's first blocks in group 0, in the order of the text; -1 where the row has none, for no token
+            that it has still to compute attends to it.
+        other_block_ids: the same of groups 1, 2, ...
     """
 
     row: int
@@ -70,6 +75,7 @@ class RowAdmit:
     num_computed: int
     block_ids: list[int]
     sampling: RowSampling
+    other_block_ids: tuple[list[int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,12 +86,13 @@ class StepPlan:
         step: counts up by one from 0 in each group; a shard refuses any other.
         drops: rows that are free again.
         admits: rows that are taken.
-        appends: (row, block) pairs; each block becomes the last of its row's block table.
+        appends: (row, block) pairs; each block becomes the last of its row's block table in group 0.
         computes: (row, number of tokens) pairs: compute so many tokens from the first one without KV. A row whose
             last known token is computed also samples the next one, which is appended to the row on the shard.
         bucket: on a GPU, how many rows the step is padded to, so that one graph serves every batch up to that size, and
             all ranks the same; every compute is of one token then. 0 pads nothing.
         capture: a bucket whose graph is made before the rest of the step, unless it cannot be; 0 makes none.
+        group_appends: (group, row, block), the appends of groups 1, 2, ...
     """
 
     step: int
@@ -95,6 +102,7 @@ class StepPlan:
     computes: list[tuple[int, int]] = field(default_factory=list)
     bucket: int = 0
     capture: int = 0
+    group_appends: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +141,9 @@ class StepOutput:
     seconds: float = 0.0
 
 
-def admit_bytes(num_tokens: int, sampling: RowSampling) -> int:
-    """No less than what a row's admission takes in a plan, whatever its block table."""
-    numbers = 2 * num_tokens + len(sampling.stop_token_ids) + 3 * len(sampling.logit_bias)
+def admit_bytes(num_tokens: int, sampling: RowSampling, num_groups: int = 1) -> int:
+    """No less than what a row's admission takes in a plan, whatever its block tables."""
+    numbers = (1 + num_groups) * (num_tokens + 1) + len(sampling.stop_token_ids) + 3 * len(sampling.logit_bias)
     return 5 * numbers + 4 * len(sampling.grammar) + 256
 
 
@@ -147,11 +155,12 @@ def encode_plan(plan: StepPlan) -> bytes:
     for a in plan.admits:
         *fields, grammar = astuple(a.sampling)
         fields.append(grammars.setdefault(grammar, len(grammars)))
-        admits.append((a.row, a.token_ids, a.prompt_len, a.num_computed, a.block_ids, fields))
+        admits.append((a.row, a.token_ids, a.prompt_len, a.num_computed, [a.block_ids, *a.other_block_ids], fields))
     decodes = [row for row, count in plan.computes if count == 1]
     chunks = [] if len(decodes) == len(plan.computes) else _flatten([c for c in plan.computes if c[1] != 1])
+    appends = (_flatten(plan.appends), _flatten(plan.group_appends))
     graphs = (plan.bucket, plan.capture)
-    return pack((plan.step, plan.drops, list(grammars), admits, _flatten(plan.appends), decodes, chunks, *graphs))
+    return pack((plan.step, plan.drops, list(grammars), admits, *appends, decodes, chunks, *graphs))
 
 
 def decode_plan(data: bytes) -> StepPlan:
@@ -161,13 +170,13 @@ def decode_plan(data: bytes) -> StepPlan:
         ValueError: not a plan, or larger than MAX_MESSAGE_BYTES.
     """
     with foreign_is_value_error():
-        step, drops, grammars, admits, appends, decodes, chunks, bucket, capture = unpack(data)
+        step, drops, grammars, admits, appends, group_appends, decodes, chunks, bucket, capture = unpack(data)
         rows = [
-            RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields, grammars))
-            for row, tokens, prompt_len, computed, blocks, fields in admits
+            RowAdmit(row, tokens, prompt_len, computed, blocks, _sampling(fields, grammars), tuple(others))
+            for row, tokens, prompt_len, computed, (blocks, *others), fields in admits
         ]
         computes = [(row, 1) for row in decodes] + _pairs(chunks)
-        return StepPlan(step, drops, rows, _pairs(appends), computes, bucket, capture)
+        return StepPlan(step, drops, rows, _pairs(appends), computes, bucket, capture, _triples(group_appends))
 
 
 def encode_output(output: StepOutput) -> bytes:
@@ -206,12 +215,16 @@ def _sampling(fields: list[Any], grammars: list[str]) -> RowSampling:
     return sampling
 
 
-def _flatten(pairs: list[tuple[int, int]]) -> list[int]:
-    return [value for pair in pairs for value in pair]
+def _flatten(tuples: Sequence[tuple[int, ...]]) -> list[int]:
+    return [value for each in tuples for value in each]
 
 
 def _pairs(flat: list[int]) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _triples(flat: list[int]) -> list[tuple[int, int, int]]:
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 def pack(message: tuple[Any, ...]) -> bytes:

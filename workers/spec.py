@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.workers.kv.handoff import HandoffSpec
+from headwise.workers.kv.policy import DENSE_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class ShardSpec:
         kv_identity: what blocks on disk were computed from, apart from what each rank knows itself (its place, heads,
             shapes, dtype): those of another identity are deleted.
         handoff: how KV is handed over to other groups, or taken from them; None does neither.
+        kv_policy: which tokens' keys and values each layer and KV head keeps, as in :mod:`headwise.workers.kv.policy`.
+        kv_dtype: in what form they are kept, one of :data:`headwise.workers.kv.format.KV_DTYPES`; None is ``dtype``.
     """
 
     model_dir: str
@@ -41,3 +44,5 @@ class ShardSpec:
     disk_kv_path: str | None = None
     kv_identity: bytes = b""
     handoff: HandoffSpec | None = None
+    kv_policy: str = DENSE_TEXT
+    kv_dtype: str | None = None

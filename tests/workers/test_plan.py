@@ -45,8 +45,16 @@ samplings = st.builds(
     seed=st.integers(0, 2**64 - 1),
     grammar=st.sampled_from(["", "é", "x" * 200]),
 )
+blocks = st.lists(st.integers(-1, 2**31), max_size=5)
 admits = st.builds(
-    RowAdmit, rows, st.lists(tokens, max_size=20), counts, counts, st.lists(counts, max_size=5), samplings
+    RowAdmit,
+    rows,
+    st.lists(tokens, max_size=20),
+    counts,
+    counts,
+    blocks,
+    samplings,
+    st.lists(blocks, max_size=2).map(tuple),
 )
 plans = st.builds(
     StepPlan,
@@ -57,6 +65,7 @@ plans = st.builds(
     st.lists(st.tuples(rows, st.integers(1, 4)), max_size=8),
     counts,
     counts,
+    st.lists(st.tuples(st.integers(1, 3), rows, counts), max_size=5),
 )
 logprobs = st.builds(
     TokenLogprobs, floats, counts, st.lists(tokens, max_size=3).map(tuple), st.lists(floats, max_size=3).map(tuple)
@@ -96,8 +105,9 @@ def test_an_output_comes_out_as_it_went_in(output: StepOutput) -> None:
 @given(st.lists(admits, max_size=4))
 def test_an_admission_takes_no_more_than_was_reckoned(admits: list[RowAdmit]) -> None:
     for admit in admits:
-        admit.token_ids.extend(admit.block_ids)  # never more blocks than tokens
-    reckoned = sum(admit_bytes(len(admit.token_ids), admit.sampling) for admit in admits)
+        for blocks in (admit.block_ids, *admit.other_block_ids):
+            admit.token_ids.extend(blocks)  # never more blocks than tokens
+    reckoned = sum(admit_bytes(len(a.token_ids), a.sampling, 1 + len(a.other_block_ids)) for a in admits)
     assert len(encode_plan(StepPlan(0, admits=admits))) <= reckoned + 64
 
 
