@@ -13,6 +13,8 @@ from headwise.workers.cpu.llama import CpuLlama
 from headwise.workers.cuda.attention import TritonAttention
 from headwise.workers.cuda.flashinfer import FlashInferAttention
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import ShardWeights
 from headwise.workers.model.model import Model
@@ -38,17 +40,31 @@ class Backend(NamedTuple):
     torch_computes: bool
 
 
-def find_backend(name: str | None, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> Backend:
+def find_backend(
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    head_dim: int,
+    format: KvFormat | None = None,
+    policy: KvPolicy | None = None,
+) -> Backend:
     """The backend of a name, or for None the first one that works on such a cache.
+
+    Args:
+        dtype: that the model is computed in.
+        format: of keys and values; None is the floats of ``dtype``.
+        policy: None is dense.
 
     Raises:
         InvalidValueError: there is no backend of that name, or it does not work on such a cache.
     """
+    cache = (device, dtype, block_size, head_dim, format, policy)
     if name is None:
-        return next(b for b in BACKENDS.values() if not b.attention.obstacles(device, dtype, block_size, head_dim))
+        return next(b for b in BACKENDS.values() if not b.attention.obstacles(*cache))
     if name not in BACKENDS:
         raise InvalidValueError("attention", name, f"must be one of {', '.join(BACKENDS)}")
-    if obstacles := BACKENDS[name].attention.obstacles(device, dtype, block_size, head_dim):
+    if obstacles := BACKENDS[name].attention.obstacles(*cache):
         fix = "change that, or leave attention out: then the fastest backend that can serve the model does"
         raise InvalidValueError("attention", name, " and ".join(obstacles), fix)
     return BACKENDS[name]

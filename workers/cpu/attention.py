@@ -13,7 +13,9 @@ from headwise.workers.cpu.attention_plan import RUN_KEYS, Sizes, cut_step, rows_
 from headwise.workers.cpu.team import launching, team_bytes, usable_threads
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
+from headwise.workers.model.attention import AttentionBackend, AttentionBatch, no_policies
 
 _LANES = 8
 """Elements of a head that the kernels read at a time."""
@@ -64,14 +66,22 @@ class CpuAttention(AttentionBackend):
         ]
 
     @classmethod
-    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
+    def obstacles(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        head_dim: int,
+        format: KvFormat | None = None,
+        policy: KvPolicy | None = None,
+    ) -> list[str]:
         checks = {
             f"device={device.type} is not cpu": device.type == "cpu",
             f"dtype={str(dtype).removeprefix('torch.')} is not float32": dtype is torch.float32,
             f"block_size={block_size} is not a multiple of {RUN_KEYS}": block_size % RUN_KEYS == 0,
             f"head_dim={head_dim} is not a multiple of {_LANES}": head_dim % _LANES == 0,
         }
-        return [obstacle for obstacle, fits in checks.items() if not fits]
+        return [*(obstacle for obstacle, fits in checks.items() if not fits), *no_policies(dtype, format, policy)]
 
     def begin(self, batch: AttentionBatch) -> None:
         """
@@ -86,7 +96,7 @@ class CpuAttention(AttentionBackend):
         self.work = kernels.Work(*step, self._scale, *memory)
         self._num_tokens = int(batch.query_starts_B1[-1])
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, q_sinks_THD: Tensor | None = None) -> Tensor:
         shape = (self._num_tokens, self.q_starts[-1], self.cache.head_dim)
         if q_THD.shape != shape or q_THD.dtype is not torch.float32 or q_THD.stride(2) != 1:
             given = (q_THD.dtype, tuple(q_THD.shape), q_THD.stride())

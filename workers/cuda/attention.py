@@ -14,7 +14,9 @@ from headwise.workers.cuda.launch import FP_FUSION, INTERPRETED, TRITON, num_pro
 from headwise.workers.cuda.step_pack import pack_attention
 from headwise.workers.cuda.tiling import SMALL_ROWS, Tiling, tilings
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
+from headwise.workers.model.attention import AttentionBackend, AttentionBatch, no_policies
 from headwise.workers.upload import upload
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -42,14 +44,22 @@ class TritonAttention(AttentionBackend):
         self._launches: list[_Launch] = []
 
     @classmethod
-    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
+    def obstacles(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        head_dim: int,
+        format: KvFormat | None = None,
+        policy: KvPolicy | None = None,
+    ) -> list[str]:
         checks = {
             f"device={device.type} is not cuda": device.type == "cuda" or INTERPRETED,
             f"dtype={str(dtype).removeprefix('torch.')} is none of float32, bfloat16, float16": dtype in _DTYPES,
             f"head_dim={head_dim} is no multiple of 8 from 16 to 256": head_dim % 8 == 0 and 16 <= head_dim <= 256,
             "triton is not installed (pip install 'headwise[cuda]')": TRITON,
         }
-        return [obstacle for obstacle, fits in checks.items() if not fits]
+        return [*(obstacle for obstacle, fits in checks.items() if not fits), *no_policies(dtype, format, policy)]
 
     def begin(self, batch: AttentionBatch) -> None:
         small, large = self.cut(batch)
@@ -101,7 +111,7 @@ class TritonAttention(AttentionBackend):
     def _floats(self, num_sums: int) -> int:
         return num_sums * (self.cache.head_dim + 2)
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, q_sinks_THD: Tensor | None = None) -> Tensor:
         from headwise.workers.cuda import attention_kernels as kernels  # who computes on a CPU needs no Triton
 
         o_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)

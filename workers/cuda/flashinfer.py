@@ -18,7 +18,9 @@ from headwise.workers.cuda import gpu
 from headwise.workers.cuda.launch import TRITON
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
-from headwise.workers.model.attention import AttentionBackend, AttentionBatch
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
+from headwise.workers.model.attention import AttentionBackend, AttentionBatch, no_policies
 
 PACKAGE = "flashinfer"
 HEAD_DIMS = (64, 128, 256)
@@ -59,7 +61,15 @@ class FlashInferAttention(AttentionBackend):
         self._plan_taken: gpu.Event | None = None
 
     @classmethod
-    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
+    def obstacles(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        head_dim: int,
+        format: KvFormat | None = None,
+        policy: KvPolicy | None = None,
+    ) -> list[str]:
         """See :class:`AttentionBackend`; every block size will do."""
         checks = {
             f"device={device.type} is not cuda": device.type == "cuda",
@@ -68,7 +78,7 @@ class FlashInferAttention(AttentionBackend):
             "flashinfer is not installed (pip install flashinfer-python)": _installed(),
             "triton, for what is not attention, is not installed (pip install 'headwise[cuda]')": TRITON,
         }
-        return [obstacle for obstacle, fits in checks.items() if not fits]
+        return [*(obstacle for obstacle, fits in checks.items() if not fits), *no_policies(dtype, format, policy)]
 
     def begin(self, batch: AttentionBatch) -> None:
         cache, size = self.cache, self.cache.block_size
@@ -94,7 +104,7 @@ class FlashInferAttention(AttentionBackend):
             self._plan_taken = self._gpu.new_event()
             self._plan_taken.record(self._gpu.current_stream())
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, q_sinks_THD: Tensor | None = None) -> Tensor:
         # Contiguous, because not all of its kernels heed strides.
         o_THD: Tensor = self._planned.run(q_THD.contiguous(), (self.cache.keys[layer], self.cache.values[layer]))
         return o_THD

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
 
 
 @dataclass(slots=True, eq=False)
@@ -24,12 +26,23 @@ class AttentionBatch:
         query_starts_B1: int32 [B + 1]; row b's tokens are [query_starts[b], query_starts[b + 1]) of the step's T.
         context_lens_B: int32 [B]; tokens of the row that have KV once this step's are written. The row's queries are
             the last of them.
-        block_tables_BN: int32 [B, most blocks of a row]; padded with any block.
+        block_tables_BN: int32 [G * B, most blocks of a row]; the table of row b in group g of the cache's policy is at
+            g * B + b. Padded with any block, and any block may stand where the row has none, for no query sees it.
+        shifts_B: int64 [G * B]; None is all zero. Key k of the text is at k - shift in the table, except that the sinks
+            are where they are in the text. A shift is a multiple of the block size and of PART_KEYS, and above zero
+            only if no query of the row sees a key, but for the sinks, that would come to lie in a block of the sinks,
+            or before key sinks + 1. So all that is said of positions holds of positions - shift as well.
     """
 
     query_starts_B1: NDArray[np.int32]
     context_lens_B: NDArray[np.int32]
     block_tables_BN: NDArray[np.int32]
+    shifts_B: NDArray[np.int64] | None = None
+
+
+PART_KEYS = 256
+"""Backends that divide a context cut it at multiples of so many keys, counted from the start of the text: so the bits
+of a row's output do not depend on how it came to be computed."""
 
 
 class AttentionBackend(ABC):
@@ -57,8 +70,22 @@ class AttentionBackend(ABC):
         self.cache, self.q_starts, self.scale = cache, q_starts, scale
 
     @classmethod
-    def obstacles(cls, device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int) -> list[str]:
-        """Why this backend does not work on such a cache, a clause for each setting; empty if it does."""
+    def obstacles(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_size: int,
+        head_dim: int,
+        format: KvFormat | None = None,
+        policy: KvPolicy | None = None,
+    ) -> list[str]:
+        """Why this backend does not work on such a cache, a clause for each setting; empty if it does.
+
+        Args:
+            dtype: that the model is computed in.
+            format: of keys and values; None is the floats of ``dtype``.
+            policy: None is dense.
+        """
         return []
 
     @abstractmethod
@@ -66,13 +93,29 @@ class AttentionBackend(ABC):
         """Prepares for the layers of a step."""
 
     @abstractmethod
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
-        """Causal attention of each row's queries over all of the row's context.
+    def attend(self, layer: int, q_THD: Tensor, q_sinks_THD: Tensor | None = None) -> Tensor:
+        """Causal attention of each row's queries over what the reach of each KV head lets them see of the row's
+        context.
 
         Args:
             q_THD: may be a view of the [T, (H + 2K) * D] of all heads: any stride between tokens and heads, the last
                 dimension contiguous.
+            q_sinks_THD: where heads of the layer have sinks (see :meth:`KvPolicy.sinks_of_layer`), the queries that
+                see those: rotated at position ``sinks + window - 1`` if the token is at a later one.
 
         Returns:
             o_THD, contiguous, in the queries' dtype.
         """
+
+
+def no_policies(dtype: torch.dtype, format: KvFormat | None, policy: KvPolicy | None) -> list[str]:
+    """The obstacles of a backend that has kernels for dense attention over the floats of ``dtype`` only."""
+    checks = {
+        f"kv_policy={policy.text if policy is not None else None} is not dense": policy is None or policy.plain,
+        f"kv_dtype={format} is not the dtype of the model": format is None or str(format) == name_of(dtype),
+    }
+    return [obstacle for obstacle, fits in checks.items() if not fits]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

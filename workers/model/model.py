@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.model.attention import AttentionBatch
 from headwise.workers.model.model_config import ModelConfig, rope_inv_freq
 
@@ -21,8 +22,10 @@ class StepInput:
 
     Attributes:
         tokens_RL: int64, on the model's device: the tokens of every row of the shard.
-        rows_T, positions_T: int64; the step's token t is tokens_RL[rows[t], positions[t]].
-        slots_T: int64, block * block_size + offset: where each token's K and V are written.
+        rows_T, positions_T: int64; the step's token t is tokens_RL[rows[t], positions[t] % the tokens' length]. A
+            position counts from the start of the text.
+        slots_T: int64 [G * T], block * block_size + offset: where the K and V of token t are written in group g of the
+            cache's policy is at g * T + t.
         logit_tokens_B: int64, the tokens of the step (indices into T) whose logits are wanted.
         attention: the rows as attention sees them.
         bucket: see :class:`~headwise.workers.plan.StepPlan`; 0 pads nothing.
@@ -79,8 +82,43 @@ class Model(Protocol):
         memory may be attached then. Idempotent."""
 
 
+class RopeTable:
+    """cos and sin of positions for the rotary embedding, float32, in host memory.
+
+    The angles of positions up to a model's length are transformers', bit for bit: float32 products. A text that a
+    policy lets go on beyond the table needs better ones, because a float32 angle of 50,000 radians is off by 0.002.
+    They are made step by step, in float64, and take no memory.
+
+    Attributes:
+        cos_LD, sin_LD: [L, D/2]; L is ``max_model_len``, or the longest span of a reach with sinks if that is more.
+    """
+
+    def __init__(self, config: ModelConfig, max_model_len: int, policy: KvPolicy | None = None) -> None:
+        spans = [reach.span or 0 for reach in policy.reaches if reach.sinks] if policy is not None else []
+        self._inv_freq_D = rope_inv_freq(config.rope, config.head_dim)
+        positions_L = torch.arange(max(max_model_len, *spans, 1), dtype=torch.float32)
+        angles_LD = positions_L[:, None] * torch.from_numpy(self._inv_freq_D)[None, :]
+        self.cos_LD, self.sin_LD = angles_LD.cos(), angles_LD.sin()
+
+    def holds(self, positions_T: NDArray[np.int64]) -> bool:
+        """Whether all of the positions are in the table."""
+        return int(positions_T.max(initial=0)) < len(self.cos_LD)
+
+    def rows(self, positions_T: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """cos_TD and sin_TD of any positions. What a token gets does not depend on the others."""
+        last = len(self.cos_LD) - 1
+        known_T = torch.from_numpy(np.minimum(positions_T, last))
+        cos_TD, sin_TD = self.cos_LD[known_T], self.sin_LD[known_T]
+        beyond_T = np.flatnonzero(positions_T > last)
+        if len(beyond_T):
+            angles_XD = positions_T[beyond_T, None] * self._inv_freq_D.astype(np.float64)
+            into_T = torch.from_numpy(beyond_T)
+            cos_TD[into_T] = torch.from_numpy(np.cos(angles_XD).astype(np.float32))
+            sin_TD[into_T] = torch.from_numpy(np.sin(angles_XD).astype(np.float32))
+        return cos_TD, sin_TD
+
+
 def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, ``[max_model_len, D/2]`` each, float32."""
-    inv_freq_D = torch.from_numpy(rope_inv_freq(config.rope, config.head_dim))
-    angles_LD = torch.arange(max_model_len, dtype=torch.float32)[:, None] * inv_freq_D[None, :]
-    return angles_LD.cos(), angles_LD.sin()
+    table = RopeTable(config, max_model_len)
+    return table.cos_LD, table.sin_LD

@@ -27,7 +27,7 @@ class ReferenceAttention(AttentionBackend):
         tokens_B = [slice(start, stop) for start, stop in pairwise(batch.query_starts_B1.tolist())]
         self._rows = list(zip(tokens_B, blocks_BN, batch.context_lens_B.tolist(), strict=True))
 
-    def attend(self, layer: int, q_THD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THD: Tensor, q_sinks_THD: Tensor | None = None) -> Tensor:
         o_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         for tokens, blocks_N, context_len in self._rows:
             o_THD[tokens] = self._attend_row(layer, q_THD[tokens], blocks_N, context_len)
