@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv import quantise
+from headwise.workers.kv.format import KvFormat, record_bytes
 from headwise.workers.kv.handoff import Range
 from headwise.workers.kv.pages import PageTaker, take_pages
+from headwise.workers.kv.policy import DENSE, KvPolicy
 
 Buffer = bytes | bytearray | memoryview
 Bits = np.ndarray[tuple[int, ...], np.dtype[np.signedinteger[Any]]]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By item size: NumPy has no bfloat16, and copies bits."""
+
+MOST_BLOCKS = (1 << 31) - 1
+"""Of a group: block tables are int32."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -44,23 +51,42 @@ class Mover(Protocol):
         """The inverse of :meth:`read`; no block may come twice."""
 
 
+class KvPart(NamedTuple):
+    """The keys and values of some heads of one layer: those of one group of the policy.
+
+    Attributes:
+        heads: of the cache's KV heads, rising; the tensors' second dimension.
+        keys, values: floats [blocks of the group, heads, block_size, D], or [.., D, block_size] of transposed keys; or
+            records, uint8 [blocks of the group, heads, bytes].
+    """
+
+    group: int
+    heads: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+
+
 class KVCache:
-    """Keys and values, per layer each [num_blocks, kv heads, block_size, head_dim].
+    """Keys and values of every layer, in blocks; each group of the policy has blocks of its own.
 
     With ``transposed_keys`` the keys of a block are kept as [head_dim, block_size], so that one load holds the same
     element of several keys and a query times a block of keys needs no horizontal sums. Only this class and the
-    backends that ask for it know: ``gather`` and what moves blocks in and out speak [block_size, head_dim].
+    backends that ask for it know: ``gather`` and what moves blocks in and out speak [block_size, head_dim]. Records of
+    quantised keys and values (see :mod:`~headwise.workers.kv.format`) move as they are.
 
     Attributes:
-        keys: [L, N, K, block_size, D], or [L, N, K, D, block_size] with ``transposed_keys``.
-        values: [L, N, K, block_size, D].
+        format: of what is kept.
+        policy: of this cache's heads.
+        dtype: of the floats that are kept; uint8 if records are.
+        group_blocks: how many blocks each group has; ``num_blocks`` is that of group 0.
+        parts: of each layer, by group; a group without heads in a layer has none there.
         mover: what moves blocks in and out; None on a CPU, where this class does.
     """
 
     def __init__(
         self,
         num_layers: int,
-        num_blocks: int,
+        num_blocks: int | Sequence[int],
         num_kv_heads: int,
         block_size: int,
         head_dim: int,
@@ -68,23 +94,42 @@ class KVCache:
         device: torch.device | str = "cpu",
         transposed_keys: bool = False,
         in_haste: bool = False,
+        *,
+        format: KvFormat | None = None,
+        policy: KvPolicy | None = None,
     ) -> None:
-        """Args: ``in_haste``: on a CPU, pages are taken beside the steps, and not here."""
-        sizes = (num_layers, num_blocks, num_kv_heads, block_size, head_dim)
+        """
+        Args:
+            num_blocks: of each group, or of all alike.
+            dtype: of the floats that are kept, if ``format`` is None.
+            in_haste: on a CPU, pages are taken beside the steps, and not here.
+            policy: None is dense.
+        """
+        self.policy = policy or KvPolicy((DENSE,), ((0,) * num_kv_heads,) * num_layers)
+        groups = self.policy.num_groups
+        self.group_blocks = (num_blocks,) * groups if isinstance(num_blocks, int) else tuple(num_blocks)
+        sizes = (num_layers, min(self.group_blocks), num_kv_heads, block_size, head_dim)
         for name, size in zip(
             ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim"), sizes, strict=True
         ):
             if size < 1:
                 raise InvalidValueError(name, size, "must be at least 1")
-        self.num_layers, self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim = sizes
-        self.dtype, self.device, self.transposed_keys = dtype, torch.device(device), transposed_keys
-        key_block = (head_dim, block_size) if transposed_keys else (block_size, head_dim)
-        self.keys = _zeros((num_layers, num_blocks, num_kv_heads, *key_block), dtype, self.device)
-        self.values = _zeros(sizes, dtype, self.device)
+        if (
+            len(self.group_blocks) != groups
+            or [len(row) for row in self.policy.groups_LK] != [num_kv_heads] * num_layers
+        ):
+            limit = f"must be of {num_layers} layers with {num_kv_heads} KV heads, and {len(self.group_blocks)} groups"
+            raise InvalidValueError("kv_policy", self.policy.text, limit)
+        self.num_layers, self.num_blocks = num_layers, self.group_blocks[0]
+        self.num_kv_heads, self.block_size, self.head_dim = sizes[2:]
+        self.device, self.transposed_keys = torch.device(device), transposed_keys
+        self.format = format or KvFormat(dtype_name(dtype), dtype_name(dtype))
+        self.dtype = torch.uint8 if self.format.quantised else _float(self.format.keys)
         self.mover: Mover | None = None
         self._pages: PageTaker | None = None
+        memory = self._make_parts()
         if self.device.type == "cpu":
-            arrays = [x.view(-1).view(torch.uint8).numpy() for x in (self.keys, self.values)]
+            arrays = [x.view(-1).view(torch.uint8).numpy() for x in memory]
             if in_haste:
                 self._pages = PageTaker(arrays)
             else:
@@ -97,8 +142,21 @@ class KVCache:
             self._pages.close()
 
     @property
-    def block_shape(self) -> tuple[int, int, int, int, int]:
-        """Of one block outside the cache: (num_layers, 2 for K and V, kv heads, block_size, head_dim)."""
+    def keys(self) -> Tensor:
+        """Of all layers, where the policy has one group: [L, N, K, ...], see :class:`KvPart`."""
+        return self._whole("keys")[0]
+
+    @property
+    def values(self) -> Tensor:
+        """As :attr:`keys`."""
+        return self._whole("values")[1]
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Of one block outside the cache: (num_layers, 2 for K and V, kv heads, block_size, head_dim), or of records
+        (num_layers, bytes of all heads' keys, then of all heads' values)."""
+        if self.format.quantised:
+            return self.num_layers, self.range_bytes(1, self.num_kv_heads, 1)
         return self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim
 
     @property
@@ -109,24 +167,31 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values together."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(part.keys.nbytes + part.values.nbytes for parts in self.parts for part in parts)
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, slots_T: Tensor) -> None:
-        """Put the K and V of T tokens at their slots (block * block_size + offset, int64)."""
-        blocks_T = torch.div(slots_T, self.block_size, rounding_mode="floor")
-        offsets_T = slots_T - blocks_T * self.block_size
-        if self.transposed_keys:
-            self.keys[layer][blocks_T, :, :, offsets_T] = k_TKD
-        else:
-            self.keys[layer][blocks_T, :, offsets_T] = k_TKD
-        self.values[layer][blocks_T, :, offsets_T] = v_TKD
+        """Put the K and V of T tokens at their slots (block * block_size + offset, int64), quantised if records are
+        kept. The slot of token t in group g is at g * T + t."""
+        for part in self.parts[layer]:
+            slots = slots_T[part.group * len(k_TKD) : (part.group + 1) * len(k_TKD)]
+            blocks_T = torch.div(slots, self.block_size, rounding_mode="floor")
+            self._write_part(part, k_TKD, v_TKD, blocks_T, slots - blocks_T * self.block_size)
 
     def gather(self, layer: int, blocks_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first ``length`` tokens held by a list of blocks: k_KCD and v_KCD, C = length."""
+        """:meth:`gather_part` of all heads, where the policy has one group."""
+        self._whole("gather")
+        return self.gather_part(self.parts[layer][0], blocks_N, length)
+
+    def gather_part(self, part: KvPart, blocks_N: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` tokens held by a list of the group's blocks: k_KCD and v_KCD, C = length, K those of the
+        part. Floats as they are kept; of records, float32."""
         used_N = blocks_N[: -(-length // self.block_size)].long()
-        k_NKSD, v_NKSD = self.keys[layer][used_N], self.values[layer][used_N]
-        if self.transposed_keys:
-            k_NKSD = k_NKSD.transpose(2, 3)
+        k_NKX, v_NKX = part.keys[used_N], part.values[used_N]
+        if self.format.quantised:
+            k_NKSD = quantise.read_keys(k_NKX, self.format.keys, self.head_dim)
+            v_NKSD = quantise.read_values(v_NKX, self.format.values, self.head_dim)
+        else:
+            k_NKSD, v_NKSD = k_NKX.transpose(2, 3) if self.transposed_keys else k_NKX, v_NKX
         k_KCD, v_KCD = (x_NKSD.transpose(0, 1).flatten(1, 2)[:, :length] for x_NKSD in (k_NKSD, v_NKSD))
         return k_KCD, v_KCD
 
@@ -137,7 +202,8 @@ class KVCache:
             out: for each block a tensor of the cache's dtype in host memory, of ``block_shape``; or one tensor of all.
 
         Raises:
-            InvalidValueError: a block is out of range, or ``out`` has another shape, dtype or device.
+            InvalidValueError: a block is out of range, or ``out`` has another shape, dtype or device; or the policy has
+                several groups.
         """
         self._read(blocks, self._check_moved(blocks, "out", out), *self._everything)
 
@@ -150,10 +216,12 @@ class KVCache:
 
         Args:
             heads, layers: half-open ranges of the cache's own.
-            out: room for [blocks, layers, 2 (K, V), heads, block_size, head_dim] and nothing else, contiguous.
+            out: room for [blocks, layers, 2 (K, V), heads, block_size, head_dim] and nothing else, contiguous; or of
+                records for [blocks, layers, bytes of the heads' keys, then of their values].
 
         Raises:
-            InvalidValueError: a block or a range does not lie within the cache, or ``out`` has another size.
+            InvalidValueError: a block or a range does not lie within the cache, or ``out`` has another size; or the
+                policy has several groups.
         """
         self._read(blocks, self._check_range(blocks, heads, layers, "out", out), heads, layers)
 
@@ -163,7 +231,11 @@ class KVCache:
 
     def range_bytes(self, num_blocks: int, num_heads: int, num_layers: int) -> int:
         """Bytes of so many heads and layers of so many blocks."""
-        return num_blocks * 2 * num_layers * num_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        if self.format.quantised:
+            one = self.format.block_bytes(self.block_size, self.head_dim)
+        else:
+            one = 2 * self.block_size * self.head_dim * self.dtype.itemsize
+        return num_blocks * num_layers * num_heads * one
 
     @property
     def _everything(self) -> tuple[Range, Range]:
@@ -173,22 +245,81 @@ class KVCache:
         if self.mover is not None:
             self.mover.read(blocks, heads, layers, out)
             return
-        for into_L2KSD, block in zip(out, blocks, strict=True):
-            for part, x_LKSD in enumerate(self._standard(block, slice(*heads), slice(*layers))):
-                np.copyto(into_L2KSD[:, part], _bits(x_LKSD))
+        for into, block in zip(out, blocks, strict=True):
+            held = self._standard(block, slice(*heads), slice(*layers))
+            for into_LK, x_LK in zip(self._halves(into, heads), held, strict=True):
+                np.copyto(into_LK, _bits(x_LK))
 
     def _write(self, blocks: Sequence[int], data: Sequence[Bits], heads: Range, layers: Range) -> None:
         if self.mover is not None:
             self.mover.write(blocks, heads, layers, data)
             return
-        for held_L2KSD, block in zip(data, blocks, strict=True):
-            for part, x_LKSD in enumerate(self._standard(block, slice(*heads), slice(*layers))):
-                np.copyto(_bits(x_LKSD), held_L2KSD[:, part])
+        for held, block in zip(data, blocks, strict=True):
+            into = self._standard(block, slice(*heads), slice(*layers))
+            for held_LK, x_LK in zip(self._halves(held, heads), into, strict=True):
+                np.copyto(_bits(x_LK), held_LK)
 
     def _standard(self, block: int, heads: slice, layers: slice) -> tuple[Tensor, Tensor]:
-        """Views of a block, each [layers, heads, block_size, head_dim] in either layout."""
-        k_LKSD = self.keys[layers, block, heads]
-        return (k_LKSD.transpose(-1, -2) if self.transposed_keys else k_LKSD), self.values[layers, block, heads]
+        """Views of a block, each [layers, heads, block_size, head_dim] in either layout; or [layers, heads, bytes]."""
+        k_LKX, v_LKX = (x[layers, block, heads] for x in self._whole("blocks"))
+        transposed = self.transposed_keys and not self.format.quantised
+        return (k_LKX.transpose(-1, -2) if transposed else k_LKX), v_LKX
+
+    def _halves(self, bits: Bits, heads: Range) -> tuple[Bits, Bits]:
+        """Views of the keys and of the values of a block outside the cache."""
+        if not self.format.quantised:
+            return bits[:, 0], bits[:, 1]
+        num_layers, num_heads = len(bits), heads[1] - heads[0]
+        middle = num_heads * record_bytes(self.format.keys, self.block_size, self.head_dim)
+        return bits[:, :middle].reshape(num_layers, num_heads, -1), bits[:, middle:].reshape(num_layers, num_heads, -1)
+
+    def _write_part(self, part: KvPart, k_TKD: Tensor, v_TKD: Tensor, blocks_T: Tensor, offsets_T: Tensor) -> None:
+        if len(part.heads) < self.num_kv_heads:
+            k_TKD, v_TKD = k_TKD[:, list(part.heads)], v_TKD[:, list(part.heads)]
+        if self.format.quantised:
+            quantise.write_keys(part.keys, self.format.keys, k_TKD, blocks_T, offsets_T)
+            quantise.write_values(part.values, self.format.values, v_TKD, blocks_T, offsets_T)
+            return
+        k_TKD, v_TKD = k_TKD.to(self.dtype), v_TKD.to(self.dtype)
+        if self.transposed_keys:
+            part.keys[blocks_T, :, :, offsets_T] = k_TKD
+        else:
+            part.keys[blocks_T, :, offsets_T] = k_TKD
+        part.values[blocks_T, :, offsets_T] = v_TKD
+
+    def _make_parts(self) -> list[Tensor]:
+        """Makes ``parts``; returns the memory of all keys, and that of all values."""
+        places: list[list[tuple[int, tuple[int, ...]]]] = []
+        for row in self.policy.groups_LK:
+            places.append([(g, tuple(head for head, of in enumerate(row) if of == g)) for g in sorted(set(row))])
+        shapes = [(self.group_blocks[group], len(heads)) for layer in places for group, heads in layer]
+        memory, carved = [], []
+        for block in self._block_shapes():
+            flat, tensors = _carve([(*shape, *block) for shape in shapes], self.dtype, self.device)
+            memory.append(flat)
+            carved.append(tensors)
+        pairs = iter(zip(*carved, strict=True))
+        self.parts = [tuple(KvPart(*place, *next(pairs)) for place in layer) for layer in places]
+        self._one: tuple[Tensor, Tensor] | None = None
+        if self.policy.num_groups == 1:
+            shape = (self.num_layers, self.num_blocks, self.num_kv_heads)
+            keys, values = (x.view(*shape, *block) for x, block in zip(memory, self._block_shapes(), strict=True))
+            self._one = keys, values
+        return memory
+
+    def _block_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one head's keys, and values, of a block."""
+        if self.format.quantised:
+            keys, values = (record_bytes(kind, self.block_size, self.head_dim) for kind in self.format)
+            return (keys,), (values,)
+        standard = self.block_size, self.head_dim
+        return (standard[::-1] if self.transposed_keys else standard), standard
+
+    def _whole(self, what: str) -> tuple[Tensor, Tensor]:
+        if self._one is None:
+            limit = f"has several groups, and {what} of all heads of a layer at once are those of one"
+            raise InvalidValueError("kv_policy", self.policy.text, limit)
+        return self._one
 
     def _check_moved(self, blocks: Sequence[int], name: str, x: Sequence[Tensor] | Tensor) -> list[Bits]:
         """The blocks of ``x`` as integers."""
@@ -214,6 +345,8 @@ class KVCache:
         if size != needed:
             raise InvalidValueError(name, f"{size} bytes", f"must be {needed} bytes")
         bits = np.frombuffer(x, f"i{self.dtype.itemsize}")
+        if self.format.quantised:
+            return list(bits.reshape(len(blocks), num_layers, -1))
         return list(bits.reshape(len(blocks), num_layers, 2, num_heads, self.block_size, self.head_dim))
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
@@ -225,6 +358,37 @@ class KVCache:
 def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one block, all layers together."""
     return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+
+def block_bytes(policy: KvPolicy, format: KvFormat, block_size: int, head_dim: int) -> tuple[int, ...]:
+    """Bytes of the keys and values of one block of each group, all layers together.
+
+    Args:
+        policy: of the heads of a rank; a group without heads there takes nothing.
+    """
+    heads = [sum(row.count(group) for row in policy.groups_LK) for group in range(policy.num_groups)]
+    return tuple(count * format.block_bytes(block_size, head_dim) for count in heads)
+
+
+def affordable(memory: int, block_bytes: Sequence[int], caps: Sequence[int | None]) -> int:
+    """The largest N so that ``memory`` holds min(N, cap) blocks of every group; at most MOST_BLOCKS.
+
+    Args:
+        memory: bytes.
+        block_bytes: of each group.
+        caps: see :meth:`KvPolicy.caps`.
+    """
+
+    def fits(count: int) -> bool:
+        taken = (size * min(count, count if cap is None else cap) for size, cap in zip(block_bytes, caps, strict=True))
+        return sum(taken) <= memory
+
+    return bisect(range(1, MOST_BLOCKS + 1), False, key=lambda count: not fits(count))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_memory(text: str | int | float, total: int) -> int:
@@ -255,6 +419,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # NumPy asks for huge pages and torch does not; blocks lie scattered, so with small ones each is a TLB miss.
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def _carve(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Zeros, and tensors that lie in them one after the other."""
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = _zeros((sum(sizes),), dtype, device)
+    return flat, [x.view(shape) for x, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+
+
+def _float(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _bits(x: Tensor) -> Bits:

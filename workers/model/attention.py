@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.cache import KVCache, dtype_name
 from headwise.workers.kv.format import KvFormat
 from headwise.workers.kv.policy import KvPolicy
 
@@ -112,10 +112,6 @@ def no_policies(dtype: torch.dtype, format: KvFormat | None, policy: KvPolicy | 
     """The obstacles of a backend that has kernels for dense attention over the floats of ``dtype`` only."""
     checks = {
         f"kv_policy={policy.text if policy is not None else None} is not dense": policy is None or policy.plain,
-        f"kv_dtype={format} is not the dtype of the model": format is None or str(format) == name_of(dtype),
+        f"kv_dtype={format} is not the dtype of the model": format is None or str(format) == dtype_name(dtype),
     }
     return [obstacle for obstacle, fits in checks.items() if not fits]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
