@@ -13,10 +13,11 @@ from headwise.workers.collectives import Collectives, Solo
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.attention import AttentionBackend
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
-from headwise.workers.model.model import StepInput, rope_tables
+from headwise.workers.model.model import RopeTable, StepInput
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.ops import Ops
 from headwise.workers.model.partition import ShardPartition
+from headwise.workers.reference.ops import rotate_
 from headwise.workers.upload import upload
 
 
@@ -26,12 +27,14 @@ class Inputs(NamedTuple):
     Attributes:
         token_ids_T, positions_T, slots_T: integers.
         logit_tokens_B: the tokens whose logits are wanted; None: all.
+        rotation: cos_TD and sin_TD of the positions; None: all are in the table.
     """
 
     token_ids_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
     logit_tokens_B: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 class Llama:
@@ -60,8 +63,8 @@ class Llama:
         self._config, self._partition, self._collectives, self._weights = config, partition, collectives, weights
         self._ops, self._attention_class = ops, attention
         self._seconds = 0.0
-        cos_LD, sin_LD = rope_tables(config, max_model_len)
-        self._cos_LD, self._sin_LD = cos_LD.to(weights.embed_VE), sin_LD.to(weights.embed_VE)
+        self._max_model_len, self._sinks_spans = max_model_len, [0] * config.num_layers
+        self._turn_by(RopeTable(config, max_model_len))
         self._num_heads = partition.heads.num_q
         tied = weights.lm_head_VE.data_ptr() == weights.embed_VE.data_ptr()
         self.nbytes = weights.embed_VE.nbytes + (0 if tied else weights.lm_head_VE.nbytes)
@@ -72,6 +75,10 @@ class Llama:
         return {"forward": self._seconds}
 
     def attach(self, cache: KVCache) -> None:
+        if not cache.policy.plain:
+            self._turn_by(RopeTable(self._config, self._max_model_len, cache.policy))
+        reaches = [cache.policy.sinks_of_layer(layer) for layer in range(cache.num_layers)]
+        self._sinks_spans = [(reach.span or 0) if reach is not None else 0 for reach in reaches]
         self.attention = self._attention_class(cache, self._partition.heads.q_starts, self._config.head_dim**-0.5)
 
     def detach(self) -> None:
@@ -90,9 +97,18 @@ class Llama:
 
     def _upload(self, step: StepInput) -> Inputs:
         self.attention.begin(step.attention)
-        arrays = (step.rows_T, step.positions_T, step.slots_T, step.logit_tokens_B)
-        rows_T, positions_T, slots_T, logit_tokens_B = (upload(x, self._cos_LD.device) for x in arrays)
-        return Inputs(step.tokens_RL[rows_T, positions_T], positions_T, slots_T, logit_tokens_B)
+        columns_T = step.positions_T % step.tokens_RL.shape[1]
+        arrays = (step.rows_T, columns_T, step.positions_T, step.slots_T, step.logit_tokens_B)
+        rows_T, columns, positions_T, slots_T, logit_tokens_B = (upload(x, self._cos_LD.device) for x in arrays)
+        rotation = None
+        if not self._rope.holds(step.positions_T):
+            cos_TD, sin_TD = self._rope.rows(step.positions_T)
+            rotation = cos_TD.to(self._cos_LD), sin_TD.to(self._cos_LD)
+        return Inputs(step.tokens_RL[rows_T, columns], positions_T, slots_T, logit_tokens_B, rotation)
+
+    def _turn_by(self, table: RopeTable) -> None:
+        self._rope = table
+        self._cos_LD, self._sin_LD = (x.to(self._weights.embed_VE) for x in (table.cos_LD, table.sin_LD))
 
     def compute(self, inputs: Inputs, alone: bool = False) -> Tensor:
         """Like :meth:`forward`, of tokens that are on the device, once the attention has begun the step.
@@ -103,10 +119,10 @@ class Llama:
         collectives = Solo() if alone else self._collectives
         weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
         residual_TE = self._embed(inputs.token_ids_T, collectives)
-        cos_TD, sin_TD = self._cos_LD[inputs.positions_T], self._sin_LD[inputs.positions_T]
+        turns = self._turns(inputs)
         for index, layer in enumerate(weights.layers):
             x_TE = ops.rms_norm(residual_TE, layer.attn_norm_E, eps)
-            attn_TX = self._attend(index, layer, x_TE, cos_TD, sin_TD, inputs.slots_T)
+            attn_TX = self._attend(index, layer, x_TE, turns, inputs.slots_T)
             attn_TE = functional.linear(attn_TX, layer.o_weight, layer.o_bias)
             collectives.all_reduce_(attn_TE)
             x_TE = ops.add_rms_norm(residual_TE, attn_TE, layer.mlp_norm_E, eps)
@@ -129,10 +145,28 @@ class Llama:
         collectives.all_reduce_(x_TE)
         return x_TE
 
+    def _turns(self, inputs: Inputs) -> dict[int, tuple[Tensor, Tensor]]:
+        """cos_TD and sin_TD by span: at 0 those of the positions, at the span of a reach with sinks those by which
+        queries meet the sinks."""
+        turns = {0: inputs.rotation or (self._cos_LD[inputs.positions_T], self._sin_LD[inputs.positions_T])}
+        for span in set(self._sinks_spans) - {0}:
+            capped_T = inputs.positions_T.clamp(max=span - 1)
+            turns[span] = self._cos_LD[capped_T], self._sin_LD[capped_T]
+        return turns
+
     def _attend(
-        self, index: int, layer: LayerWeights, x_TE: Tensor, cos_TD: Tensor, sin_TD: Tensor, slots_T: Tensor
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_TE: Tensor,
+        turns: dict[int, tuple[Tensor, Tensor]],
+        slots_T: Tensor,
     ) -> Tensor:
         qkv_TX = functional.linear(x_TE, layer.qkv_weight, layer.qkv_bias)
         qkv_TXD = qkv_TX.view(len(qkv_TX), -1, self._config.head_dim)
-        self._ops.rotate_and_write(qkv_TXD, cos_TD, sin_TD, self.attention.cache, index, slots_T)
-        return self.attention.attend(index, qkv_TXD[:, : self._num_heads]).flatten(1)
+        q_THD, q_sinks_THD = qkv_TXD[:, : self._num_heads], None
+        if span := self._sinks_spans[index]:
+            q_sinks_THD = q_THD.clone()
+            rotate_(q_sinks_THD, *turns[span])
+        self._ops.rotate_and_write(qkv_TXD, *turns[0], self.attention.cache, index, slots_T)
+        return self.attention.attend(index, q_THD, q_sinks_THD).flatten(1)
