@@ -15,6 +15,7 @@ import msgpack
 import xxhash
 
 from headwise.workers.errors import HeadwiseError
+from headwise.workers.kv.format import KV_DTYPES
 from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, Range
 
 PAYLOAD_BYTES = 2 << 20
@@ -30,7 +31,6 @@ OVERHEAD_BYTES = MAX_HEADER_BYTES + 16
 Buffer = bytes | bytearray | memoryview
 
 _HEADER_TAG, _PAYLOAD_TAG = 0x0A, 0x12  # fields 1 and 2 of PushRequest, both of bytes
-_MAX_DTYPE = 16
 
 
 class ChunkError(HeadwiseError):
@@ -49,7 +49,7 @@ class Chunk:
         first, num_blocks: its blocks, by their place in the transfer.
         layers: all of them; of a single block possibly some.
         heads: of the model's KV heads.
-        dtype: such as float32.
+        dtype: of KV_DTYPES.
         num_bytes: of keys and values.
         shared: (pid, fd, offset) in a memory file of the sender; None if the bytes are the payload.
     """
@@ -125,8 +125,8 @@ def _chunk(packed: bytes) -> Chunk:
     for name, value, size in (("transfer", transfer, TRANSFER_BYTES), ("ticket", ticket, TICKET_BYTES)):
         if type(value) is not bytes or len(value) != size:
             _refuse(f"its {name} is not of {size} bytes")
-    if type(last) is not bool or type(dtype) is not str or len(dtype) > _MAX_DTYPE or not dtype.isidentifier():
-        _refuse("last is no boolean, or dtype no name")
+    if type(last) is not bool or dtype not in KV_DTYPES:
+        _refuse("last is no boolean, or dtype none that is known")
     place = None if shared is None else tuple(_unsigned(number) for number in _tuple(shared, 3))
     return Chunk(
         Fence(transfer, _unsigned(attempt), _unsigned(epoch), _unsigned(number), ticket),

@@ -331,7 +331,7 @@ class _OpenFence:
             raise PushRefused(Refusal.WRONG, f"heads={chunk.heads} do not come from source rank {chunk.source}")
         num_layers, num_heads = chunk.layers[1] - chunk.layers[0], chunk.heads[1] - chunk.heads[0]
         largest = max(PAYLOAD_BYTES if chunk.shared is None else SHARED_BYTES, cache.range_bytes(1, num_heads, 1))
-        dtype = str(cache.dtype).removeprefix("torch.")
+        dtype = str(cache.format)
         for name, value, fits, limit in (
             ("dtype", chunk.dtype, chunk.dtype == dtype, f"must be {dtype}"),
             ("first", chunk.first, chunk.first == expected[0], f"must be {expected[0]}"),

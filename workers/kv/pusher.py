@@ -147,13 +147,12 @@ class Pusher:
         cache, count = self._kv_cache, heads[1] - heads[0]
         num_layers = min(cache.num_layers, max(1, most // cache.range_bytes(1, count, 1)))
         num_blocks = max(1, most // cache.range_bytes(1, count, cache.num_layers))
-        dtype = str(cache.dtype).removeprefix("torch.")
         for start in range(0, len(job.blocks), num_blocks):
             blocks = min(num_blocks, len(job.blocks) - start)
             for layer in range(0, cache.num_layers, num_layers):
                 layers = layer, min(layer + num_layers, cache.num_layers)
                 size = cache.range_bytes(blocks, count, layers[1] - layers[0])
-                place = (job.first + start, blocks, layers, heads, dtype, size)
+                place = (job.first + start, blocks, layers, heads, str(cache.format), size)
                 yield Chunk(job.fence, self._rank, 0, False, *place)
 
     def _destination(self, end: KvEndpoint) -> _Destination:

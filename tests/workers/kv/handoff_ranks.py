@@ -74,10 +74,23 @@ class Rank:
         return self.begin(op, fence, **fields)()
 
     def content(self) -> Tensor:
-        """[blocks, layers, 2, heads, block, dim]"""
+        """[blocks, layers, 2, heads, block, dim], or [blocks, layers, bytes] of records"""
         content = torch.empty(self.cache.num_blocks, *self.cache.block_shape, dtype=self.cache.dtype)
         self.cache.read_blocks(range(self.cache.num_blocks), content)
         return content
+
+    def numbers(self) -> Tensor:
+        """The same as attention reads it."""
+        cache, blocks = self.cache, torch.arange(self.cache.num_blocks)
+        layers = [torch.stack(cache.gather(i, blocks, len(blocks) * BLOCK)) for i in range(cache.num_layers)]
+        kv_L2KCD = torch.stack(layers)
+        return kv_L2KCD.view(*kv_L2KCD.shape[:3], -1, BLOCK, cache.head_dim).permute(3, 0, 1, 2, 4, 5)
+
+    def fill(self, kv_NL2KSD: Tensor) -> None:
+        """Puts numbers into all blocks."""
+        for layer in range(self.cache.num_layers):
+            k_TKD, v_TKD = kv_NL2KSD[:, layer].permute(1, 0, 3, 2, 4).flatten(1, 2)
+            self.cache.write(layer, k_TKD, v_TKD, torch.arange(len(k_TKD)))
 
     def _tell(self, result: TransferResult) -> None:
         self._results[result.id].put(result)
@@ -99,9 +112,11 @@ class Group:
         self.ranks = [Rank(self.heads, rank, spec, num_blocks, **form) for rank in range(tp)]
         cache = self.ranks[0].cache
         shape = (num_blocks, cache.num_layers, 2, heads[1], cache.block_size, cache.head_dim)
-        self.content = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(cache.dtype)
+        self.content = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if not cache.format.quantised:
+            self.content = self.content.to(cache.dtype)
         for rank in self.ranks:
-            rank.cache.write_blocks(range(num_blocks), self.content[:, :, :, slice(*rank.heads)].contiguous())
+            rank.fill(self.content[:, :, :, slice(*rank.heads)])
 
     @property
     def endpoints(self) -> list[KvEndpoint]:

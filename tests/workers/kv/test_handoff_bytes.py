@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headwise.workers.kv.format import kv_format
 from headwise.workers.kv.handoff import HandoffOp
 from tests.effort import thorough
 from tests.workers.kv.handoff_ranks import Group, cut_chunks, fence_of, groups, ok
@@ -75,6 +76,23 @@ def test_any_dtype_travels(dtype: torch.dtype) -> None:
     with groups(dtype=dtype) as (prefill, decode):
         hand_over(prefill, decode, [3, 4], [5, 0])
         assert torch.equal(decode.ranks[0].content()[[5, 0]], prefill.content[[3, 4]])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4/int8"])
+@pytest.mark.parametrize("sizes", [(1, 2), (3, 2), (2, 1)])
+def test_records_travel_whole(name: str, sizes: tuple[int, int], small_messages: None) -> None:
+    form = {"format": kv_format(name, 64), "head_dim": 64}
+    with groups(tp=sizes, transposed=(False, True), **form) as (prefill, decode):
+        before = [rank.content() for rank in decode.ranks]
+        hand_over(prefill, decode, [3, 4, 9], [5, 0, 2])
+        sent = {}
+        for rank in prefill.ranks:
+            sent |= {head: rank.numbers()[:, :, :, at] for at, head in enumerate(range(*rank.heads))}
+        for rank, held in zip(decode.ranks, before, strict=True):
+            for at, head in enumerate(range(*rank.heads)):
+                assert torch.equal(rank.numbers()[[5, 0, 2], :, :, at], sent[head][[3, 4, 9]])
+            others = [block for block in range(12) if block not in (5, 0, 2)]
+            assert torch.equal(rank.content()[others], held[others])
 
 
 def test_many_transfers_at_once_keep_apart(small_messages: None) -> None:
