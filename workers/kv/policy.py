@@ -151,14 +151,15 @@ def resolve_policy(
     """The policy of a text for a model's shapes.
 
     Args:
-        model_windows: of each layer, how many tokens a token attends to as the model was trained; None is all.
+        model_windows: of each layer, how many tokens a token attends to as the model was trained; None is all. Empty if
+            no layer has a window.
 
     Raises:
         InvalidValueError: the text is no policy, names a layer or head that the model does not have, leaves one out,
             or gives heads of one layer different sinks. The field is named kv_policy.
     """
     parts = _parse(text)
-    windows = list(model_windows) if model_windows is not None else [None] * num_layers
+    windows = list(model_windows) if model_windows else [None] * num_layers
     reaches: dict[Reach, int] = {}
     groups: list[tuple[int, ...]] = []
     for _, places in parts:

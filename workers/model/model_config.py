@@ -1,4 +1,5 @@
 """What a Llama checkpoint's config.json says, checked: either this runtime computes exactly that, or it refuses.
+A Mistral is a Llama whose tokens attend to a window.
 
 The file is read without transformers, so that a shard knows its shapes before torch is needed and nothing in the
 checkpoint chooses which code runs.
@@ -52,6 +53,8 @@ class ModelConfig:
         num_kv_heads: divides num_heads.
         attention_bias, mlp_bias: whether the linears of that part have biases.
         dtype: of the weights, as the checkpoint says.
+        sliding_windows: of each layer, how many tokens a token attends to, the last of them itself; None is all.
+            Empty if no layer has a window.
         bos_token_id: None if the model has none.
         eos_token_ids: the tokens that end a sequence: generation_config.json's if it names any, else config.json's,
             which is the order transformers' ``generate`` goes by.
@@ -70,6 +73,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     rope: RopeConfig = RopeConfig()
+    sliding_windows: tuple[int | None, ...] = ()
     dtype: DTypeName = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -81,7 +85,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     Raises:
         CheckpointError: the file is missing, not a JSON object, or lacks a key.
         InvalidValueError: a key has the wrong type or a value out of range.
-        UnsupportedModelError: the file asks for something other than a plain Llama.
+        UnsupportedModelError: the file asks for something other than a plain Llama or Mistral.
     """
     fields = _read_fields(directory / "config.json")
     _refuse_unsupported(fields)
@@ -90,10 +94,10 @@ def load_model_config(directory: Path) -> ModelConfig:
     if heads % kv_heads:
         raise fields.invalid("num_key_value_heads", f"must divide num_attention_heads={heads}")
     hidden = fields.positive_int("hidden_size")
-    vocab = fields.positive_int("vocab_size")
+    vocab, layers = fields.positive_int("vocab_size"), fields.positive_int("num_hidden_layers")
     return ModelConfig(
         hidden_size=hidden,
-        num_layers=fields.positive_int("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=_head_dim(fields, hidden, heads),
@@ -105,6 +109,7 @@ def load_model_config(directory: Path) -> ModelConfig:
         attention_bias=fields.boolean("attention_bias"),
         mlp_bias=fields.boolean("mlp_bias"),
         rope=_rope(fields),
+        sliding_windows=_sliding_windows(fields, layers),
         dtype=_dtype(fields),
         bos_token_id=next(iter(fields.token_ids("bos_token_id", vocab)), None),
         eos_token_ids=_eos_token_ids(directory, fields, vocab),
@@ -210,7 +215,6 @@ _REFUSED_UNLESS: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", '"silu"'),
     "pretraining_tp": (1, "1"),
     "partial_rotary_factor": (1, "1"),
-    "sliding_window": (None, "full attention (no such key)"),
     "quantization_config": (None, "an unquantized checkpoint (no such key)"),
     "compression_config": (None, "an unquantized checkpoint (no such key)"),
     "auto_map": (None, "a model without code of its own (no such key)"),
@@ -220,19 +224,49 @@ _REFUSED_UNLESS: dict[str, tuple[Any, str]] = {
 """Keys that change what is computed: the one value (besides absence) that this runtime computes, and how to say it."""
 
 
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+"""By model_type."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+"""A layer's kind, in layer_types."""
+
+
 def _refuse_unsupported(fields: _Fields) -> None:
-    if fields.get("model_type") is None:
-        raise CheckpointError(f"{fields.source} lacks the key 'model_type'; only 'llama' is supported")
-    if fields.get("model_type") != "llama":
-        raise fields.unsupported("model_type", '"llama"')
-    if fields.get("architectures", ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
-        raise fields.unsupported("architectures", '["LlamaForCausalLM"]')
+    kind = fields.get("model_type")
+    if kind is None:
+        raise CheckpointError(f"{fields.source} lacks the key 'model_type'; only 'llama' and 'mistral' are supported")
+    architecture = _ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if architecture is None:
+        raise fields.unsupported("model_type", '"llama" or "mistral"')
+    if fields.get("architectures", [architecture]) != [architecture]:
+        raise fields.unsupported("architectures", f'["{architecture}"]')
     for key, (neutral, supported) in _REFUSED_UNLESS.items():
         if fields.get(key, neutral) != neutral:
             raise fields.unsupported(key, supported)
-    layer_types = fields.get("layer_types", [])
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise fields.unsupported("layer_types", '"full_attention" in every layer')
+    # Where a Mistral has no such key, transformers takes a number that is not in the file.
+    for key in ("sliding_window", "num_key_value_heads") if kind == "mistral" else ():
+        if key not in fields.values:
+            raise CheckpointError(f"{fields.source} lacks the key {key!r}; it must be there to load a Mistral model")
+
+
+def _sliding_windows(fields: _Fields, num_layers: int) -> tuple[int | None, ...]:
+    window = None if fields.get("sliding_window") is None else fields.positive_int("sliding_window")
+    if fields.get("use_sliding_window") is not None and not fields.boolean("use_sliding_window"):
+        window = None
+    default = _FULL if window is None else _SLIDING
+    if window is not None and fields.get("layer_types") is None and fields.get("max_window_layers") is not None:
+        raise fields.unsupported("max_window_layers", "a window in all layers, or layer_types,")
+    kinds = fields.get("layer_types", [default] * num_layers)
+    known = (_FULL, _SLIDING) if fields.get("model_type") == "llama" else (default,)
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        shown = " or ".join(f'"{kind}"' for kind in known)
+        raise fields.unsupported("layer_types", f"{shown} for each of {num_layers} layers")
+    if window is None and _SLIDING in kinds:
+        raise fields.invalid("sliding_window", f'must be a number of tokens where layer_types has "{_SLIDING}"')
+    # A window that holds every position of the model leaves nothing out.
+    if window is None or window >= fields.positive_int("max_position_embeddings") or _SLIDING not in kinds:
+        return ()
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
 def _head_dim(fields: _Fields, hidden: int, heads: int) -> int:

@@ -280,7 +280,7 @@ def test_a_config_that_is_not_json(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"sliding_window": 128}, "sliding_window"),
+        ({"layer_types": ["chunked_attention"] * 2}, "layer_types"),
         ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "mamba"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
     ],

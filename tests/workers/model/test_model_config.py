@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from headwise.workers.errors import CheckpointError, InvalidValueError, UnsupportedModelError
@@ -40,6 +41,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
 
 
 def write(directory: Path, drop: str | None = None, **changes: Any) -> Path:
@@ -143,11 +145,18 @@ def test_no_end_of_sequence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"model_type": "mistral"}, 'model_type="mistral"'),
+        ({"model_type": "mixtral"}, 'model_type="mixtral"'),
+        ({"model_type": ["llama"]}, 'model_type=["llama"]'),
+        ({"model_type": "mistral", "sliding_window": None}, 'architectures=["LlamaForCausalLM"]'),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
         ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ({"architectures": ["MistralForCausalLM"]}, 'architectures=["MistralForCausalLM"]'),
+        ({"sliding_window": 8, "max_window_layers": 1}, "max_window_layers=1"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types="),
+        ({"layer_types": ["full_attention"]}, "for each of 2 layers"),
+        ({"layer_types": "full_attention"}, "layer_types="),
+        (MISTRAL | {"layer_types": ["full_attention", "sliding_attention"]}, '"sliding_attention" for each'),
+        (MISTRAL | {"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, '"full_attention" for each'),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ({"pretraining_tp": 2}, "pretraining_tp=2"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map="),
@@ -166,6 +175,49 @@ def test_other_models_are_refused_by_name(tmp_path: Path, changes: dict[str, Any
         load_model_config(write(tmp_path, **changes))
     assert names in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+def test_a_mistral_is_a_llama_with_windows(tmp_path: Path) -> None:
+    plain = load_model_config(write(tmp_path))
+    assert plain.sliding_windows == ()
+    for window in (1, 8, 2047):
+        config = load_model_config(write(tmp_path, **MISTRAL | {"sliding_window": window}))
+        assert config == replace(plain, sliding_windows=(window, window))
+    for window in (None, 2048, 32768):  # no token is further away than the model's length
+        assert load_model_config(write(tmp_path, **MISTRAL | {"sliding_window": window})) == plain
+
+
+def test_what_transformers_writes_of_a_mistral(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 96}
+    MistralConfig(**sizes, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    assert (config.sliding_windows, config.num_kv_heads, config.head_dim) == ((4096, 4096), 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 8}, (8, 8)),
+        ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}, ()),
+        ({"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}, ()),
+        ({"max_window_layers": 1}, ()),
+        ({"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}, ()),
+    ],
+)
+def test_layers_may_have_windows(tmp_path: Path, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert load_model_config(write(tmp_path, **changes)).sliding_windows == windows
+
+
+def test_a_window_of_no_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"^sliding_window=None: must be a number of tokens where layer_types"):
+        load_model_config(write(tmp_path, layer_types=["full_attention", "sliding_attention"]))
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "num_key_value_heads"])
+def test_of_a_mistral_no_key_is_made_up(tmp_path: Path, key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json lacks the key '{key}'.*Mistral"):
+        load_model_config(write(tmp_path, drop=key, **MISTRAL))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +264,9 @@ def test_a_missing_rope_key_is_named(tmp_path: Path, key: str) -> None:
         ("rope_parameters", [1]),
         ("tie_word_embeddings", "yes"),
         ("attention_bias", 1),
+        ("sliding_window", 0),
+        ("sliding_window", "8"),
+        ("use_sliding_window", 1),
         ("eos_token_id", 100),
         ("eos_token_id", [2, "3"]),
         ("bos_token_id", -1),
