@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from headwise.workers import failpoints
 from headwise.workers.collectives import Collectives
 from headwise.workers.cuda import gpu
 from headwise.workers.failpoints import Point
+from headwise.workers.kv.policy import Reach
 from headwise.workers.model.model import Model
 from headwise.workers.plan import StepOutput, StepPlan
 from headwise.workers.rows import Rows
@@ -81,16 +82,20 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        max_num_batched_tokens: int,
+        reaches: Sequence[Reach],
         num_threads: int,
     ) -> None:
         """
         Args:
             vocab_sizes: how many vocabulary rows each rank owns, in rank order.
+            max_num_batched_tokens: most tokens of a step.
+            reaches: of the groups of the KV policy.
             num_threads: CPU threads that look for the best token.
         """
         self._model, self._sampler, self._collectives = model, sampler, collectives
         self._vocab_sizes, self._vocab_start = vocab_sizes, sum(vocab_sizes[: collectives.rank])
-        self._rows = Rows(block_size, max_num_seqs, max_model_len, device)
+        self._rows = Rows(block_size, max_num_seqs, max_model_len, device, reaches, max_num_batched_tokens)
         self._device, self._gpu, self._num_threads = device, gpu.of(device), num_threads
         self._next_step = 0
         self.collected: gpu.Event | None = None

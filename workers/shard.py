@@ -20,10 +20,12 @@ from headwise.workers.cuda.launch import TRITON
 from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse, staging_bytes
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
-from headwise.workers.kv.cache import KVCache, bytes_per_block, parse_memory
+from headwise.workers.kv.cache import KVCache, affordable, block_bytes, parse_memory
 from headwise.workers.kv.copier import Copier
+from headwise.workers.kv.format import kv_format
 from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.handoff_rank import HandoffRank
+from headwise.workers.kv.policy import KvPolicy, resolve_policy
 from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.machine import free_host_memory
@@ -84,7 +86,11 @@ class Shard:
         self._disk: DiskStore | None = None
         self._copier: Copier | None = None
         self._handoff: HandoffRank | None = None
-        self._backend = find_backend(spec.attention, self._device, self._dtype, spec.block_size, self._config.head_dim)
+        self._policy = self._resolve_policy()
+        self._format = kv_format(spec.kv_dtype or spec.dtype, self._config.head_dim)
+        self._caps = self._policy.caps(spec.block_size, spec.max_num_seqs, spec.max_num_batched_tokens)
+        computing = (self._device, self._dtype, spec.block_size, self._config.head_dim)
+        self._backend = find_backend(spec.attention, *computing, self._format, self._policy)
         if self._device.type == "cpu":
             torch.set_num_threads(num_threads if self._backend.torch_computes else 1)
 
@@ -106,18 +112,21 @@ class Shard:
         self._measure_memory()
 
     def affordable_blocks(self) -> int:
-        """How many KV blocks ``kv_memory`` pays for on this rank, by the memory that is free now.
+        """How many KV blocks of each group ``kv_memory`` pays for on this rank, by the memory that is free now; groups
+        that cannot make use of so many have fewer (see :meth:`KvPolicy.caps
+        <headwise.workers.kv.policy.KvPolicy.caps>`).
 
         Raises:
             InvalidValueError: the host has no memory for ``host_kv_blocks``, or the GPU for more than steps.
         """
         self._measure_memory()
-        return parse_memory(self._spec.kv_memory, self._free) // self._bytes_per_block()
+        return affordable(parse_memory(self._spec.kv_memory, self._free), self._block_bytes, self._caps)
 
     def allocate(self, num_blocks: int, in_haste: bool = False) -> None:
         """Takes the KV memory and makes the shard ready for steps; the same number on every rank.
 
         Args:
+            num_blocks: of each group, as in :meth:`affordable_blocks`.
             in_haste: the memory's pages are taken beside the steps, and not before the first.
 
         Raises:
@@ -174,7 +183,8 @@ class Shard:
 
     def stats(self) -> dict[str, Any]:
         """This rank's place and memory: pid, process (the fields of ProcessId), rank, heads (global half-open ranges),
-        bytes, blocks on disk, and seconds of its steps by part since the start, as far as they are measured."""
+        bytes, KV blocks of each group, KV policy and dtype, blocks on disk, and seconds of its steps by part since the
+        start, as far as they are measured."""
         heads = self._partition.heads
         return {
             "pid": os.getpid(),
@@ -183,6 +193,9 @@ class Shard:
             "query_heads": (heads.q_start, heads.q_stop),
             "kv_heads": (heads.kv_start, heads.kv_stop),
             "kv_bytes": self._kv_cache.nbytes if self._kv_cache else 0,
+            "kv_blocks": self._kv_cache.group_blocks if self._kv_cache else (),
+            "kv_policy": self._policy.text,
+            "kv_dtype": str(self._format),
             "host_kv_bytes": self._host.nbytes if self._host is not None else 0,
             "disk_kv_blocks": len(self._disk) if self._disk is not None else 0,
             "weight_bytes": self._model.nbytes if self._model else 0,
@@ -220,6 +233,21 @@ class Shard:
         if self._gpu is not None:
             self._gpu.empty_cache()  # in a process that goes on, others can have the memory now
 
+    def _resolve_policy(self) -> KvPolicy:
+        config, spec = self._config, self._spec
+        policy = resolve_policy(spec.kv_policy, config.num_layers, config.num_kv_heads, config.sliding_windows)
+        if policy.num_groups > 1 and self._moves_blocks:
+            limit = (
+                f"has {policy.num_groups} kinds of heads, with blocks of their own, "
+                "and only those of one kind can be kept in host memory or on disk, or handed over to other engines"
+            )
+            fix = (
+                "give all heads one kind (such as sinks:4,1020), or leave out host_kv_memory (--host-kv-memory), "
+                "disk_kv_path (--disk-kv-path) and handoffs"
+            )
+            raise InvalidValueError("kv_policy", spec.kv_policy, limit, fix)
+        return policy
+
     def _load_model(self, progress: Callable[[int, int], None] | None) -> Model:
         directory = Path(self._spec.model_dir)
         weights = load_shard(directory, self._config, self._partition, self._dtype, self._device, progress)
@@ -236,6 +264,8 @@ class Shard:
             block_size=spec.block_size,
             max_num_seqs=spec.max_num_seqs,
             max_model_len=spec.max_model_len,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            reaches=self._policy.reaches,
             device=self._device,
             num_threads=self._num_threads,
         )
@@ -243,7 +273,8 @@ class Shard:
     def _measure_steps(self, memory: GpuMemory, model: Model) -> None:
         spec = self._spec
         rows = min(spec.max_num_seqs, spec.max_num_batched_tokens)
-        largest = LargestStep(rows, spec.max_num_batched_tokens, max(1, spec.max_model_len - 1))
+        length, groups = max(1, spec.max_model_len - 1), self._policy.num_groups
+        largest = LargestStep(rows, spec.max_num_batched_tokens, length, groups)
 
         def start() -> Step:
             model.attach(self._make_cache(num_blocks=1))
@@ -251,7 +282,7 @@ class Shard:
 
         memory.measure_steps(largest, start, model.detach)
         if self._moves_blocks:
-            memory.reserve(staging_bytes(self._bytes_per_block()))
+            memory.reserve(staging_bytes(sum(self._block_bytes)))
 
     def _measure_memory(self) -> None:
         """Of the ranks of a host, the last to have loaded finds what there really is, and its error or its number of
@@ -264,14 +295,15 @@ class Shard:
         self._free = on_host - tier if self._gpu_memory is None else self._gpu_memory.for_kv()
 
     def _host_tier_bytes(self) -> int:
-        return self._spec.host_kv_blocks * self._bytes_per_block()
+        return self._spec.host_kv_blocks * sum(self._block_bytes)
 
     def _no_host_tier(self, limit: str) -> InvalidValueError:
         fix = "lower host_kv_memory (--host-kv-memory)"
         return InvalidValueError("host_kv_memory", f"{self._host_tier_bytes()} bytes", limit, fix)
 
     def _room_for(self, num_blocks: int, in_haste: bool) -> KVCache:
-        needed = num_blocks * self._bytes_per_block()
+        groups = zip(self._group_blocks(num_blocks), self._block_bytes, strict=True)
+        needed = sum(count * size for count, size in groups)
         limit = f"{num_blocks} blocks take {needed} bytes, and {self._has(self._free, self._gpu_memory)}"
         error = InvalidValueError("kv_memory", self._spec.kv_memory, limit, "lower kv_memory (--kv-memory)")
         if needed > self._free:
@@ -282,7 +314,7 @@ class Shard:
     def _make_cache(self, num_blocks: int, in_haste: bool = False) -> KVCache:
         return KVCache(
             num_layers=self._config.num_layers,
-            num_blocks=num_blocks,
+            num_blocks=self._group_blocks(num_blocks),
             num_kv_heads=self._partition.heads.num_kv,
             block_size=self._spec.block_size,
             head_dim=self._config.head_dim,
@@ -290,7 +322,12 @@ class Shard:
             device=self._device,
             transposed_keys=bool(self._backend.attention.transposed_keys),
             in_haste=in_haste,
+            format=self._format,
+            policy=self._local_policy,
         )
+
+    def _group_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        return tuple(num_blocks if cap is None else min(num_blocks, cap) for cap in self._caps)
 
     def _has(self, free: int, memory: GpuMemory | None = None) -> str:
         """Args: ``memory``: what is free is the GPU's; None is the host's."""
@@ -322,13 +359,14 @@ class Shard:
         heads = self._partition.heads
         if spec.host_kv_blocks:
             try:
-                self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, self._dtype, gpu.of(self._device))
+                self._host = HostStore(spec.host_kv_blocks, kv_cache.block_shape, kv_cache.dtype, gpu.of(self._device))
             except MemoryError:  # a limit of the process or of overcommitment, which is not that of free memory
                 raise self._no_host_tier(f"rank {rank} cannot reserve so much host memory") from None
         if spec.disk_kv_path is not None:
             place = (rank, ranks, heads.kv_start, heads.kv_stop)
-            identity = msgpack.packb((spec.kv_identity, place, kv_cache.block_shape, spec.dtype))
-            sizes = (self._bytes_per_block(), self._max_stored_blocks())
+            kept = (self._policy.text, str(self._format), kv_cache.block_shape, spec.dtype)
+            identity = msgpack.packb((spec.kv_identity, place, *kept))
+            sizes = (sum(self._block_bytes), self._max_stored_blocks())
             self._disk = DiskStore(spec.disk_kv_path, rank, ranks, identity, *sizes)
         if self._host is not None or self._disk is not None:
             self._copier = Copier(kv_cache, self._host, self._disk, self._tell, self._on_failure)
@@ -348,12 +386,13 @@ class Shard:
         fitting = (MAX_MESSAGE_BYTES - 1024) // (112 + 4 * self._spec.block_size)  # three digests, tokens, framing
         return min(fitting, MAX_STORED_BLOCKS)
 
-    def _bytes_per_block(self) -> int:
+    @property
+    def _local_policy(self) -> KvPolicy:
+        """Of this rank's KV heads."""
         heads = self._partition.heads
-        return bytes_per_block(
-            num_layers=self._config.num_layers,
-            num_kv_heads=heads.num_kv,
-            block_size=self._spec.block_size,
-            head_dim=self._config.head_dim,
-            dtype=self._dtype,
-        )
+        return self._policy.heads(heads.kv_start, heads.kv_stop)
+
+    @property
+    def _block_bytes(self) -> tuple[int, ...]:
+        """Of a block of each group on this rank."""
+        return block_bytes(self._local_policy, self._format, self._spec.block_size, self._config.head_dim)

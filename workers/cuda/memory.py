@@ -43,11 +43,13 @@ class LargestStep(NamedTuple):
         rows: of the step; each samples a token.
         tokens: that it computes.
         row_tokens: of each row, those before the step included: rows may share the blocks of a long beginning.
+        groups: of the KV policy.
     """
 
     rows: int
     tokens: int
     row_tokens: int
+    groups: int = 1
 
     def plans(self, block_size: int) -> list[StepPlan]:
         """The first plans, which compute it in a cache of one block. All blocks of all rows are that one, so what comes
@@ -65,8 +67,9 @@ class LargestStep(NamedTuple):
     def _plan(self, step: int, counts: list[int], block_size: int) -> StepPlan:
         length, plan = self.row_tokens, StepPlan(step)
         blocks = [0] * -(-length // block_size)
+        others = (blocks,) * (self.groups - 1)
         for row, count in enumerate(counts):
-            plan.admits.append(RowAdmit(row, [0] * length, length, length - count, blocks, _DEMANDING))
+            plan.admits.append(RowAdmit(row, [0] * length, length, length - count, blocks, _DEMANDING, others))
             plan.computes.append((row, count))
         return plan
 
