@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from headwise.workers.spec import ShardSpec
 
@@ -59,6 +59,19 @@ def write_checkpoint(directory: Path, heads: int = 4, kv_heads: int = 2, **chang
                 torch.nn.init.normal_(tensor, std=0.1)
     model.save_pretrained(directory)
     return directory
+
+
+def write_mistral(directory: Path, llama: Path, window: int) -> Path:
+    """A Mistral with the weights of a Llama."""
+    weights = reference_model(llama)
+    fields = {name: value for name, value in weights.config.to_dict().items() if name not in _KINDS}
+    model = MistralForCausalLM(MistralConfig(**fields, sliding_window=window))
+    model.load_state_dict(weights.state_dict())
+    model.save_pretrained(directory)
+    return directory
+
+
+_KINDS = ("model_type", "architectures")
 
 
 def reference_model(directory: Path) -> LlamaForCausalLM:

@@ -44,7 +44,7 @@ class Running:
     def block(self, number: int) -> Tensor:
         cache = self.shard._kv_cache
         assert cache is not None
-        block = torch.empty(1, *cache.block_shape)
+        block = torch.empty(1, *cache.block_shape, dtype=cache.dtype)
         cache.read_blocks([number], block)
         return block
 
@@ -59,9 +59,20 @@ def spec(checkpoint: Callable[..., Path], tmp_path: Path) -> ShardSpec:
     )
 
 
-@pytest.mark.parametrize("attention", ["cpu", "reference"])
-def test_computed_blocks_come_back_from_both_tiers(spec: ShardSpec, attention: str) -> None:
-    running = Running(replace(spec, attention=attention))
+@pytest.mark.parametrize(
+    ("attention", "kv_policy", "kv_dtype"),
+    [
+        ("cpu", "dense", None),
+        ("reference", "dense", None),
+        ("reference", "sinks:4,20", "float16"),
+        ("reference", "window:20", "int8"),
+        ("reference", "dense", "int8/int4"),
+    ],
+)
+def test_computed_blocks_come_back_from_both_tiers(
+    spec: ShardSpec, attention: str, kv_policy: str, kv_dtype: str | None
+) -> None:
+    running = Running(replace(spec, attention=attention, kv_policy=kv_policy, kv_dtype=kv_dtype))
     tokens = list(range(3, 36))
     first = StepPlan(0, admits=[RowAdmit(0, tokens, 33, 0, [0, 1, 2], RowSampling())], computes=[(0, 33)])
     expected = running.shard.step(first).tokens[0][1]
@@ -93,7 +104,9 @@ def test_the_next_run_finds_the_blocks_of_its_own_identity_only(spec: ShardSpec)
     assert [tuple(entry) for entry in msgpack.unpackb(msgpack.packb(stored))] == expected
     assert running.transfer(Op.LOAD, Tier.DISK, [3, 4]) == []
     running.shard.close()
-    for other in (replace(spec, kv_identity=b"other"), replace(spec, block_size=32), replace(spec, dtype="bfloat16")):
+    others = [{"kv_identity": b"other"}, {"block_size": 32}, {"dtype": "bfloat16"}, {"kv_policy": "window:20"}]
+    others += [{"kv_dtype": "int8"}, {"kv_dtype": "bfloat16"}]
+    for other in [replace(spec, **changes) for changes in others]:
         running = Running(other)
         assert running.shard.stored_blocks() == [] and running.shard.stats()["disk_kv_blocks"] == 0
         running.shard.close()
@@ -224,8 +237,10 @@ def test_a_closed_shard_gives_its_gpu_memory_back(spec: ShardSpec, monkeypatch: 
     assert alive == [0]
 
 
-def test_what_one_shard_computed_another_goes_on_from(spec: ShardSpec) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_what_one_shard_computed_another_goes_on_from(spec: ShardSpec, kv_dtype: str) -> None:
     """Tiers beside it: results are told one at a time whoever has them."""
+    spec = replace(spec, kv_dtype=kv_dtype, attention=None if kv_dtype == "float32" else "reference")
     prefill = Running(replace(spec, disk_kv_path=None, handoff=HandoffSpec()))
     decode = Running(replace(spec, disk_kv_path=None, handoff=HandoffSpec(receives=True)))
     assert prefill.shard.kv_endpoint() is None
