@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from headwise.runtime.kv.eviction import EvictionName
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.format import KV_DTYPES
+from headwise.workers.kv.policy import DENSE_TEXT, check_policy
 
 DEFAULT_KV_MEMORY: dict[str, str | float] = {"cpu": "2GiB", "cuda": 0.9}
 """By device: a fixed size on a CPU, whose memory other programs use too; nearly all that is free on a GPU."""
@@ -54,6 +57,20 @@ class HandoffConfig(BaseModel):
     token: str | None = Field(default=None, repr=False)
 
 
+def _kv_policy(text: str) -> str:
+    try:
+        check_policy(text)
+    except InvalidValueError as error:
+        raise PydanticCustomError("kv_policy", "{limit}", {"limit": error.limit}) from None
+    return text
+
+
+def _kv_dtype(name: str) -> str:
+    if name not in KV_DTYPES:
+        raise PydanticCustomError("kv_dtype", "must be one of {names}", {"names": ", ".join(KV_DTYPES)})
+    return name
+
+
 class EngineConfig(BaseModel):
     """The settings of an engine, checked when it is made. All but ``model`` have a default.
 
@@ -63,13 +80,15 @@ class EngineConfig(BaseModel):
     Attributes:
         model: the path of a directory with config.json and safetensors files, or of a .gguf file; or ``"smollm2"``.
         tensor_parallel_size: ranks that the model is split over; at most its number of query heads. Default: 1.
-        dtype: of weights, activations and KV cache. ``"auto"``, the default, is the checkpoint's on a GPU, and
-            ``"float32"`` on a CPU, where the other dtypes are slow; a checkpoint converts to float32 exactly.
+        dtype: of weights and activations, and of the KV cache where kv_dtype names no other. ``"auto"``, the default,
+            is the checkpoint's on a GPU, and ``"float32"`` on a CPU, where the other dtypes are slow; a checkpoint
+            converts to float32 exactly.
         device: ``"cpu"`` or ``"cuda"``; ``"auto"``, the default, is ``"cuda"`` where there is one.
         executor: ``"ray"``, the default, runs each rank as a Ray actor; ``"local"`` runs one rank in this process,
             without Ray.
         max_model_len: most tokens of one request, prompt and output together; None, the default, is what the model was
-            trained for.
+            trained for. With a kv_policy that gives every head a window it limits the prompt, and an output may go on
+            past it, up to its max_tokens.
         block_size: tokens of a KV block. Default: 16.
         kv_memory: memory of each rank for KV blocks: a number of bytes, a size such as ``"2GiB"``, or a fraction of
             the memory that is free once the weights are loaded. On a CPU, the ranks of a host share that; on a GPU,
@@ -85,6 +104,14 @@ class EngineConfig(BaseModel):
         attention: the attention backend, ``"reference"``, ``"cpu"``, ``"cuda"`` (Triton) or ``"flashinfer"`` (the
             library flashinfer-python); the last two have not run on a GPU yet. None, the default, is the fastest of the
             first three that can serve the model.
+        kv_policy: which keys and values are kept, and so which earlier tokens a token attends to. ``"dense"``, the
+            default, is all of them; ``"window:L"`` the last L tokens, itself included; ``"sinks:S,L"`` the first S
+            tokens, too (StreamingLLM). Parts name layers, or KV heads as ``layer.head``, and the first part that names
+            a head decides: ``"dense@0-3;sinks:4,252@*"``. See :mod:`headwise.workers.kv.policy`.
+        kv_dtype: in what form keys and values are kept: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"``,
+            ``"int4"``, or one for keys and one for values, ``"int8/int4"``. None, the default, is dtype.
+        streaming_heads: a JSON file of ``headwise calibrate``, which names heads that do without most tokens, and their
+            policy; kv_policy is for all others. None, the default, is no such file.
         seed: requests without a seed of their own get one that is derived from this. Default: 0.
         enable_prefix_caching: whether requests use the KV blocks of requests that began with the same tokens.
             Default: True.
@@ -136,6 +163,9 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=128, ge=1, le=4096)
     pipeline_depth: int = Field(default=2, ge=1, le=2)
     attention: Literal["reference", "cpu", "cuda", "flashinfer"] | None = None
+    kv_policy: Annotated[str, AfterValidator(_kv_policy)] = DENSE_TEXT
+    kv_dtype: Annotated[str, AfterValidator(_kv_dtype)] | None = None
+    streaming_heads: str | None = Field(default=None, min_length=1)
     enable_prefix_caching: bool = True
     prefix_eviction: EvictionName = "lru"
     cache_quota: float | None = Field(default=None, gt=0, le=1)

@@ -10,9 +10,11 @@ from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.inputs.tokenizer import Tokenizer, load_tokenizer
 from headwise.runtime.kv.identity import KvIdentity
+from headwise.runtime.kv_settings import kv_name, model_format, model_policy
 from headwise.runtime.models import resolve
 from headwise.runtime.precision import resolve_dtype
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.model.checkpoint import model_fingerprint, verify_checkpoint
 from headwise.workers.model.model_config import ModelConfig, load_model_config
 from headwise.workers.model.partition import partition_model
@@ -28,6 +30,8 @@ class PreparedModel:
         path: its directory.
         weights: what its files hold, by their headers.
         max_model_len: most tokens of a request, whatever the KV memory.
+        policy: of the keys and values of its layers and KV heads.
+        kv_dtype: as set; None: the dtype that it is computed in.
         spec: of its shards, on the device that torch finds in this process; without tiers of the prefix cache.
     """
 
@@ -36,16 +40,20 @@ class PreparedModel:
     weights: SafetensorsIndex
     max_model_len: int
     tokenizer: Tokenizer | None
+    policy: KvPolicy
+    kv_dtype: str | None
     spec: ShardSpec
 
     def identity(self, dtype: str) -> KvIdentity:
         """Of the KV that engines compute with this dtype."""
-        return KvIdentity(model_fingerprint(self.path), dtype, self.spec.block_size)
+        name = kv_name(self.kv_dtype or dtype, dtype)
+        return KvIdentity(model_fingerprint(self.path), name, self.spec.block_size, self.policy.text)
 
     def inputs(self, seed: int, identity: KvIdentity | None) -> InputProcessor:
         """Makes requests. Args: ``seed``: from which those without one get theirs."""
         grammars = GrammarChecker(self.path, self.config.vocab_size, self.config.eos_token_ids)
-        return InputProcessor(self.tokenizer, self.config, self.max_model_len, seed, grammars, identity)
+        endless = self.policy.bounded
+        return InputProcessor(self.tokenizer, self.config, self.max_model_len, seed, grammars, identity, endless)
 
 
 def prepare(config: EngineConfig) -> PreparedModel:
@@ -58,10 +66,11 @@ def prepare(config: EngineConfig) -> PreparedModel:
     path = resolve(config.model)
     model = load_model_config(path)
     partition_model(model, config.tensor_parallel_size)
+    policy = model_policy(config, model)
     weights = verify_checkpoint(path, model)
     max_model_len = _max_model_len(config, model)
-    tokenizer = load_tokenizer(path)
-    return PreparedModel(path, model, weights, max_model_len, tokenizer, _spec(config, path, model, max_model_len))
+    spec = _spec(config, path, model, max_model_len, policy)
+    return PreparedModel(path, model, weights, max_model_len, load_tokenizer(path), policy, config.kv_dtype, spec)
 
 
 def best_device() -> str:
@@ -81,12 +90,13 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: int) -> ShardSpec:
+def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: int, policy: KvPolicy) -> ShardSpec:
     device = config.device if config.device != "auto" else best_device()
+    dtype = resolve_dtype(config.dtype, device, model.dtype)
     return ShardSpec(
         model_dir=str(path),
         tensor_parallel_size=config.tensor_parallel_size,
-        dtype=resolve_dtype(config.dtype, device, model.dtype),
+        dtype=dtype,
         device=device,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
@@ -94,4 +104,6 @@ def _spec(config: EngineConfig, path: Path, model: ModelConfig, max_model_len: i
         kv_memory=DEFAULT_KV_MEMORY[device] if config.kv_memory is None else config.kv_memory,
         max_num_batched_tokens=config.max_num_batched_tokens,
         attention=config.attention,
+        kv_policy=policy.text,
+        kv_dtype=str(model_format(config, model, dtype)),
     )

@@ -14,7 +14,10 @@ from headwise.runtime.config import EngineConfig, HandoffConfig, engine_config, 
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.machine import usable_cores
 
-_COMMON = ("model", "dtype", "block_size", "seed", "enable_prefix_caching", "address", "prefill", "handoff")
+_COMMON = (
+    *("model", "dtype", "block_size", "kv_policy", "kv_dtype", "streaming_heads"),
+    *("seed", "enable_prefix_caching", "address", "prefill", "handoff"),
+)
 """Settings that cannot differ."""
 _OWN = ("host_kv_memory", "disk_kv_path", "disk_kv_limit", "num_blocks", "cpus_per_rank")
 """Settings that prefill has only if they are given for it."""

@@ -31,6 +31,7 @@ from headwise.runtime.handoff.outbound import MAX_LEASE_S, MAX_TRANSFERS, Outbou
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv_settings import kv_name
 from headwise.runtime.precision import precision_notes
 from headwise.runtime.prepare import best_device, prepare
 from headwise.runtime.sides import decode_config, prefill_config
@@ -292,9 +293,9 @@ def _identity(model: ModelConfig, fingerprint: str, spec: ShardSpec) -> Identity
         VERSION,
         VERSION,
         fingerprint,
-        spec.dtype,
+        kv_name(spec.kv_dtype or spec.dtype, spec.dtype),
         spec.block_size,
-        "dense",
+        spec.kv_policy,
         model.num_layers,
         model.num_kv_heads,
         model.head_dim,

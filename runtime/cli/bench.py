@@ -14,7 +14,9 @@ from headwise.runtime.cli.options import (
     Device,
     Dtype,
     Executor,
+    KvDtype,
     KvMemory,
+    KvPolicy,
     MaxModelLen,
     MaxNumBatchedTokens,
     Model,
@@ -52,6 +54,8 @@ def throughput(
     address: Address = None,
     pipeline_depth: PipelineDepth = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
     bound: Bound = True,
     as_json: AsJson = False,
     plot: Plot = None,
@@ -66,7 +70,7 @@ def throughput(
     sizes = _sizes("--batches", batches)
     settings = engine_settings(
         tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address,
-        pipeline_depth, max_num_batched_tokens,
+        pipeline_depth, max_num_batched_tokens, kv_policy=kv_policy, kv_dtype=kv_dtype,
     )  # fmt: skip
     measure.run(model, sizes, tokens, prompt_tokens, repeats, settings, bound=bound, as_json=as_json, plot=plot)
 
@@ -90,6 +94,8 @@ def latency(
     address: Address = None,
     pipeline_depth: PipelineDepth = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
     bound: Bound = True,
     as_json: AsJson = False,
     plot: Plot = None,
@@ -102,7 +108,7 @@ def latency(
 
     settings = engine_settings(
         tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address,
-        pipeline_depth, max_num_batched_tokens,
+        pipeline_depth, max_num_batched_tokens, kv_policy=kv_policy, kv_dtype=kv_dtype,
     )  # fmt: skip
     load = measure.Load(rate, requests, prompt_tokens, tokens, steady, seed)
     measure.run(model, load, settings, bound=bound, as_json=as_json, plot=plot)
@@ -126,6 +132,8 @@ def step(
     address: Address = None,
     pipeline_depth: PipelineDepth = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
     bound: Bound = True,
     as_json: AsJson = False,
     plot: Plot = None,
@@ -139,7 +147,7 @@ def step(
     sizes = _sizes("--batches", batches)
     settings = engine_settings(
         tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address,
-        pipeline_depth, max_num_batched_tokens,
+        pipeline_depth, max_num_batched_tokens, kv_policy=kv_policy, kv_dtype=kv_dtype,
     )  # fmt: skip
     measure.run(model, sizes, context, steps, prompt_tokens, repeats, settings, bound=bound, as_json=as_json, plot=plot)
 
@@ -198,6 +206,8 @@ def prefix(
     address: Address = None,
     pipeline_depth: PipelineDepth = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
@@ -208,8 +218,9 @@ def prefix(
     from headwise.runtime.bench import prefix as measure
 
     settings = engine_settings(
-        tp, dtype, device, executor, None, kv_memory, cpus_per_rank, address, pipeline_depth, max_num_batched_tokens
-    )
+        tp, dtype, device, executor, None, kv_memory, cpus_per_rank, address,
+        pipeline_depth, max_num_batched_tokens, kv_policy=kv_policy, kv_dtype=kv_dtype,
+    )  # fmt: skip
     load = measure.Load(prompt_tokens, repeats, None if host == "none" else host, batch, pairs)
     measure.run(model, load, settings, as_json=as_json, plot=plot)
 

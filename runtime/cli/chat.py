@@ -13,12 +13,15 @@ from headwise.runtime.cli.options import (
     Device,
     Dtype,
     Executor,
+    KvDtype,
     KvMemory,
+    KvPolicy,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxTokens,
     Model,
     Seed,
+    StreamingHeads,
     Temperature,
     TopK,
     TopP,
@@ -47,6 +50,9 @@ def chat(
     address: Address = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     attention: Attention = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
+    streaming_heads: StreamingHeads = None,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a model.
@@ -62,6 +68,9 @@ def chat(
         *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
         max_num_batched_tokens=max_num_batched_tokens,
         attention=attention,
+        kv_policy=kv_policy,
+        kv_dtype=kv_dtype,
+        streaming_heads=streaming_heads,
     )
     with LLM(model, **settings) as llm:
         while line := _ask():

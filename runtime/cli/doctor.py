@@ -17,8 +17,11 @@ from headwise.runtime.cli.options import (
     DiskKvPath,
     Dtype,
     Executor,
+    KvDtype,
     KvMemory,
+    KvPolicy,
     MaxModelLen,
+    StreamingHeads,
     Tp,
     engine_settings,
     option,
@@ -43,6 +46,9 @@ def doctor(
     device: Device = "auto",
     executor: Executor = "ray",
     attention: Attention = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
+    streaming_heads: StreamingHeads = None,
     max_model_len: MaxModelLen = None,
     kv_memory: KvMemory = None,
     gpu_memory: Annotated[
@@ -69,7 +75,11 @@ def doctor(
     from headwise.runtime.doctor.examine import Setup, examine
 
     settings = engine_settings(
-        tp, dtype, device, executor, max_model_len, kv_memory, None, address, attention=attention
+        *(tp, dtype, device, executor, max_model_len, kv_memory, None, address),
+        attention=attention,
+        kv_policy=kv_policy,
+        kv_dtype=kv_dtype,
+        streaming_heads=streaming_heads,
     )
     config = engine_config(model=model or "", disk_kv_path=disk_kv_path, **settings)
     ports = [

@@ -22,11 +22,14 @@ from headwise.runtime.cli.options import (
     Dtype,
     Executor,
     FlagError,
+    KvDtype,
     KvMemory,
+    KvPolicy,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxTokens,
     Seed,
+    StreamingHeads,
     Temperature,
     TopK,
     TopP,
@@ -93,6 +96,9 @@ def generate(
     address: Address = None,
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     attention: Attention = None,
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
+    streaming_heads: StreamingHeads = None,
     as_json: AsJson = False,
 ) -> None:
     """Complete a prompt, or a file of prompts.
@@ -136,6 +142,9 @@ def generate(
         *(tp, dtype, device, executor, max_model_len, kv_memory, cpus_per_rank, address),
         max_num_batched_tokens=max_num_batched_tokens,
         attention=attention,
+        kv_policy=kv_policy,
+        kv_dtype=kv_dtype,
+        streaming_heads=streaming_heads,
     )
     if source is not None and target is not None:
 

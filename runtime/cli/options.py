@@ -49,6 +49,17 @@ Attention = Annotated[
     str | None,
     option("backend", "cpu, cuda (Triton), flashinfer, or reference (plain torch, slow); default: the fastest."),
 ]
+KvPolicy = Annotated[
+    str,
+    option("policy", "Which earlier tokens are kept: dense, all; window:L, the last L; sinks:S,L, the first S, too."),
+]
+KvDtype = Annotated[
+    str | None,
+    option("type", "Of keys and values: float32, bfloat16, float16, int8, int4, or int8/int4; default: --dtype."),
+]
+StreamingHeads = Annotated[
+    str | None, option("file", "Heads with a policy of their own, as headwise calibrate names them; default: none.")
+]
 HostKvMemory = Annotated[
     str | None, option("size", "Host memory of each rank for KV blocks that left the device: 4GiB; default: none.")
 ]
@@ -90,6 +101,9 @@ def engine_settings(
     pipeline_depth: int | None = None,
     max_num_batched_tokens: int | None = None,
     attention: str | None = None,
+    kv_policy: str | None = None,
+    kv_dtype: str | None = None,
+    streaming_heads: str | None = None,
 ) -> dict[str, Any]:
     """The arguments of ``LLM``; an option that is None is left out, so that ``LLM``'s own default holds."""
     settings = {
@@ -104,6 +118,9 @@ def engine_settings(
         "pipeline_depth": pipeline_depth,
         "max_num_batched_tokens": max_num_batched_tokens,
         "attention": attention,
+        "kv_policy": kv_policy,
+        "kv_dtype": kv_dtype,
+        "streaming_heads": streaming_heads,
     }
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -9,11 +9,12 @@ from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
 
 
-def request_of(add: Add, vocab_size: int, max_model_len: int, block_size: int) -> Request:
+def request_of(add: Add, vocab_size: int, max_model_len: int, block_size: int, endless: bool = False) -> Request:
     """The request, named by its number, which goes on after the tokens that it has.
 
     Args:
         max_model_len: most tokens of prompt and output together, of the model and of the KV memory that there is.
+        endless: whether the KV policy lets a text go on past max_model_len, from a prompt that is shorter.
 
     Raises:
         InvalidValueError: it cannot be computed.
@@ -23,11 +24,12 @@ def request_of(add: Add, vocab_size: int, max_model_len: int, block_size: int) -
     _check_tokens("sampling.stop_token_ids", add.sampling.stop_token_ids, vocab_size)
     if len(add.generated) >= add.max_tokens:
         raise InvalidValueError("generated", f"{len(add.generated)} tokens", f"less than max_tokens={add.max_tokens}")
-    if (total := len(add.prompt_token_ids) + add.max_tokens) > max_model_len:
+    total = len(add.prompt_token_ids) + (1 if endless else add.max_tokens)
+    if total > max_model_len:
         limit = f"this replica computes at most max_model_len={max_model_len} with the KV memory that it has"
         raise InvalidValueError("prompt and max_tokens", f"{total} tokens", limit)
     params = _params(add)
-    params.check(vocab_size, max_model_len)
+    params.check(vocab_size, max_model_len, endless)
     blocks = None
     if add.namespace is not None:
         blocks = TokenBlocks(add.namespace, block_size, add.prompt_token_ids, owner=add.owner)

@@ -65,6 +65,8 @@ class Member:
     def most_tokens(self) -> int:
         """Of a request that it can compute, once it has said something of itself. A later group of its shards may have
         less memory."""
+        if self.about.get("endless"):  # keys and values of any text fit
+            return int(self.about["max_model_len"])
         num_blocks = self.report.num_blocks if self.report is not None else self.about["num_blocks"]
         return min(int(self.about["max_model_len"]), int(num_blocks * self.about["block_size"]))
 

@@ -144,6 +144,7 @@ class ReplicaHost:
             "tensor_parallel_size": started.spec.tensor_parallel_size,
             "dtype": started.spec.dtype,
             "max_model_len": started.inputs.max_model_len,
+            "endless": started.inputs.endless,
             "epoch": started.engine.events.epoch,
             "shards": self._shards(),
             "fingerprint": model_fingerprint(started.model_path) if cached else "",
@@ -200,7 +201,8 @@ class ReplicaHost:
     def _add(self, message: Add) -> None:
         inputs, spec = self._started.inputs, self._started.spec
         try:
-            request = request_of(message, inputs.model.vocab_size, inputs.max_model_len, spec.block_size)
+            limits = (inputs.model.vocab_size, inputs.max_model_len, spec.block_size, inputs.endless)
+            request = request_of(message, *limits)
         except HeadwiseError as error:
             self._refuse(message.number, str(error))
         else:

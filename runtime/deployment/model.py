@@ -13,6 +13,7 @@ from headwise.runtime.deployment.control import Role, Status
 from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
 from headwise.runtime.deployment.options import ReplicaOptions
+from headwise.runtime.kv_settings import with_streaming_heads
 from headwise.runtime.prepare import PreparedModel, prepare
 from headwise.runtime.routing.router import Router
 from headwise.runtime.sides import pool_configs
@@ -50,6 +51,7 @@ class DeployedModel(AsyncModel[Deployment]):
             HeadwiseError: as :class:`~headwise.runtime.llm.LLM`, if no replica could be started.
         """
         try:
+            config = with_streaming_heads(config)  # replicas on other hosts do not have the file
             configs = _configs(config, options)
             prepared = prepare(configs.get("decode", config))
         except BaseException:
@@ -142,7 +144,8 @@ class DeployedModel(AsyncModel[Deployment]):
         if abouts := self._front.deployment.abouts:
             self._blocks = sum(about["num_blocks"] for about in abouts)
             fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
-            self.inputs.max_model_len = min(self._max_model_len, fits)
+            if not self.inputs.endless:
+                self.inputs.max_model_len = min(self._max_model_len, fits)
 
 
 class FrontBusyError(HeadwiseError):

@@ -9,7 +9,7 @@ from headwise.runtime.engine.text import TextStream
 from headwise.runtime.inputs.grammars import GrammarChecker
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, Tokenizer
 from headwise.runtime.kv.identity import KvIdentity
-from headwise.runtime.sampling_params import SamplingParams
+from headwise.runtime.sampling_params import MAX_ENDLESS_TOKENS, SamplingParams
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.model.model_config import ModelConfig
@@ -36,9 +36,14 @@ class InputProcessor:
         seed: int,
         grammars: GrammarChecker,
         identity: KvIdentity | None = None,
+        endless: bool = False,
     ) -> None:
-        """Args: ``identity``: of the KV blocks; None: requests take no part in a prefix cache."""
-        self.tokenizer = tokenizer
+        """
+        Args:
+            identity: of the KV blocks; None: requests take no part in a prefix cache.
+            endless: whether the KV policy lets a text go on past max_model_len.
+        """
+        self.tokenizer, self.endless = tokenizer, endless
         self.model, self.max_model_len = model, max_model_len
         self._seed, self._grammars, self.identity = seed, grammars, identity
 
@@ -93,13 +98,16 @@ class InputProcessor:
         """The tokens' text.
 
         Raises:
-            InvalidValueError: there are more than max_model_len, one is not in the vocabulary, or there is no
+            InvalidValueError: there are more than a text can have, one is not in the vocabulary, or there is no
                 tokenizer.
         """
         if self.tokenizer is None:
             raise InvalidValueError("token_ids", token_ids, "the model's directory has no tokenizer")
-        if len(token_ids) > self.max_model_len:
-            limit = f"at most max_model_len={self.max_model_len}"
+        most, name = self.max_model_len, "max_model_len="
+        if self.endless:
+            most, name = self.max_model_len + MAX_ENDLESS_TOKENS, ""
+        if len(token_ids) > most:
+            limit = f"at most {name}{most}"
             raise InvalidValueError("token_ids", f"{len(token_ids)} tokens", limit)
         return self.tokenizer.decode(self._checked_ids("token_ids", token_ids), skip_special_tokens)
 
@@ -148,7 +156,7 @@ class InputProcessor:
         check_request_id(request_id)
         if not isinstance(params, SamplingParams):
             raise InvalidValueError("sampling_params", params, "must be SamplingParams")
-        params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len)
+        params.check(vocab_size=self.model.vocab_size, max_model_len=self.max_model_len, endless=self.endless)
         check_salt(cache_salt)
         blocks = self.identity.token_blocks(token_ids, cache_salt, tenant) if self.identity is not None else None
         structured = params.structured_outputs
@@ -165,7 +173,7 @@ class InputProcessor:
                     index=index,
                     grammar=grammar,
                 ),
-                max_tokens=min(params.max_tokens or room, room),
+                max_tokens=self._max_tokens(params, room),
                 index=index,
                 tenant=tenant,
                 token_blocks=blocks.copy() if blocks is not None else None,
@@ -181,6 +189,12 @@ class InputProcessor:
             return None
         detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
         return TextStream(detokenizer, params.stop, params.include_stop_str_in_output)
+
+    def _max_tokens(self, params: SamplingParams, room: int) -> int:
+        """Args: ``room``: tokens of max_model_len that the prompt leaves."""
+        if params.max_tokens is None:
+            return room
+        return params.max_tokens if self.endless else min(params.max_tokens, room)
 
     def _checked_ids(self, field: str, ids: Sequence[int]) -> list[int]:
         for token in ids:

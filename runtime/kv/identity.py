@@ -33,8 +33,8 @@ def namespace_digest(
 
     Args:
         fingerprint: of the model's weights and configuration, see ``model_fingerprint``.
-        dtype: of the KV, such as ``float32``.
-        policy: which tokens a token attends to; ``dense`` is all before it.
+        dtype: of the KV, such as ``float32``, and what it was computed in if that is another: ``int8 of float32``.
+        policy: which tokens a token attends to, see :mod:`headwise.workers.kv.policy`; ``dense`` is all before it.
         cache_salt: requests share blocks only with those that have the same.
     """
     fields = [field.encode() for field in (fingerprint, dtype, str(block_size), policy, cache_salt)]
@@ -104,10 +104,11 @@ class KvIdentity:
     fingerprint: str
     dtype: str
     block_size: int
+    policy: str = "dense"
     hash: Hash = sha256
 
     def namespace(self, cache_salt: str = "") -> bytes:
-        return namespace_digest(self.fingerprint, self.dtype, self.block_size, "dense", cache_salt, self.hash)
+        return namespace_digest(self.fingerprint, self.dtype, self.block_size, self.policy, cache_salt, self.hash)
 
     def token_blocks(self, tokens: Sequence[int], cache_salt: str = "", tenant: str = "") -> TokenBlocks:
         """Args: ``tenant``: its quota is the one that all its blocks count for; empty: each salt has a quota."""
