@@ -1,5 +1,5 @@
 """The command line: ``headwise generate | chat | serve | submit | status | scale | restart | drain | plan | doctor |
-warmup | bench | chaos``.
+convert | warmup | bench | chaos``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 4 a Ray cluster does not run a job;
 130 interrupted. ``submit`` has those of the command that it runs, and 143 if somebody else stopped it.
@@ -19,6 +19,7 @@ import typer
 from headwise.runtime.cli.bench import bench
 from headwise.runtime.cli.chaos import chaos
 from headwise.runtime.cli.chat import chat
+from headwise.runtime.cli.convert import convert
 from headwise.runtime.cli.deployment import drain, restart, scale
 from headwise.runtime.cli.doctor import doctor
 from headwise.runtime.cli.generate import generate
@@ -42,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, submit, status, scale, restart, drain, plan, doctor, warmup, chaos):
+for command in (generate, chat, serve, submit, status, scale, restart, drain, plan, doctor, convert, warmup, chaos):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
