@@ -9,8 +9,8 @@ import pytest
 
 from headwise.runtime.chaos.faults import Abilities, Injection, Kind, injections
 from headwise.runtime.chaos.workload import NUM_QUESTIONS, Way, asks, questions
-from headwise.workers.cpu.attention_plan import PART_KEYS
 from headwise.workers.failpoints import DROPPABLE, Action, Point, arm
+from headwise.workers.model.attention import PART_KEYS
 
 RANKS = Abilities(ranks=2, processes=True, tiers=True, disk=True, hangs_s=8.0)
 THREADS = Abilities(ranks=1, processes=False, tiers=False, disk=False, hangs_s=8.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headwise.workers import collectives
 from headwise.workers.cpu import attention_plan
-from headwise.workers.cpu.attention_plan import PART_KEYS
+from headwise.workers.model.attention import PART_KEYS
 from headwise.workers.model.model import StepInput
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan, TokenLogprobs
 from headwise.workers.shard import Shard

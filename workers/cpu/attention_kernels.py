@@ -3,7 +3,8 @@
 The softmax is the online one of FlashAttention (Dao et al., 2022); dividing a context over threads and adding up its
 parts is Flash-Decoding (Dao et al., 2023). Items, tiles, runs, chunks, query rows and parts are those of
 attention_plan.py. Whether a context is divided must not change a bit: in either case a part is summed up by itself, and
-``add_part`` adds the parts in their order. Addresses are bytes; strides and offsets count floats.
+``add_part`` adds the parts in their order. Keys and values that are not float32 are expanded to that, tile by tile.
+Addresses are bytes; strides and offsets count floats.
 """
 
 from __future__ import annotations
@@ -17,33 +18,38 @@ from numpy.typing import NDArray
 from headwise.workers.cpu import attention_simd as simd
 from headwise.workers.cpu.attention_plan import (
     CHUNK_ROWS,
-    PART_KEYS,
+    NO_WINDOW,
     RUN_KEYS,
     TILE_KEYS,
     TILE_RUNS,
     Sizes,
     padded_rows,
 )
-from headwise.workers.cpu.pointwise_simd import blend, copy, fill, scaled, scatter
+from headwise.workers.cpu.kv_records import LayerKV, expand_run, plane_of, values_of_tile
+from headwise.workers.cpu.kv_records_simd import FLOAT32
+from headwise.workers.cpu.pointwise_simd import blend, fill, scaled
 from headwise.workers.cpu.team import Team, clear, join, meet, take_job
 from headwise.workers.jit.kernel_cache import kernel
-from headwise.workers.jit.native import load_float, store_float, store_int
+from headwise.workers.jit.native import load_float, load_int, store_float, store_int
+from headwise.workers.model.attention import PART_KEYS
 
 _ADDRESS_BYTES, _FLOAT_BYTES, _LANES = 8, 4, 16
 _RUNS_BYTES = _ADDRESS_BYTES * TILE_RUNS
+_LOCATED_BYTES = 4 * _RUNS_BYTES
 
 
 class Work(NamedTuple):
     """The attention of a step.
 
     Attributes:
-        items, tables_BN, sums_rows: see :class:`~headwise.workers.cpu.attention_plan.StepItems`.
+        items, starts_X1, tables_BN, sums_rows: see :class:`~headwise.workers.cpu.attention_plan.StepItems`.
         scale: float32, of the scores, which are powers of 2.
         scratch: the address of ``scratch_bytes`` for each thread: scratch_floats(), aligned to 64 bytes.
         sums: the address of sums_floats() floats.
     """
 
     items: NDArray[Any]
+    starts_X1: NDArray[np.int64]
     tables_BN: NDArray[np.int32]
     sums_rows: int
     scale: np.float32
@@ -58,13 +64,6 @@ class Heads(NamedTuple):
     address: int
     token_stride: int
     head_stride: int
-
-
-class LayerKV(NamedTuple):
-    """The addresses of a layer's keys and values in the cache."""
-
-    keys: int
-    values: int
 
 
 class Sums(NamedTuple):
@@ -84,7 +83,10 @@ class Scratch(NamedTuple):
     """The addresses of what a thread works in for one item.
 
     Attributes:
-        runs: of keys, then of values, of the tile; next_runs: of the tile after it.
+        runs: of keys, then of values, of the tile, then the offset of each run in its block; next_runs: of the tile
+            after it.
+        expanded: where the runs of keys, then of values, of an expanded tile are.
+        tile: the floats of an expanded tile.
         scores: of a chunk, [CHUNK_ROWS, TILE_KEYS]; alpha: what its sums so far are to be multiplied with.
         packed: the queries as chunks of [head_dim, rows of the chunk].
         whole: the sums of all parts so far; part: those of a part after the first.
@@ -92,6 +94,8 @@ class Scratch(NamedTuple):
 
     runs: int
     next_runs: int
+    expanded: int
+    tile: int
     scores: int
     alpha: int
     packed: int
@@ -100,9 +104,11 @@ class Scratch(NamedTuple):
 
 
 def scratch_floats(sizes: Sizes) -> int:
-    """What a thread needs: the addresses of two tiles, scores and factors of a chunk, queries, and sums twice."""
+    """What a thread needs: three lists of runs, an expanded tile, scores and factors of a chunk, queries, and sums
+    twice."""
+    located, tile = 3 * _LOCATED_BYTES // _FLOAT_BYTES, int(tile_floats(sizes))
     queries = sizes.max_rows * sizes.head_dim
-    return 32 + CHUNK_ROWS * TILE_KEYS + 16 + queries + 2 * sums_floats(sizes.max_rows, sizes.head_dim)
+    return located + tile + CHUNK_ROWS * TILE_KEYS + 16 + queries + 2 * sums_floats(sizes.max_rows, sizes.head_dim)
 
 
 def sums_floats(rows: int, head_dim: int) -> int:
@@ -111,24 +117,32 @@ def sums_floats(rows: int, head_dim: int) -> int:
 
 
 @kernel(parallel=True)
-def attend_in_threads(work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads, team: int, threads: int) -> None:
+def attend_in_threads(
+    work: Work, sizes: Sizes, q: Heads, q_sinks: Heads, kv: LayerKV, o: Heads, team: int, threads: int
+) -> None:
     clear(team, threads)
     for _ in numba.prange(threads):
-        attend_alone(work, sizes, q, kv, o, team, threads)
+        attend_alone(work, sizes, q, q_sinks, kv, o, team, threads)
 
 
 @kernel
-def attend_alone(work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads, team: int, threads: int) -> None:
+def attend_alone(
+    work: Work, sizes: Sizes, q: Heads, q_sinks: Heads, kv: LayerKV, o: Heads, team: int, threads: int
+) -> None:
     """Attend as one of a team, whose memory is at an address."""
     member = join(team, threads)
     if member.member >= 0:
-        attend(member, work, sizes, q, kv, o)
+        attend(member, work, sizes, q, q_sinks, kv, o)
 
 
 @kernel
-def attend(team: Team, work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads) -> None:
-    """One or two stages of a team: its members attend for the items, longest first, then add up divided contexts."""
-    items = work.items
+def attend(team: Team, work: Work, sizes: Sizes, q: Heads, q_sinks: Heads, kv: LayerKV, o: Heads) -> None:
+    """One or two stages of a team: its members attend for the items, longest first, then add up divided contexts.
+
+    Args:
+        q_sinks: the queries that see sinks apart from the window; read only where items have sinks.
+    """
+    items = work.items[work.starts_X1[kv.kind] : work.starts_X1[kv.kind + 1]]
     scratch = divide_scratch(work.scratch + team.member * work.scratch_bytes, sizes)
     last, done = len(items) - 1, 0
     i = take_job(team, len(items), 0)
@@ -136,37 +150,38 @@ def attend(team: Team, work: Work, sizes: Sizes, q: Heads, kv: LayerKV, o: Heads
         done += 1
         after = take_job(team, len(items), done)
         next_item = items[after if after >= 0 else last]
-        attend_item(work, sizes, items[i], next_item, q, kv, o, scratch)
+        attend_item(work, sizes, items[i], next_item, q, q_sinks, kv, o, scratch)
         i = after
     meet(team)
     if work.sums_rows > 0:
-        add_divided(work, sizes, o, team.member, team.size)
+        add_divided(work, items, sizes, o, team.member, team.size)
         meet(team)
 
 
 @kernel
-def write_token(keys: int, values: int, head_stride: int, slot: int, sizes: Sizes, kv: LayerKV) -> None:
-    """Put one token's keys and values, given by the addresses of their first heads, at its slot."""
-    block = slot // sizes.block_size
-    offset = slot - block * sizes.block_size
-    for head in range(sizes.kv_heads):
-        base = (block * sizes.kv_heads + head) * sizes.block_size * sizes.head_dim
-        key, value = keys + _FLOAT_BYTES * head * head_stride, values + _FLOAT_BYTES * head * head_stride
-        scatter(key, kv.keys + _FLOAT_BYTES * (base + offset), sizes.block_size, sizes.head_dim)
-        copy(value, kv.values + _FLOAT_BYTES * (base + offset * sizes.head_dim), sizes.head_dim)
+def tile_floats(sizes: Sizes) -> int:
+    """Of an expanded tile of keys and values; 0 where none is needed."""
+    return 0 if sizes.key_form == FLOAT32 else 2 * values_of_tile(sizes)
 
 
 @kernel
 def divide_scratch(address: int, sizes: Sizes) -> Scratch:
-    scores = address + 4 * _RUNS_BYTES
+    tile = address + 3 * _LOCATED_BYTES
+    scores = tile + _FLOAT_BYTES * tile_floats(sizes)
     alpha = scores + _FLOAT_BYTES * CHUNK_ROWS * TILE_KEYS
     packed = alpha + _FLOAT_BYTES * 16
     whole = packed + _FLOAT_BYTES * sizes.max_rows * sizes.head_dim
     part = whole + _FLOAT_BYTES * sizes.max_rows * (1 + _LANES + sizes.head_dim)
     max_rows = sizes.max_rows
+    expanded = address + 2 * _LOCATED_BYTES
+    run_bytes = _FLOAT_BYTES * RUN_KEYS * sizes.head_dim
+    for run in range(2 * TILE_RUNS):
+        store_int(expanded, run, tile + run * run_bytes)
     return Scratch(
         address,
-        address + 2 * _RUNS_BYTES,
+        address + _LOCATED_BYTES,
+        expanded,
+        tile,
         scores,
         alpha,
         packed,
@@ -191,31 +206,82 @@ def sums_of_part(work: Work, sizes: Sizes, item: Any, part: int) -> Sums:
     return sums
 
 
+class Part(NamedTuple):
+    """A part of a context, as an item sees it.
+
+    Attributes:
+        start: the first key of its first tile.
+        first_key: the first that a query row sees; end: after the last one.
+        position, window: query row m sees the last ``window`` keys up to ``position`` and its token's place in the
+            item.
+        sinks: whether it is the sinks apart from the window.
+    """
+
+    start: int
+    first_key: int
+    end: int
+    position: int
+    window: int
+    sinks: bool
+
+
+@kernel
+def place_part(item: Any, number: int) -> Part:
+    """One of an item's own parts, counted from its first."""
+    if item.sinks > 0:
+        if number == 0:
+            return Part(0, 0, item.sinks, item.sinks, NO_WINDOW, True)
+        number -= 1
+    start = (item.key_start // PART_KEYS + number) * PART_KEYS
+    first_key, end = max(start, item.key_start), min(start + PART_KEYS, item.key_end)
+    return Part(first_key // TILE_KEYS * TILE_KEYS, first_key, end, item.first_position, item.window, False)
+
+
 @kernel
 def attend_item(
-    work: Work, sizes: Sizes, item: Any, next_item: Any, q: Heads, kv: LayerKV, o: Heads, scratch: Scratch
+    work: Work,
+    sizes: Sizes,
+    item: Any,
+    next_item: Any,
+    q: Heads,
+    q_sinks: Heads,
+    kv: LayerKV,
+    o: Heads,
+    scratch: Scratch,
 ) -> None:
     """Attend for one item, and fetch the next one's first tile ahead."""
     tables_BN = work.tables_BN
     num_rows = item.num_tokens * item.num_heads
     divided = item.sums_row >= 0
+    num_parts = 1 if divided else item.num_parts
     runs, next_runs = scratch.runs, scratch.next_runs
-    pack_queries(item, sizes, q, work.scale, scratch.packed)
-    locate_runs(item, item.key_start, tables_BN, sizes, kv, next_runs)
-    for first in range(item.key_start, item.key_end, PART_KEYS):
-        sums = sums_of_part(work, sizes, item, 0) if divided else scratch.whole if first == 0 else scratch.part
+    part, packed = place_part(item, 0), False
+    locate_runs(item, part, part.start, tables_BN, sizes, kv, next_runs)
+    for number in range(num_parts):
+        if not packed:
+            pack_queries(item, sizes, q_sinks if part.sinks else q, work.scale, scratch.packed)
+            packed = not part.sinks
+        last = number + 1 == num_parts
+        item_after = next_item if last else item
+        part_after = place_part(item_after, 0 if last else number + 1)
+        sums = sums_of_part(work, sizes, item, 0) if divided else scratch.whole if number == 0 else scratch.part
         fill(sums.highest, num_rows, np.float32(-np.inf))
         fill(sums.total, num_rows * _LANES, np.float32(0.0))
         fill(sums.output, num_rows * sizes.head_dim, np.float32(0.0))
-        for key in range(first, min(first + PART_KEYS, item.key_end), TILE_KEYS):
+        for key in range(part.start, part.end, TILE_KEYS):
             runs, next_runs = next_runs, runs
-            if key + TILE_KEYS < item.key_end:
-                locate_runs(item, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
+            if key + TILE_KEYS < part.end:
+                locate_runs(item, part, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
             else:
-                locate_runs(next_item, next_item.key_start, tables_BN, sizes, kv, next_runs)
-            attend_tile(item, key, sizes, runs, next_runs, scratch, sums)
-        if not divided and first > 0:
+                locate_runs(item_after, part_after, part_after.start, tables_BN, sizes, kv, next_runs)
+            tile, ahead, key_stride = runs, next_runs, sizes.block_size
+            if sizes.key_form != FLOAT32:
+                expand_tile(part, key, sizes, runs, next_runs, scratch.tile)
+                tile, ahead, key_stride = scratch.expanded, scratch.expanded, RUN_KEYS
+            attend_tile(item, part, key, sizes, tile, ahead, key_stride, scratch, sums)
+        if not divided and number > 0:
             add_part(scratch.part, scratch.whole, num_rows, sizes.head_dim)
+        part = part_after
     if not divided:
         store_outputs(item, sizes, scratch.whole, o)
 
@@ -236,59 +302,100 @@ def pack_queries(item: Any, sizes: Sizes, q: Heads, scale: Any, packed: int) -> 
 
 
 @kernel
-def locate_runs(item: Any, key: int, tables_BN: Any, sizes: Sizes, kv: LayerKV, runs: int) -> None:
-    """Store the addresses of a tile's runs of keys, then of values; runs past the item's end repeat the first."""
+def locate_runs(item: Any, part: Part, key: int, tables_BN: Any, sizes: Sizes, kv: LayerKV, runs: int) -> None:
+    """Store the addresses of a tile's runs of keys, then of values, or of their blocks where they are to be expanded.
+    Runs that no query row sees repeat one that is seen: what lies there may be another request's, or nothing."""
+    plane = plane_of(kv, item.kv_head)
+    seen = max(key, part.first_key // RUN_KEYS * RUN_KEYS)
     for run in range(TILE_RUNS):
         at = key + run * RUN_KEYS
-        if at >= item.key_end:
-            at = key
-        block = at // sizes.block_size
-        offset = at - block * sizes.block_size
-        base = (tables_BN[item.row, block] * sizes.kv_heads + item.kv_head) * sizes.block_size * sizes.head_dim
-        store_int(runs, run, kv.keys + _FLOAT_BYTES * (base + offset))
-        store_int(runs, TILE_RUNS + run, kv.values + _FLOAT_BYTES * (base + offset * sizes.head_dim))
+        if at < seen or at >= part.end:
+            at = seen
+        index = at // sizes.block_size
+        offset = at - index * sizes.block_size
+        block = tables_BN[item.table, index]
+        keys, values = plane.keys + block * plane.key_stride, plane.values + block * plane.value_stride
+        if sizes.key_form == FLOAT32:
+            keys += _FLOAT_BYTES * offset
+            values += _FLOAT_BYTES * offset * sizes.head_dim
+        store_int(runs, run, keys)
+        store_int(runs, TILE_RUNS + run, values)
+        store_int(runs, 2 * TILE_RUNS + run, offset)
 
 
 @kernel
-def attend_tile(item: Any, key: int, sizes: Sizes, runs: int, next_runs: int, scratch: Scratch, sums: Sums) -> None:
+def expand_tile(part: Part, key: int, sizes: Sizes, runs: int, next_runs: int, tile: int) -> None:
+    """Expand the runs of a tile that are seen."""
+    first = max(0, part.first_key - key) // RUN_KEYS
+    last = (min(TILE_KEYS, part.end - key) + RUN_KEYS - 1) // RUN_KEYS
+    for run in range(first, last):
+        keys, next_keys = load_int(runs, run), load_int(next_runs, run)
+        values, next_values = load_int(runs, TILE_RUNS + run), load_int(next_runs, TILE_RUNS + run)
+        out = tile + _FLOAT_BYTES * run * RUN_KEYS * sizes.head_dim
+        expand_run(keys, next_keys, values, next_values, load_int(runs, 2 * TILE_RUNS + run), sizes, out)
+
+
+@kernel
+def attend_tile(
+    item: Any,
+    part: Part,
+    key: int,
+    sizes: Sizes,
+    runs: int,
+    next_runs: int,
+    key_stride: int,
+    scratch: Scratch,
+    sums: Sums,
+) -> None:
     """Let the item's query rows see the tile that starts at a key.
 
-    What a row does not see of the tile, because it has a lower position than the item's last, changes none of its bits.
-    But every row must have seen a key of the part before a tile of which it sees none.
+    What a row does not see of the tile changes none of its bits.
     """
     head_dim, group = sizes.head_dim, item.num_heads
     scores, alpha = scratch.scores, scratch.alpha
     num_rows = item.num_tokens * group
-    first_sees = item.first_position - key + 1
+    ends = part.position - key + 1
     for chunk in range(0, num_rows, CHUNK_ROWS):
         rows = min(CHUNK_ROWS, num_rows - chunk)
-        num_keys = min(TILE_KEYS, item.key_end - key, first_sees + (chunk + rows - 1) // group)
-        if num_keys <= 0:
+        num_keys = min(TILE_KEYS, part.end - key, ends + (chunk + rows - 1) // group)
+        first_key = max(0, part.first_key - key, ends + chunk // group - part.window)
+        if num_keys <= first_key:
             continue
         at = _FLOAT_BYTES * chunk * head_dim
-        simd.scores(rows, scratch.packed + at, runs, next_runs, sizes.block_size, head_dim, scores)
+        simd.scores(rows, scratch.packed + at, runs, next_runs, key_stride, head_dim, scores)
         for i in range(rows):
             m = chunk + i
-            sees = min(num_keys, first_sees + m // group)
+            end = ends + m // group
+            first, last = max(first_key, end - part.window), min(num_keys, end)
             row_scores, row_total = scores + _FLOAT_BYTES * TILE_KEYS * i, sums.total + _FLOAT_BYTES * _LANES * m
-            simd.softmax_row(row_scores, sees, sums.highest + _FLOAT_BYTES * m, row_total, alpha + _FLOAT_BYTES * i)
+            highest, row_alpha = sums.highest + _FLOAT_BYTES * m, alpha + _FLOAT_BYTES * i
+            if first < last:
+                simd.softmax_row(row_scores, first, last, highest, row_total, row_alpha)
+            else:
+                fill(row_scores, TILE_KEYS, np.float32(0.0))
+                store_float(row_alpha, 0, np.float32(1.0))
         values, next_values = runs + _RUNS_BYTES, next_runs + _RUNS_BYTES
-        column = 0
+        first_run, column = first_key // RUN_KEYS, 0
         while column < head_dim:
             left = head_dim - column
             width = simd.COLUMNS_AT_ONCE
             while width > left:
                 width //= 2
             into = sums.output + at + _FLOAT_BYTES * column
-            simd.add_values(rows, width, scores, alpha, values, next_values, head_dim, column, num_keys, into)
+            simd.add_values(
+                rows, width, scores, alpha, values, next_values, head_dim, column, first_run, num_keys, into
+            )
             column += width
 
 
 @kernel
 def add_part(part: Sums, whole: Sums, num_rows: int, head_dim: int) -> None:
-    """Add the sums of a part to those of all parts before it."""
+    """Add the sums of a part to those of all parts before it; rows that saw nothing of it keep their bits."""
     for m in range(num_rows):
         highest, so_far = load_float(part.highest, m), load_float(whole.highest, m)
+        # Scores that are all -inf have made the total NaN.
+        if highest == np.float32(-np.inf) and load_float(part.total, m * _LANES) == np.float32(0.0):
+            continue
         keep = add = np.float32(1.0)
         if highest > so_far:
             keep = simd.exp2_of(so_far - highest)
@@ -316,12 +423,11 @@ def store_outputs(item: Any, sizes: Sizes, whole: Sums, o: Heads) -> None:
 
 
 @kernel
-def add_divided(work: Work, sizes: Sizes, o: Heads, member: int, members: int) -> None:
+def add_divided(work: Work, items: Any, sizes: Sizes, o: Heads, member: int, members: int) -> None:
     """Make the outputs of the contexts that were divided: this member's share of them."""
-    items = work.items
     for i in range(member, len(items), members):
         item = items[i]
-        if item.sums_row >= 0 and item.key_start == 0:
+        if item.sums_row >= 0 and item.part == 0:
             whole = sums_of_part(work, sizes, item, 0)
             for part in range(1, item.num_parts):
                 sums = sums_of_part(work, sizes, item, part)

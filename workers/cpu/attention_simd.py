@@ -76,9 +76,10 @@ def _emit_scores_of_runs(
 
 
 def _emit_add_values(builder: Any, rows: Any, width: Any, *args: Any) -> None:
-    """o[rows, width] = o * alpha[rows] + p[rows, num_keys] times a tile's values, fetching the next tile's ahead.
+    """o[rows, width] = o * alpha[rows] + p[rows, keys] times a tile's values, fetching the next tile's ahead.
 
-    ``o`` and the values are at the first of ``width`` columns of their D: 8, 16, 32 or 64, up to COLUMNS_AT_ONCE.
+    ``o`` and the values are at the first of ``width`` columns of their D: 8, 16, 32 or 64, up to COLUMNS_AT_ONCE. The
+    keys are those from the tile's run ``first_run`` up to its key ``num_keys``.
     """
     cases = {
         n * 64 + w: partial(_emit_add_values_of, builder, n, w, *args)
@@ -99,6 +100,7 @@ def _emit_add_values_of(
     next_runs: Any,
     head_dim: Any,
     column: Any,
+    first_run: Any,
     num_keys: Any,
     o: Any,
 ) -> None:
@@ -111,12 +113,12 @@ def _emit_add_values_of(
         scaled = builder.fmul(load(builder, outputs[row, i], kind), factors[row])
         sums[row, i] = cgutils.alloca_once_value(builder, scaled)
     num_runs = builder.udiv(builder.add(num_keys, I64(RUN_KEYS - 1)), I64(RUN_KEYS))
-    with cgutils.for_range(builder, num_runs) as outer:
-        first = builder.mul(outer.index, I64(RUN_KEYS))
+    with cgutils.for_range_slice(builder, first_run, num_runs, I64(1)) as (run, _):
+        first = builder.mul(run, I64(RUN_KEYS))
         left = builder.sub(num_keys, first)
         count = builder.select(builder.icmp_signed("<", left, I64(RUN_KEYS)), left, I64(RUN_KEYS))
-        values = at(builder, load(builder, at(builder, runs, outer.index, 8), I64), column)
-        next_values = at(builder, load(builder, at(builder, next_runs, outer.index, 8), I64), column)
+        values = at(builder, load(builder, at(builder, runs, run, 8), I64), column)
+        next_values = at(builder, load(builder, at(builder, next_runs, run, 8), I64), column)
         weights = at(builder, p, first)
         with cgutils.for_range(builder, count) as inner:
             offset = builder.mul(inner.index, head_dim)
@@ -134,19 +136,21 @@ def _emit_add_values_of(
         store(builder, builder.load(sums[place], typ=kind), outputs[place])
 
 
-def _emit_softmax_row(builder: Any, s: Any, limit: Any, highest: Any, total: Any, alpha: Any) -> None:
-    """Scores s[TILE_KEYS] become weights relative to the row's highest score so far; keys at and past limit weigh 0.
+def _emit_softmax_row(builder: Any, s: Any, start: Any, limit: Any, highest: Any, total: Any, alpha: Any) -> None:
+    """Scores s[TILE_KEYS] become weights relative to the row's highest score so far; keys before start, at limit and
+    past it weigh 0.
 
     ``highest`` (one float), ``total`` (16 partial sums) and ``alpha`` (what earlier sums are now to be multiplied
     with) are updated. A NaN score makes the row's weights NaN.
     """
     lanes = ir.VectorType(I32, 16)
-    limits = splat(builder, builder.trunc(limit, I32), lanes)
+    starts, limits = (splat(builder, builder.trunc(x, I32), lanes) for x in (start, limit))
     lowest = constant(V16, float("-inf"))
     visible, scores = [], []
     for run in range(TILE_RUNS):
         keys = ir.Constant(lanes, [run * RUN_KEYS + lane for lane in range(16)])
-        visible.append(builder.icmp_signed("<", keys, limits))
+        early, late = builder.icmp_signed(">=", keys, starts), builder.icmp_signed("<", keys, limits)
+        visible.append(builder.and_(early, late))
         scores.append(builder.select(visible[run], load(builder, at(builder, s, run * 16), V16), lowest))
     pairs = [larger(builder, scores[0], scores[1]), larger(builder, scores[2], scores[3])]
     before = load(builder, at(builder, highest, 0))
@@ -167,5 +171,5 @@ def _emit_softmax_row(builder: Any, s: Any, limit: Any, highest: Any, total: Any
 
 exp2_of = define(exp2, (FLOAT,), FLOAT)
 scores = define(_emit_scores, (INT,) * 7)
-softmax_row = define(_emit_softmax_row, (INT,) * 5)
-add_values = define(_emit_add_values, (INT,) * 10)
+softmax_row = define(_emit_softmax_row, (INT,) * 6)
+add_values = define(_emit_add_values, (INT,) * 11)

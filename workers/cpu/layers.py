@@ -18,8 +18,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from headwise.workers.cpu.attention_kernels import Heads, LayerKV, Work, attend, write_token
+from headwise.workers.cpu.attention_kernels import Heads, Work, attend
 from headwise.workers.cpu.attention_plan import Sizes
+from headwise.workers.cpu.kv_records import LayerKV, write_token
 from headwise.workers.cpu.linear import multiply
 from headwise.workers.cpu.pointwise_simd import add_norm, copy, fill, turn
 from headwise.workers.cpu.team import Team, clear, join, meet, record_lap
@@ -30,9 +31,10 @@ PARTS = ("embed", "norm", "qkv", "rope_and_kv_write", "attention", "o", "gate_up
 """What the time of a step is divided into; ``Buffers.times`` has a counter of nanoseconds for each."""
 _EMBED, _NORM, _QKV, _WRITE, _ATTENTION, _O, _GATE_UP, _DOWN, _LM_HEAD = range(9)
 
-LAYER_WORDS = 8
-_ATTN_NORM, _MLP_NORM, _QKV_AT, _O_AT, _GATE_UP_AT, _DOWN_AT, _KEYS, _VALUES = range(LAYER_WORDS)
-"""A layer as the kernels see it: addresses of norm weights, packed linears and the layer's keys and values."""
+LAYER_WORDS = 9
+_ATTN_NORM, _MLP_NORM, _QKV_AT, _O_AT, _GATE_UP_AT, _DOWN_AT, _PLANES, _KIND, _CAPPED = range(LAYER_WORDS)
+"""A layer as the kernels see it: addresses of norm weights and packed linears; its LayerKV; and the position at which
+queries see sinks apart from the window, -1 if there are none."""
 
 
 class Shape(NamedTuple):
@@ -42,6 +44,7 @@ class Shape(NamedTuple):
         width: hidden size.  padded_width: of a row of residual, delta and x.
         qkv_width, attn_width, act_width, logit_width: of rows of qkv, attention's output, the MLP's inner
             activations and logits.
+        sinks_width: of rows of q_sinks; 0 if no layer has sinks.
         vocab_start, vocab_stop: the rows of the embedding that this rank owns.
         eps: of the norms.
         threads: most members of the team.
@@ -57,6 +60,7 @@ class Shape(NamedTuple):
     attn_width: int
     act_width: int
     logit_width: int
+    sinks_width: int
     vocab_start: int
     vocab_stop: int
     eps: np.float32
@@ -64,7 +68,10 @@ class Shape(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Addresses: what the model holds, then what a step works in, a row a token."""
+    """Addresses: what the model holds, then what a step works in, a row a token.
+
+    cos and sin are the rotary embedding's rows of all positions in its table; q_sinks the queries that see sinks apart.
+    """
 
     layers: int
     embed: int
@@ -77,6 +84,7 @@ class Buffers(NamedTuple):
     delta: int
     x: int
     qkv: int
+    q_sinks: int
     attn: int
     act: int
     logits: int
@@ -85,13 +93,19 @@ class Buffers(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The tokens of a step, see :class:`~headwise.workers.model.model.StepInput`."""
+    """The tokens of a step, see :class:`~headwise.workers.model.model.StepInput`.
+
+    Attributes:
+        cos_TD, sin_TD: [T, D/2], the rotary embedding's rows of their positions.
+    """
 
     tokens_RL: NDArray[np.int64]
     rows_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
     slots_T: NDArray[np.int64]
     logit_tokens_B: NDArray[np.int64]
+    cos_TD: NDArray[np.float32]
+    sin_TD: NDArray[np.float32]
 
 
 @kernel(parallel=True)
@@ -130,7 +144,7 @@ def embed(team: Team, shape: Shape, buffers: Buffers, step: Step) -> None:
         # All of the delta: what pads it may hold a NaN of the step before, which would get into every sum.
         fill(residual, shape.padded_width, np.float32(0.0))
         fill(delta, shape.padded_width, np.float32(0.0))
-        token = step.tokens_RL[step.rows_T[t], step.positions_T[t]]
+        token = step.tokens_RL[step.rows_T[t], step.positions_T[t] % step.tokens_RL.shape[1]]
         if shape.vocab_start <= token < shape.vocab_stop:
             copy(buffers.embed + (token - shape.vocab_start) * 4 * shape.width, delta, shape.width)
     end_stage(team, buffers, _EMBED)
@@ -141,14 +155,15 @@ def run_attention_half(
     team: Team, shape: Shape, buffers: Buffers, step: Step, work: Work, sizes: Sizes, layer: int
 ) -> None:
     tokens = len(step.rows_T)
-    kv = LayerKV(load_int(layer, _KEYS), load_int(layer, _VALUES))
+    kv = LayerKV(load_int(layer, _PLANES), load_int(layer, _KIND))
     q = Heads(buffers.qkv, shape.qkv_width, shape.head_dim)
+    q_sinks = Heads(buffers.q_sinks, shape.sinks_width, shape.head_dim)
     attn = Heads(buffers.attn, shape.attn_width, shape.head_dim)
     qkv_linear, o_linear = load_int(layer, _QKV_AT), load_int(layer, _O_AT)
     add_and_norm(team, shape, buffers, tokens, load_int(layer, _ATTN_NORM))
     multiply_rows(team, buffers, qkv_linear, buffers.x, tokens, buffers.qkv, shape.qkv_width, _QKV)
-    rotate_and_write(team, shape, buffers, step, sizes, kv)
-    attend(team, work, sizes, q, kv, attn)
+    rotate_and_write(team, shape, buffers, step, sizes, kv, load_int(layer, _CAPPED))
+    attend(team, work, sizes, q, q_sinks, kv, attn)
     record_lap(team, buffers.times, _ATTENTION)
     multiply_rows(team, buffers, o_linear, buffers.attn, tokens, buffers.delta, shape.padded_width, _O)
 
@@ -184,18 +199,32 @@ def add_and_norm(team: Team, shape: Shape, buffers: Buffers, tokens: int, weight
 
 
 @kernel
-def rotate_and_write(team: Team, shape: Shape, buffers: Buffers, step: Step, sizes: Sizes, kv: LayerKV) -> None:
-    """Turn queries and keys to their positions and put keys and values into the cache."""
+def rotate_and_write(
+    team: Team, shape: Shape, buffers: Buffers, step: Step, sizes: Sizes, kv: LayerKV, capped: int
+) -> None:
+    """Turn queries and keys to their positions and put keys and values into the cache; where there is a capped
+    position, turn copies of the queries to that."""
     head_dim, heads, kv_heads = shape.head_dim, shape.heads, shape.kv_heads
     half, head_bytes, tokens = head_dim // 2, 4 * head_dim, len(step.rows_T)
     for t in range(tokens * team.member // team.size, tokens * (team.member + 1) // team.size):
-        row = buffers.qkv + t * 4 * shape.qkv_width
-        angles = step.positions_T[t] * 4 * half
+        row, angles = buffers.qkv + t * 4 * shape.qkv_width, t * 4 * half
+        if capped >= 0:
+            turn_copies(shape, row, buffers.q_sinks + t * 4 * shape.sinks_width, buffers, capped)
         for head in range(heads + kv_heads):
-            turn(row + head * head_bytes, buffers.cos + angles, buffers.sin + angles, half)
+            turn(row + head * head_bytes, step.cos_TD.ctypes.data + angles, step.sin_TD.ctypes.data + angles, half)
         key, value = row + heads * head_bytes, row + (heads + kv_heads) * head_bytes
-        write_token(key, value, head_dim, step.slots_T[t], sizes, kv)
+        write_token(key, value, head_dim, step.slots_T, t, tokens, sizes, kv)
     end_stage(team, buffers, _WRITE)
+
+
+@kernel
+def turn_copies(shape: Shape, queries: int, into: int, buffers: Buffers, position: int) -> None:
+    """Copy a token's queries and turn the copies to a position in the table."""
+    half = shape.head_dim // 2
+    angles = position * 4 * half
+    copy(queries, into, shape.heads * shape.head_dim)
+    for head in range(shape.heads):
+        turn(into + head * 4 * shape.head_dim, buffers.cos + angles, buffers.sin + angles, half)
 
 
 @kernel

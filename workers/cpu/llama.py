@@ -19,7 +19,7 @@ from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.checkpoint import LayerWeights, ShardWeights
-from headwise.workers.model.model import StepInput, rope_tables
+from headwise.workers.model.model import RopeTable, StepInput
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import ShardPartition
 
@@ -32,7 +32,11 @@ class CpuLlama:
         nbytes: memory of the weights, in bytes.
     """
 
-    _attention: CpuAttention  # from attach() on
+    # From attach() on:
+    _attention: CpuAttention
+    _rope: RopeTable
+    _activations: _Activations
+    _buffers: kernels.Buffers
 
     def __init__(
         self,
@@ -51,7 +55,7 @@ class CpuLlama:
         self._layers: list[_Layer] = []
         while weights.layers:  # a plain weight is let go as soon as its packed form stands
             self._layers.append(_Layer(weights.layers.pop(0)))
-        self._cos_LD, self._sin_LD = rope_tables(config, max_model_len)
+        self._max_model_len = max_model_len
         self.nbytes = self._embed_VE.nbytes + self._lm_head.nbytes + sum(layer.nbytes for layer in self._layers)
         self._shape = self._shape_of(config, partition)
         self._times = np.zeros(len(kernels.PARTS), np.int64)
@@ -59,8 +63,6 @@ class CpuLlama:
         self._team = aligned_zeros(team_bytes(self._threads) // 4)
         self._table = np.zeros((len(self._layers), kernels.LAYER_WORDS), np.int64)
         self._forward_seconds = self._all_reduce_seconds = 0.0
-        self._activations = _Activations(self._shape, 0, 0)
-        self._buffers = self._addresses()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -72,8 +74,15 @@ class CpuLlama:
     def attach(self, cache: KVCache) -> None:
         q_starts, scale = self._partition.heads.q_starts, self._config.head_dim**-0.5
         self._attention = CpuAttention(cache, q_starts, scale, self._threads)
-        for words, layer, kv in zip(self._table, self._layers, self._attention.layers, strict=True):
-            words[:] = (*layer.addresses, *kv)
+        self._rope = RopeTable(self._config, self._max_model_len, cache.policy)
+        sinks_L = [cache.policy.sinks_of_layer(layer) for layer in range(len(self._layers))]
+        for words, layer, kv, sinks in zip(self._table, self._layers, self._attention.layers, sinks_L, strict=True):
+            capped = -1 if sinks is None or sinks.span is None else sinks.span - 1
+            words[:] = (*layer.addresses, *kv, capped)
+        sinks_width = self._shape.heads * self._shape.head_dim if any(sinks_L) else 0
+        self._shape = self._shape._replace(sinks_width=sinks_width)
+        self._activations = _Activations(self._shape, 0, 0)
+        self._buffers = self._addresses()
 
     def capture(self, bucket: int, tokens_RL: Tensor) -> None:
         """Does nothing: a CPU has no graphs."""
@@ -103,13 +112,21 @@ class CpuLlama:
             self._buffers = self._addresses()
 
     def _begin(self, step: StepInput) -> kernels.Step:
-        slots_T, tokens, cache = step.slots_T, step.attention.query_starts_B1[-1], self._attention.cache
-        limit = cache.num_blocks * cache.block_size
-        if len(slots_T) != tokens or not 0 <= slots_T.min() <= slots_T.max() < limit:
-            raise InvalidValueError("slots_T", slots_T.tolist(), f"must be {tokens} slots in [0, {limit - 1}]")
+        self._check_slots(step)
         self._attention.begin(step.attention)
-        arrays = (step.rows_T, step.positions_T, slots_T, step.logit_tokens_B)
+        cos_TD, sin_TD = self._rope.rows(step.positions_T)
+        arrays = (step.rows_T, step.positions_T, step.slots_T, step.logit_tokens_B, cos_TD.numpy(), sin_TD.numpy())
         return kernels.Step(step.tokens_RL.numpy(), *arrays)
+
+    def _check_slots(self, step: StepInput) -> None:
+        blocks_G, tokens = self._attention.groups.blocks_G, int(step.attention.query_starts_B1[-1])
+        limits_G = blocks_G * self._attention.sizes.block_size
+        fits = len(step.slots_T) == tokens * len(limits_G)
+        for slots_T, limit in zip(step.slots_T.reshape(len(limits_G), -1) if fits else (), limits_G, strict=fits):
+            fits = fits and (limit == 0 or 0 <= slots_T.min() <= slots_T.max() < limit)
+        if not fits:
+            wanted = f"must be {tokens} slots in [0, {limits_G - 1}] of each group"
+            raise InvalidValueError("slots_T", step.slots_T.tolist(), wanted)
 
     def _run_phases(self, step: kernels.Step, tokens: int) -> None:
         run = kernels.run_phases_in_threads if self._threads > 1 else kernels.run_phases
@@ -132,8 +149,8 @@ class CpuLlama:
             embed=self._embed_VE.data_ptr(),
             final_norm=self._final_norm_E.ctypes.data,
             lm_head=self._lm_head.address,
-            cos=self._cos_LD.data_ptr(),
-            sin=self._sin_LD.data_ptr(),
+            cos=self._rope.cos_LD.data_ptr(),
+            sin=self._rope.sin_LD.data_ptr(),
             times=self._times.ctypes.data,
             **self._activations.addresses,
             scratch=self._scratch.ctypes.data,
@@ -153,6 +170,7 @@ class CpuLlama:
             attn_width=first.o.depth,
             act_width=first.down.depth,
             logit_width=self._lm_head.width,
+            sinks_width=0,
             vocab_start=partition.vocab[0],
             vocab_stop=partition.vocab[1],
             eps=np.float32(config.rms_norm_eps),
@@ -183,6 +201,7 @@ class _Activations:
             "delta": shape.padded_width,
             "x": shape.padded_width,
             "qkv": shape.qkv_width,
+            "q_sinks": shape.sinks_width,
             "attn": shape.attn_width,
             "act": shape.act_width,
         }

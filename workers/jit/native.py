@@ -13,7 +13,7 @@ import numba
 from llvmlite import ir
 
 from headwise.workers.jit.kernel_cache import kernel
-from headwise.workers.jit.vectors import FLOAT, I32, I64, INT, at, cgutils, define, load, store
+from headwise.workers.jit.vectors import FLOAT, I8, I32, I64, INT, at, cgutils, define, load, store
 
 _types: Any = numba.types
 
@@ -47,6 +47,14 @@ def _emit_store_int(builder: Any, address: Any, offset: Any, value: Any) -> None
     store(builder, value, at(builder, address, offset, 8))
 
 
+def _emit_load_byte(builder: Any, address: Any, offset: Any) -> Any:
+    return builder.zext(load(builder, at(builder, address, offset, 1), I8, 1), I64)
+
+
+def _emit_store_byte(builder: Any, address: Any, offset: Any, value: Any) -> None:
+    store(builder, builder.trunc(value, I8), at(builder, address, offset, 1), 1)
+
+
 def _emit_load_acquire(builder: Any, address: Any) -> Any:
     return builder.load_atomic(builder.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
@@ -75,6 +83,8 @@ load_float = define(_emit_load_float, (INT, INT), FLOAT)
 store_float = define(_emit_store_float, (INT, INT, FLOAT))
 load_int = define(_emit_load_int, (INT, INT), INT)
 store_int = define(_emit_store_int, (INT, INT, INT))
+load_byte = define(_emit_load_byte, (INT, INT), INT)
+store_byte = define(_emit_store_byte, (INT, INT, INT))
 load_acquire = define(_emit_load_acquire, (INT,), INT)
 """The int64 at an address, read anew each time: a plain read in a waiting loop is hoisted out of it."""
 store_release = define(_emit_store_release, (INT, INT))

@@ -29,8 +29,10 @@ HAS_AVX512 = "+avx512f" in _forced if _forced else _features.get("avx512f", Fals
 
 INT = types.int64
 FLOAT = types.float32
-I32, I64, F32, PTR = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.PointerType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32, PTR = ir.HalfType(), ir.FloatType(), ir.PointerType()
 V16 = ir.VectorType(F32, 16)
+_ELEMENTS = {1: I8, 2: I16, 4: F32, 8: I64}
 
 # 2 ** f over [-0.5, 0.5], relative error below 2e-9 before rounding (weighted least squares on Chebyshev nodes).
 _EXP2 = (
@@ -68,17 +70,17 @@ def at(builder: Any, address: Any, offset: Any, size: int = 4) -> Any:
     """A pointer ``offset`` elements of ``size`` bytes past an address or pointer; offsets are ints or i64 values."""
     pointer = address if isinstance(address.type, ir.PointerType) else builder.inttoptr(address, PTR)
     offset = I64(offset) if isinstance(offset, int) else offset
-    return builder.gep(pointer, [offset], source_etype=F32 if size == 4 else I64)
+    return builder.gep(pointer, [offset], source_etype=_ELEMENTS[size])
 
 
-def load(builder: Any, pointer: Any, kind: Any = F32) -> Any:
+def load(builder: Any, pointer: Any, kind: Any = F32, align: int = 4) -> Any:
     value = builder.load(pointer, typ=kind)
-    value.align = 4
+    value.align = align
     return value
 
 
-def store(builder: Any, value: Any, pointer: Any) -> None:
-    builder.store(value, pointer).align = 4
+def store(builder: Any, value: Any, pointer: Any, align: int = 4) -> None:
+    builder.store(value, pointer).align = align
 
 
 def splat(builder: Any, value: Any, kind: Any = V16) -> Any:
@@ -97,7 +99,7 @@ def larger(builder: Any, a: Any, b: Any) -> Any:
 
 
 def constant(kind: Any, value: float) -> Any:
-    return ir.Constant(kind, [value] * 16 if isinstance(kind, ir.VectorType) else value)
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
 def exp2(builder: Any, x: Any) -> Any:
@@ -115,10 +117,12 @@ def exp2(builder: Any, x: Any) -> Any:
 
 
 def reduce(builder: Any, vector: Any, combine: Callable[[Any, Any, Any], Any]) -> Any:
-    """One float of a vector's 16 lanes."""
-    for half in (8, 4, 2, 1):
-        lanes = [(lane + half) % 16 for lane in range(16)]
-        other = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, 16), lanes))
+    """One float of a vector's lanes, whose number is a power of 2."""
+    count = half = vector.type.count
+    while half > 1:
+        half //= 2
+        lanes = [(lane + half) % count for lane in range(count)]
+        other = builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, count), lanes))
         vector = combine(builder, vector, other)
     return builder.extract_element(vector, I32(0))
 

@@ -10,23 +10,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.cpu import attention_plan
-from headwise.workers.cpu.attention_plan import PART_KEYS, TILE_KEYS, Sizes, StepItems, cut_step, rows_of_item
-from headwise.workers.model.attention import AttentionBatch
+from headwise.workers.cpu.attention_plan import (
+    NO_WINDOW,
+    TILE_KEYS,
+    Groups,
+    Sizes,
+    StepItems,
+    cut_step,
+    rows_of_item,
+)
+from headwise.workers.kv.policy import DENSE, Reach
+from headwise.workers.model.attention import PART_KEYS, AttentionBatch
 from tests.effort import examples
 
 BLOCK = 16
 
 
-def cut(rows: list[tuple[int, int]], groups: list[int], threads: int, parallel_cost: int = 0) -> StepItems:
-    """Cuts a step of (queries, context) rows."""
+def cut(
+    rows: list[tuple[int, int]],
+    groups: list[int],
+    threads: int,
+    parallel_cost: int = 0,
+    reaches: tuple[Reach, ...] = (DENSE,),
+    kinds: list[list[int]] | None = None,
+) -> StepItems:
+    """Cuts a step of (queries, context) rows.
+
+    Args:
+        groups: how many query heads each KV head has.
+        kinds: the group of each KV head, for each kind of layer; None is one kind, all of the first group.
+    """
     queries, contexts = zip(*rows, strict=True)
     blocks = -(-max(contexts) // BLOCK)
     q_starts = np.cumsum([0, *groups])
-    sizes = Sizes(blocks, len(groups), BLOCK, 64, rows_of_item(q_starts))
+    sizes = Sizes(len(groups), BLOCK, 64, rows_of_item(q_starts))
     starts = np.cumsum([0, *queries], dtype=np.int32)
-    tables = np.tile(np.arange(blocks, dtype=np.int32), (len(rows), 1))
+    tables = np.tile(np.arange(blocks, dtype=np.int32), (len(rows) * len(reaches), 1))
+    windows = [NO_WINDOW if reach.window is None else reach.window for reach in reaches]
+    shape = ([blocks] * len(reaches), [reach.sinks for reach in reaches], windows, kinds or [[0] * len(groups)])
     with mock.patch.object(attention_plan, "_PARALLEL_COST", parallel_cost):
-        return cut_step(AttentionBatch(starts, np.array(contexts, np.int32), tables), sizes, q_starts, threads)
+        batch = AttentionBatch(starts, np.array(contexts, np.int32), tables)
+        return cut_step(batch, sizes, Groups(*(np.array(x, np.int64) for x in shape)), q_starts, threads)
 
 
 @st.composite
@@ -102,3 +126,45 @@ def test_one_thread_divides_nothing(threads: int, parallel_cost: int) -> None:
 def test_the_costliest_items_come_first() -> None:
     costs = cut([(1, 40), (300, 300), (1, 900), (7, 20)], [3, 3], 2).items["cost"]
     assert (costs[:-1] >= costs[1:]).all()
+
+
+@examples(100)
+@given(
+    rows=steps(),
+    sinks=st.sampled_from([0, 0, 4, 300]),
+    window=st.sampled_from([1, 40, 256]) | st.integers(1, 700),
+    threads=st.integers(1, 4),
+)
+def test_a_window_has_the_parts_that_its_queries_see(
+    rows: list[tuple[int, int]], sinks: int, window: int, threads: int
+) -> None:
+    reach = Reach(sinks, window)
+    step = cut(rows, [3], threads, reaches=(reach,))
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for item in step.items:
+        first, last = (int(item["first_position"]) + n for n in (0, item["num_tokens"] - 1))
+        apart = first >= sinks + window
+        assert first // PART_KEYS == last // PART_KEYS and apart == (last >= sinks + window)
+        assert item["window"] == (window if apart else NO_WINDOW)
+        stretches = [(0, int(item["sinks"]))] if item["sinks"] else []
+        if item["key_start"] < item["key_end"]:
+            stretches.append((int(item["key_start"]), int(item["key_end"])))
+        for token in range(item["num_tokens"]):
+            seen.setdefault(int(item["first_token"]) + token, []).extend(stretches)
+    positions = [context - queries + i for queries, context in rows for i in range(queries)]
+    assert sorted(seen) == list(range(len(positions)))
+    for token, stretches in seen.items():
+        keys = {key for first, end in stretches for key in range(first, end)}
+        assert len(keys) == sum(end - first for first, end in stretches)
+        first = reach.first_key(positions[token])
+        assert set(range(first, positions[token] + 1)) <= keys
+        assert keys & set(range(sinks)) == set(range(min(sinks, max(keys) + 1)))
+
+
+def test_kinds_of_layers_have_items_of_their_own() -> None:
+    reaches = (DENSE, Reach(0, 100))
+    step = cut([(1, 1000), (1, 50)], [3, 3], 1, reaches=reaches, kinds=[[0, 0], [0, 1], [1, 1]])
+    assert step.starts_X1.tolist() == [0, 4, 8, 12]
+    assert step.items["table"].tolist() == [0, 0, 1, 1, 0, 2, 1, 3, 2, 2, 3, 3]
+    longest = step.items[step.items["first_position"] == 999]
+    assert (longest["key_end"] - longest["key_start"]).tolist() == [1000, 1000, 1000, 100, 100, 100]

@@ -1,0 +1,181 @@
+"""Keys and values of one KV head of a block, in whatever form they are kept: written a token at a time, and read a run
+at a time as floats. Records are those of :mod:`~headwise.workers.kv.format`, keys of floats are transposed.
+
+Addresses are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from headwise.workers.cpu.attention_plan import RUN_KEYS, Sizes
+from headwise.workers.cpu.kv_records_simd import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT8,
+    expand_keys,
+    expand_values,
+    narrow,
+    quantise,
+    widen,
+)
+from headwise.workers.cpu.pointwise_simd import copy, scatter
+from headwise.workers.jit.kernel_cache import kernel
+from headwise.workers.jit.native import load_byte, load_int, store_byte
+
+FORMS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int8": INT8, "int4": INT4}
+"""By the name of a format, what the kernels call it."""
+
+_FLOAT_BYTES, _HALF_BYTES = 4, 2
+
+PLANE_WORDS = 5
+_GROUP, _KEYS, _KEY_STRIDE, _VALUES, _VALUE_STRIDE = range(PLANE_WORDS)
+
+
+class Plane(NamedTuple):
+    """Where the cache holds a KV head of a layer: PLANE_WORDS words in memory.
+
+    Attributes:
+        group: the head's; its blocks count by themselves.
+        keys, values: the addresses of the head's in block 0.
+        key_stride, value_stride: from block to block.
+    """
+
+    group: int
+    keys: int
+    key_stride: int
+    values: int
+    value_stride: int
+
+
+class LayerKV(NamedTuple):
+    """Where the cache holds a layer.
+
+    Attributes:
+        planes: the address of the planes of its KV heads.
+        kind: of the layer, in Groups.kinds_XK.
+    """
+
+    planes: int
+    kind: int
+
+
+@kernel
+def plane_of(kv: LayerKV, head: int) -> Plane:
+    at = kv.planes + 8 * PLANE_WORDS * head
+    return Plane(
+        load_int(at, _GROUP),
+        load_int(at, _KEYS),
+        load_int(at, _KEY_STRIDE),
+        load_int(at, _VALUES),
+        load_int(at, _VALUE_STRIDE),
+    )
+
+
+@kernel
+def write_token(
+    keys: int, values: int, head_stride: int, slots: Any, token: int, tokens: int, sizes: Sizes, kv: LayerKV
+) -> None:
+    """Put one token's keys and values at its slots. Where they are quantised, the floats themselves are overwritten.
+
+    Args:
+        keys, values: the addresses of the first heads'; the others follow ``head_stride`` floats apart.
+        slots: [G * tokens], see :class:`~headwise.workers.model.model.StepInput`.
+    """
+    for head in range(sizes.kv_heads):
+        plane = plane_of(kv, head)
+        slot = slots[plane.group * tokens + token]
+        block = slot // sizes.block_size
+        offset = slot - block * sizes.block_size
+        at = _FLOAT_BYTES * head * head_stride
+        write_key(keys + at, plane.keys + block * plane.key_stride, offset, sizes)
+        write_value(values + at, plane.values + block * plane.value_stride, offset, sizes)
+
+
+@kernel
+def write_key(key: int, record: int, offset: int, sizes: Sizes) -> None:
+    form, size, head_dim = sizes.key_form, sizes.block_size, sizes.head_dim
+    if form == FLOAT32:
+        scatter(key, record + _FLOAT_BYTES * offset, size, head_dim)
+    elif form in (BFLOAT16, FLOAT16):
+        narrow(form, key, record + _HALF_BYTES * offset, _HALF_BYTES * size, head_dim)
+    else:
+        group = sizes.key_group
+        scales = record + size * (head_dim if form == INT8 else head_dim // 2)
+        zeros = scales + _HALF_BYTES * size * (head_dim // group)
+        for first in range(0, head_dim, group):
+            at = _HALF_BYTES * (first // group * size + offset)
+            codes = key + _FLOAT_BYTES * first
+            quantise(codes, group, 255 if form == INT8 else 15, codes, scales + at, zeros + at)
+            if form == INT8:
+                for i in range(group):
+                    store_byte(record, (first + i) * size + offset, load_byte(codes, i))
+            else:
+                for i in range(group // 2):
+                    pair = load_byte(codes, 2 * i) | load_byte(codes, 2 * i + 1) << 4
+                    store_byte(record, (first // 2 + i) * size + offset, pair)
+
+
+@kernel
+def write_value(value: int, record: int, offset: int, sizes: Sizes) -> None:
+    form, size, head_dim = sizes.value_form, sizes.block_size, sizes.head_dim
+    if form == FLOAT32:
+        copy(value, record + _FLOAT_BYTES * offset * head_dim, head_dim)
+    elif form in (BFLOAT16, FLOAT16):
+        narrow(form, value, record + _HALF_BYTES * offset * head_dim, _HALF_BYTES, head_dim)
+    else:
+        group = sizes.value_group
+        width = head_dim if form == INT8 else head_dim // 2
+        scales = record + size * width
+        zeros = scales + _HALF_BYTES * size * (head_dim // group)
+        for first in range(0, head_dim, group):
+            at = _HALF_BYTES * (offset * (head_dim // group) + first // group)
+            codes = value + _FLOAT_BYTES * first
+            line = record + offset * width + (first if form == INT8 else first // 2)
+            if form == INT8:
+                quantise(codes, group, 255, line, scales + at, zeros + at)
+            else:
+                quantise(codes, group, 15, codes, scales + at, zeros + at)
+                for i in range(group // 2):
+                    store_byte(line, i, load_byte(codes, i) | load_byte(codes, i + group // 2) << 4)
+
+
+@kernel
+def expand_run(keys: int, next_keys: int, values: int, next_values: int, offset: int, sizes: Sizes, out: int) -> None:
+    """A run of keys and values as floats, fetching another run's ahead.
+
+    Args:
+        keys, next_keys, values, next_values: addresses of the block's first key and value, of the head.
+        offset: of the run in its block.
+        out: the address of the tile's floats for the run: [D, RUN_KEYS] of keys; [RUN_KEYS, D] of values are
+            ``values_of_tile`` further.
+    """
+    size, head_dim = sizes.block_size, sizes.head_dim
+    values_out = out + _FLOAT_BYTES * values_of_tile(sizes)
+    if sizes.key_form in (BFLOAT16, FLOAT16):
+        at, stride = _HALF_BYTES * offset, _HALF_BYTES * RUN_KEYS
+        widen(sizes.key_form, keys + at, next_keys + at, _HALF_BYTES * size, head_dim, out)
+        at *= head_dim
+        widen(sizes.value_form, values + at, next_values + at, stride, head_dim, values_out)
+        return
+    bits = 8 if sizes.key_form == INT8 else 4
+    scales = keys + size * head_dim * bits // 8
+    zeros = scales + _HALF_BYTES * size * (head_dim // sizes.key_group)
+    at = _HALF_BYTES * offset
+    codes, ahead = keys + offset, next_keys + offset
+    expand_keys(sizes.key_form, codes, ahead, scales + at, zeros + at, size, head_dim, sizes.key_group, out)
+    bits, groups = 8 if sizes.value_form == INT8 else 4, head_dim // sizes.value_group
+    scales = values + size * head_dim * bits // 8
+    zeros = scales + _HALF_BYTES * size * groups
+    at = _HALF_BYTES * offset * groups
+    line = offset * head_dim * bits // 8
+    codes, ahead, group = values + line, next_values + line, sizes.value_group
+    expand_values(sizes.value_form, codes, ahead, scales + at, zeros + at, head_dim, group, values_out)
+
+
+@kernel
+def values_of_tile(sizes: Sizes) -> int:
+    """How many floats the keys of a tile take; its values come after them."""
+    return 4 * RUN_KEYS * sizes.head_dim
