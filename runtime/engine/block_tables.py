@@ -5,16 +5,19 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from headwise.runtime.engine.request import Request, Seat, seat_of
+from headwise.runtime.engine.tables import GONE, Table
 from headwise.runtime.handoff.inbound import Arrival, Handoff, Inbound, LocalLoad
-from headwise.runtime.kv.blocks import Use
-from headwise.runtime.kv.eviction import CachedBlock
-from headwise.runtime.kv.prefix_cache import PrefixCache
-from headwise.runtime.kv.tier_index import TierBlock
+from headwise.runtime.kv.blocks import IntegrityError, Use
+from headwise.runtime.kv.eviction import Chain
+from headwise.runtime.kv.prefix_cache import PrefixCache, match_all
+from headwise.runtime.kv.restorer import Found
 from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.kv.windows import RowRoom
+from headwise.workers.kv.policy import DENSE
 
 
 class Admission(enum.Enum):
@@ -37,7 +40,8 @@ class _Search:
     """What a waiting request has found so far.
 
     Attributes:
-        chain: the cached blocks that held its first tokens when it last looked; not held, so a guess by now.
+        chains: the cached blocks of each group that held its first tokens when it last looked; all of the same length,
+            and not held, so a guess by now.
         awaits: the digest of a block that another request computes or restores.
         restoring: blocks are on their way to the device for the request, from the tiers or from another engine.
         came_short: not all of them arrived from the tiers; the request computes what is missing.
@@ -46,13 +50,18 @@ class _Search:
         reserve: how many blocks it waits to reserve for them; 0 if it does not wait for that.
     """
 
-    chain: list[CachedBlock] = field(default_factory=list)
+    chains: list[Chain]
     awaits: bytes | None = None
     restoring: bool = False
     came_short: bool = False
     handoff: Handoff | None = None
     was_handed_over: bool = False
     reserve: int = 0
+
+    @property
+    def num_found(self) -> int:
+        """How many blocks need not be computed."""
+        return len(self.chains[0])
 
 
 class BlockTables:
@@ -63,49 +72,77 @@ class BlockTables:
         failed: requests that are to end, and why: their blocks were to come from another engine, and did not.
     """
 
-    def __init__(self, cache: PrefixCache, tiers: Tiers | None = None, inbound: Inbound | None = None) -> None:
-        self.cache, self.tiers, self.inbound = cache, tiers, inbound
+    def __init__(
+        self,
+        caches: PrefixCache | Sequence[PrefixCache],
+        tiers: Tiers | None = None,
+        inbound: Inbound | None = None,
+        chunk: int = 1 << 30,
+    ) -> None:
+        """
+        Args:
+            caches: of each group of heads.
+            tiers, inbound: where there is one group.
+            chunk: most tokens of a step.
+        """
+        self.caches = [caches] if isinstance(caches, PrefixCache) else list(caches)
+        self.cache, self.tiers, self.inbound = self.caches[0], tiers, inbound
         self.load: Callable[[], LocalLoad] = LocalLoad
         self.failed: list[tuple[Request, str]] = []
-        self.block_size = cache.block_size
+        self.block_size = self.cache.block_size
+        self.rooms = [
+            RowRoom.of(cache.reach, self.block_size, cache.pool.num_blocks, chunk) if cache.reach != DENSE else None
+            for cache in self.caches
+        ]
+        self.windowed = any(room is not None for room in self.rooms)
         self._searches: dict[Request, _Search] = {}  # of requests that wait
         self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
         self._somebody_waits = False  # for room to reserve blocks, in this round
+
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens of a request, generated ones included, that the blocks hold; None: any number."""
+        limits = [
+            cache.pool.num_blocks * self.block_size if room is None else room.capacity
+            for cache, room in zip(self.caches, self.rooms, strict=True)
+        ]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def begin_round(self) -> None:
         """The waiting requests have their turns, the first of them next."""
         self._somebody_waits = False
 
     def admit(self, request: Request, row: int, alone: bool = False) -> Admission:
-        """Gives a request a seat, if it can have one now, with blocks for all its tokens and the next one. Its first
-        blocks come from the cache where they are there; at least one token is left to compute.
+        """Gives a request a seat, if it can have one now. Its first blocks come from the cache where they are there; at
+        least one token is left to compute. It gets blocks for all its tokens and the next one, so that no prefill is
+        preempted half-way by a later one; with a window, for as many as it needs at a time.
 
         Args:
             alone: no other request is computed meanwhile, so that there is none to wait for.
         """
-        search = self._searches.get(request) or self._searches.setdefault(request, _Search())
+        search = self._searches.get(request) or self._searches.setdefault(request, _Search([[] for _ in self.caches]))
         if search.restoring or (search.awaits is not None and self._is_coming(search.awaits, alone)):
             return Admission.LATER
         if self.inbound is not None and search.reserve and not self._may_reserve(self.inbound, search.reserve):
             return Admission.LATER
-        limit = self._match(request, search.chain)
+        limit = self._match(request, search.chains)
         if self._waits_for_another(request, search, limit, alone):
             return Admission.LATER
-        chain = search.chain
-        # For all tokens at once, so that no prefill is preempted half-way by a later one.
-        missing = self._blocks_for(request.num_tokens + 1) - len(chain)
-        if missing > self.cache.num_available - self.cache.num_idle_in(chain):
+        chains = search.chains
+        wanted = [self._first_blocks(request, group, search.num_found) for group in range(len(chains))]
+        missing = [count - search.num_found for count in wanted]
+        if not self._have_room(request, missing, chains):
             return Admission.NO_ROOM
-        self.cache.hold(chain, Use.COMPUTE)
-        if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing)) is not None:
-            self.cache.release(chain, Use.COMPUTE)
+        self._hold(chains)
+        if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing[0])) is not None:
+            self._release(chains)
             return answer
         asks = self.inbound is not None and (not alone or self.inbound.must_succeed)  # others wait for who is alone
         if asks and self.inbound is not None and self._is_handed_over(self.inbound, request, search, limit):
-            self.cache.release(chain, Use.COMPUTE)
+            self._release(chains)
             return Admission.LATER
         del self._searches[request]
-        self._seat(request, row, chain, missing)
+        self._seat(request, row, chains, wanted)
         return Admission.SEATED
 
     def forget(self, request: Request) -> None:
@@ -115,70 +152,80 @@ class BlockTables:
             self._has_come(request, search.handoff.blocks.digests)
             self.inbound.cancel(search.handoff)
 
-    def missing(self, seat: Seat, num_tokens: int) -> int:
-        """How many blocks more a seat needs for so many tokens; not above 0 if none."""
-        return self._blocks_for(num_tokens) - len(seat.block_ids)
+    def missing(self, seat: Seat, num_tokens: int) -> list[int]:
+        """How many blocks more a seat needs for so many tokens, in each group; not above 0 if none."""
+        count = self._blocks_for(num_tokens)
+        return [count - len(table.block_ids) for table in seat.tables]
 
-    def grow(self, seat: Seat, num_tokens: int) -> list[int]:
-        """Makes the table long enough for so many tokens; returns the new blocks.
+    def has_room(self, missing: Sequence[int], leaving: Iterable[Request] = ()) -> bool:
+        """Whether so many blocks can be had in each group, once some requests have left."""
+        seats = [seat_of(request) for request in leaving]
+        return all(
+            count <= cache.num_available + sum(seat.tables[group].num_held for seat in seats)
+            for group, (count, cache) in enumerate(zip(missing, self.caches, strict=True))
+        )
+
+    def fitting(self, seat: Seat, count: int) -> int:
+        """How many tokens a seat with a window computes next, at most ``count``: as many as there are blocks for, and
+        at least one."""
+        most = min(len(table.block_ids) + table.cache.num_available for table in seat.tables)
+        return max(1, min(count, most * self.block_size - seat.num_computed))
+
+    def grow(self, seat: Seat, num_tokens: int) -> list[list[int]]:
+        """Makes the tables long enough for so many tokens; returns the new blocks of each group.
 
         Raises:
             OutOfBlocksError: there is no room.
         """
-        new = self.cache.allocate(max(0, self.missing(seat, num_tokens)), Use.COMPUTE, _owner(seat.request))
-        seat.block_ids += new
-        seat.num_slots = len(seat.block_ids) * self.block_size
+        count, owner = self._blocks_for(num_tokens), _owner(seat.request)
+        new = [table.grow(count, owner) for table in seat.tables]
+        seat.num_slots = min(len(table.block_ids) for table in seat.tables) * self.block_size
         return new
 
     def publish(self, request: Request, num_tokens: int) -> None:
         """Caches the full blocks of a request's first ``num_tokens``: a finite token was sampled after them, so their
         keys and values are verified."""
         seat, blocks = seat_of(request), request.token_blocks
-        # Of a request that was aborted, the tokens that were in flight stay unknown.
-        known = len(request.prompt_token_ids) + len(request.generated)
-        full = min(num_tokens, known) // self.block_size
+        full = min(num_tokens, _num_known(request)) // self.block_size
         if blocks is None or full <= seat.num_offered:
             return
         self._read_tokens(request)
         self._stops_computing(request, seat.num_offered, full)
         seat.num_offered = full
-        for index in range(len(seat.chain), full):
-            own = seat.block_ids[index]
-            node = self.cache.insert(blocks, index, seat.chain[-1] if seat.chain else None, own)
-            if node is None:
-                break
-            if node.block != own:
-                self.cache.hold([node], Use.COMPUTE)
-            seat.chain.append(node)
+        for table in seat.tables:
+            table.publish(blocks, full)
+
+    def give_back(self, seat: Seat) -> None:
+        """Gives back the blocks that no token attends to any more that the seat has still to compute."""
+        request = seat.request
+        if request.token_blocks is not None:
+            self._read_tokens(request)
+        known = min(_num_known(request) // self.block_size, self._num_known_blocks(request))
+        for table in seat.tables:
+            if table.gives_at <= seat.num_done:
+                table.give_back(seat.num_done, request.token_blocks, known)
+        seat.gives_at = min(table.gives_at for table in seat.tables)
 
     def leave(self, request: Request) -> None:
         """Takes a request's blocks back, the last first, and its seat."""
         seat = seat_of(request)
         self._stops_computing(request, seat.num_offered, self._num_known_blocks(request))
-        for index in reversed(range(len(seat.block_ids))):
-            own, node = seat.block_ids[index], seat.chain[index] if index < len(seat.chain) else None
-            if node is not None and node.block != own:
-                self.cache.release_block(own, Use.COMPUTE, None)
-                self.cache.release_block(node.block, Use.COMPUTE, node)
-            else:
-                self.cache.release_block(own, Use.COMPUTE, node)
+        for table in seat.tables:
+            table.leave()
         request.seat = None
 
-    def computing(self, requests: Iterable[Request]) -> list[int]:
-        """The blocks that these requests hold, once for each hold."""
-        held: list[int] = []
-        for request in requests:
-            seat = seat_of(request)
-            held += seat.block_ids
-            held += [n.block for n, own in zip(seat.chain, seat.block_ids, strict=False) if n.block != own]
-        return held
+    def computing(self, requests: Iterable[Request], group: int = 0) -> list[int]:
+        """The blocks of a group that these requests hold, once for each hold."""
+        return [block for request in requests for block in seat_of(request).tables[group].held()]
 
     @property
     def changes(self) -> int:
         """Counts what changed in the books."""
-        return self.cache.pool.changes + (self.tiers.books.changes if self.tiers is not None else 0)
+        return sum(cache.pool.changes for cache in self.caches) + (
+            self.tiers.books.changes if self.tiers is not None else 0
+        )
 
-    def checks(self, requests: Iterable[Request]) -> Iterator[None]:
+    def checks(self, requests: Sequence[Request]) -> Iterator[None]:
         """Checks the books in parts; void if anything changes before the last one.
 
         Args:
@@ -187,25 +234,52 @@ class BlockTables:
         Raises:
             IntegrityError: the books do not agree with each other, or with what the requests hold.
         """
-        yield from self.cache.checks(self.computing(requests))
+        for group, cache in enumerate(self.caches):
+            yield from cache.checks(self.computing(requests, group))
+        for request in requests:
+            check_tables(seat_of(request))
         if self.tiers is not None:
             yield from self.tiers.books.checks()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _match(self, request: Request, chain: list[CachedBlock]) -> int:
-        """Finds a request's chain; returns how long it may be at most."""
+    def _first_blocks(self, request: Request, group: int, num_found: int) -> int:
+        """How many blocks a request's table has when it gets its seat; the first ``num_found`` are found."""
+        num_tokens, room = request.num_tokens + 1, self.rooms[group]
+        if room is not None and not _keeps_all(request):
+            num_tokens = room.first_tokens(num_tokens, num_found * self.block_size)
+        return max(num_found, self._blocks_for(num_tokens))
+
+    def _have_room(self, request: Request, missing: Sequence[int], chains: Sequence[Chain]) -> bool:
+        """Whether there are so many blocks besides the chains."""
+        if self.inbound is not None:  # which reserves blocks for the whole prompt
+            missing = [self._blocks_for(request.num_tokens + 1) - len(chains[0])]
+        return all(
+            count <= cache.num_available - cache.num_idle_in(chain)
+            for count, cache, chain in zip(missing, self.caches, chains, strict=True)
+        )
+
+    def _hold(self, chains: Sequence[Chain]) -> None:
+        for cache, chain in zip(self.caches, chains, strict=True):
+            cache.hold(chain, Use.COMPUTE)
+
+    def _release(self, chains: Sequence[Chain]) -> None:
+        for cache, chain in zip(self.caches, chains, strict=True):
+            cache.release(chain, Use.COMPUTE)
+
+    def _match(self, request: Request, chains: list[Chain]) -> int:
+        """Finds a request's chains; returns how long they may be at most."""
         if request.token_blocks is None:
             return 0
         self._read_tokens(request)
         limit = (request.num_tokens - 1) // self.block_size
-        self.cache.match(request.token_blocks, limit, chain)
+        match_all(self.caches, request.token_blocks, limit, chains, whole=_keeps_all(request))
         return limit
 
     def _waits_for_another(self, request: Request, search: _Search, limit: int, alone: bool) -> bool:
         """Whether the block after the chain is on its way for another request."""
-        blocks, length = request.token_blocks, len(search.chain)
+        blocks, length = request.token_blocks, search.num_found
         if blocks is None or length >= limit:
             return False
         search.awaits = blocks.digests[length]
@@ -224,26 +298,33 @@ class BlockTables:
     def _ask_tiers(self, request: Request, search: _Search, limit: int, missing: int) -> Admission | None:
         """Starts to restore what the tiers have of a request whose chain is held; None if it is to be seated now."""
         assert self.tiers is not None
-        blocks, chain = request.token_blocks, search.chain
-        found: list[TierBlock] = []
+        blocks, chain, restorer = request.token_blocks, search.chains[0], self.tiers.restorer
+        found: Found | None = None
         if blocks is not None and len(chain) < limit and not search.came_short:
-            found = self.tiers.books.find(blocks, len(chain), limit)
-        worth = bool(found) and self.tiers.restorer.worth(found)
-        if not self.tiers.saver.can_take(len(found) if worth else missing):
+            found = restorer.find(blocks, chain, limit)
+        worth = found is not None and self._is_worth_restoring(found, len(chain))
+        if not self.tiers.saver.can_take(len(found.blocks) if found is not None and worth else missing):
             return Admission.ROOM_SOON
-        if blocks is None or not worth:
-            if found:  # noted once, and not at every step that finds no room yet
-                self.tiers.restorer.decline(found)
+        if blocks is None or found is None or not worth:
+            if found is not None and found.blocks:  # noted once, and not at every step that finds no room yet
+                restorer.decline(found.blocks)
             return None
-        self.tiers.restorer.restore(blocks, chain, found, partial(self._restored, request, search, found))
-        for block in found:
+        restorer.restore(blocks, found, partial(self._restored, request, search, found))
+        for block in found.blocks:
             self._coming.setdefault(block.key.digest, request)
         search.restoring = True
         return Admission.LATER
 
+    def _is_worth_restoring(self, found: Found, num_found: int) -> bool:
+        """Whether to restore blocks, where the device has ``num_found`` first blocks that need no other."""
+        assert self.tiers is not None
+        if not found.blocks or len(found.blocks) > self.cache.num_available - self.cache.num_idle_in(found.chain):
+            return False
+        return self.tiers.restorer.worth(found.blocks, (found.length - num_found) * self.block_size)
+
     def _is_handed_over(self, inbound: Inbound, request: Request, search: _Search, limit: int) -> bool:
         """Whether another engine computes what a request whose chain is held still needs, or soon will."""
-        blocks, first = request.token_blocks, len(search.chain)
+        blocks, first = request.token_blocks, search.num_found
         if self.cache.max_blocks_per_owner is not None:  # more would come, and could not be cached
             limit = min(limit, self.cache.max_blocks_per_owner)
         if blocks is None or first >= limit or search.was_handed_over:
@@ -264,7 +345,7 @@ class BlockTables:
             self._coming.setdefault(digest, request)
         done = partial(self._handed_over, request, search, blocks.digests[first:limit])
         request.metrics.handoff_started, request.metrics.handoff_ended = time.monotonic(), 0.0
-        handoff = inbound.start(chosen, blocks, search.chain, limit, request.tenant, done)
+        handoff = inbound.start(chosen, blocks, search.chains[0], limit, request.tenant, done)
         search.handoff = handoff if search.restoring else None  # else it has failed by now
         return True
 
@@ -290,27 +371,33 @@ class BlockTables:
             if self._coming.get(digest) is request:
                 del self._coming[digest]
 
-    def _restored(self, request: Request, search: _Search, wanted: list[TierBlock], arrived: int) -> None:
-        self._has_come(request, [block.key.digest for block in wanted])
-        search.restoring, search.came_short = False, arrived < len(wanted)
+    def _restored(self, request: Request, search: _Search, found: Found, arrived: int) -> None:
+        self._has_come(request, [block.key.digest for block in found.blocks])
+        search.restoring, search.came_short = False, arrived < len(found.blocks)
         if not request.generated:
             request.metrics.num_restored_tokens = arrived * self.block_size
 
-    def _seat(self, request: Request, row: int, chain: list[CachedBlock], missing: int) -> None:
-        """Makes the seat of a request whose chain is held, and gives it the rest of its blocks."""
-        new = self.cache.allocate(missing, Use.COMPUTE, _owner(request))
+    def _seat(self, request: Request, row: int, chains: Sequence[Chain], wanted: Sequence[int]) -> None:
+        """Makes the seat of a request whose chains are held, and gives it the rest of the ``wanted`` blocks."""
+        tables = [
+            Table.after(cache, DENSE if _keeps_all(request) else cache.reach, chain)
+            for cache, chain in zip(self.caches, chains, strict=True)
+        ]
+        for table, count in zip(tables, wanted, strict=True):
+            table.grow(count, _owner(request))
+        chain = chains[0]
         num_cached = len(chain) * self.block_size
         request.seat = Seat(
             request,
             row,
-            [node.block for node in chain] + new,
-            chain,
+            tables,
             num_offered=len(chain),
-            num_slots=(len(chain) + missing) * self.block_size,
+            num_slots=min(wanted) * self.block_size,
             num_given=request.num_tokens,
             num_wanted=len(request.prompt_token_ids) + request.max_tokens - 1,
             num_computed=num_cached,
             num_done=num_cached,
+            gives_at=min(table.gives_at for table in tables),
         )
         if request.token_blocks is None:
             return
@@ -324,7 +411,8 @@ class BlockTables:
             metrics.num_handoff_tokens = min(metrics.num_handoff_tokens, num_cached)
             on_device = (num_cached - metrics.num_restored_tokens - metrics.num_handoff_tokens) // self.block_size
             on_device = max(0, on_device)  # a block that was restored may have come from elsewhere the next time
-            self.cache.count_lookup(request.num_tokens, chain[:on_device])
+            for table in tables:
+                table.cache.count_lookup(request.num_tokens, table.chain[:on_device])
             if self.tiers is not None:
                 self.tiers.books.count_lookup(request.num_tokens - on_device * self.block_size)
 
@@ -342,6 +430,31 @@ class BlockTables:
     def _stops_computing(self, request: Request, first: int, stop: int) -> None:
         if request.token_blocks is not None:
             self._has_come(request, request.token_blocks.digests[first:stop])
+
+
+def check_tables(seat: Seat) -> None:
+    """
+    Raises:
+        IntegrityError: a block is missing that a token may attend to, or one is there that none does.
+    """
+    for table in seat.tables:
+        gone = [index for index, block in enumerate(table.block_ids) if block == GONE]
+        first = table.reach.first_key(seat.num_done) // table.cache.block_size
+        if gone != list(range(table.sinks, first)):
+            story = (
+                f"after {seat.num_done} tokens a row has no blocks at {gone}, and its window begins at block {first}"
+            )
+            raise IntegrityError(story)
+
+
+def _keeps_all(request: Request) -> bool:
+    """Whether a request has all its blocks until it leaves: they are sent to another engine, one after another."""
+    return request.transfer is not None
+
+
+def _num_known(request: Request) -> int:
+    """How many tokens of a request are known. Of one that was aborted, those that were in flight stay unknown."""
+    return len(request.prompt_token_ids) + len(request.generated)
 
 
 def _owner(request: Request) -> bytes:

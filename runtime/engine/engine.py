@@ -17,9 +17,10 @@ from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
 from headwise.runtime.kv.events import KvEvents
-from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.eviction import CachedBlock, Chain
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.pins import Pinned
+from headwise.runtime.kv.prefix_cache import match_all
 from headwise.runtime.output import FinishReason
 from headwise.workers import failpoints
 from headwise.workers.failpoints import Point
@@ -91,7 +92,8 @@ class Engine:
         self._check = IdleCheck(scheduler.checks)
         self._num_paused = 0
         self._awaited: tuple[float, Schedule] | None = None  # since when the engine waits for which step
-        self._capacity: int | None = None  # tokens that fit the KV memory, once another group has it
+        # Most tokens of a request that the KV memory holds, where whoever asks does not know.
+        self._capacity = generation.tables.capacity if generation.tables.windowed else None
         self._pinned: list[Pinned] = []  # when the group died
         self._reset_wanted = False
         self._pin_numbers = itertools.count()
@@ -184,7 +186,8 @@ class Engine:
             ShardGroupDied: the group is gone; every request is still known.
         """
         cpu_started = time.thread_time()
-        self.generation.pins.expire()
+        for pins in self.generation.all_pins:
+            pins.expire()
         while len(self._in_flight) < self._depth and self._submit_next():
             pass
         moving = self._move_blocks(wait=not self._in_flight)
@@ -230,8 +233,9 @@ class Engine:
         generation.count_on(self.generation)
         self.generation = generation
         self._scheduler.resume(generation.tables)
-        self._capacity = generation.cache.pool.num_blocks * generation.cache.block_size
-        self._end_unfit(list(self._live.values()), self._capacity)
+        self._capacity = generation.tables.capacity
+        if self._capacity is not None:
+            self._end_unfit(list(self._live.values()), self._capacity)
         for tell in self.on_resume:
             tell(generation)
         if self._reset_wanted:
@@ -253,6 +257,7 @@ class Engine:
         cache, pins, tiers = self.generation.cache, self.generation.pins, self.generation.tiers
         return {
             "epoch": self.events.epoch,
+            "kv_policy": self.generation.kv_policy,
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
             "num_blocks": 0 if self.rebuilding else cache.pool.num_blocks,
@@ -264,6 +269,7 @@ class Engine:
             "engine_cpu_seconds": self._cpu_seconds,
             "prefix_cache": cache.stats()
             | {"pinned_blocks": pins.num_blocks, "tiers": tiers.stats() if tiers is not None else {}},
+            "kv_groups": self.generation.group_stats(),
             "handoff": self.generation.handoff_stats(),
             "recoveries": {"rebuilding": self.rebuilding} | self.recoveries(),
         }
@@ -288,13 +294,18 @@ class Engine:
         Raises:
             InvalidValueError: more blocks would be pinned than may be.
         """
-        cache, chain = self.generation.cache, list[CachedBlock]()
+        size = self.generation.cache.block_size
         if self.rebuilding:  # the last step before has computed them
-            self._pinned.append(Pinned(blocks, num_tokens // cache.block_size, ttl_s))
-            return num_tokens // cache.block_size * cache.block_size
-        cache.match(blocks, num_tokens // cache.block_size, chain)
-        self.generation.pins.pin(chain, ttl_s, blocks)
-        return len(chain) * cache.block_size
+            self._pinned.append(Pinned(blocks, num_tokens // size, ttl_s))
+            return num_tokens // size * size
+        caches, all_pins = self.generation.tables.caches, self.generation.all_pins
+        chains: list[Chain] = [[] for _ in caches]
+        match_all(caches, blocks, num_tokens // size, chains)
+        for pins, chain in zip(all_pins, chains, strict=True):
+            pins.check(chain)
+        for pins, chain in zip(all_pins, chains, strict=True):
+            pins.pin(chain, ttl_s, blocks)
+        return len(chains[0]) * size
 
     def give_up_seats(self) -> None:
         """Takes their seats from requests that have ended, and whose blocks are not sent to another engine any more."""
@@ -322,8 +333,9 @@ class Engine:
     def _reset(self) -> None:
         for request_id in [request_id for request_id in self._samples if is_pin(request_id)]:
             self.abort(request_id)
-        self.generation.pins.clear()
-        self.generation.cache.clear()
+        for pins, cache in zip(self.generation.all_pins, self.generation.tables.caches, strict=True):
+            pins.clear()
+            cache.clear()
         if self.generation.tiers is not None:
             self.generation.tiers.clear()
         self.events.flush()
@@ -369,12 +381,12 @@ class Engine:
         return bool(failed)
 
     def _end_unfit(self, live: Sequence[_Live], capacity: int) -> None:
-        """Ends those of some requests that another group with less KV memory cannot finish."""
+        """Ends those of some requests that the group has not the KV memory to finish."""
         for request in [one.request for one in live]:
             most = len(request.prompt_token_ids) + request.max_tokens
             if most > capacity:
                 reason = f"{len(request.prompt_token_ids)} tokens of the prompt and max_tokens={request.max_tokens} do "
-                reason += f"not fit: the shards that replaced others have KV memory for {capacity} tokens"
+                reason += f"not fit: the shards have KV memory for {capacity} tokens of a request"
                 self._fail(request, reason)
 
     def _fail(self, request: Request, reason: str) -> None:

@@ -24,10 +24,12 @@ from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.kv.windows import RowRoom, row_blocks
 from headwise.runtime.tls import channel_credentials
 from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.handoff import KvEndpoint
+from headwise.workers.kv.policy import DENSE, DENSE_TEXT, KvPolicy
 from headwise.workers.kv.transfer import BlockKey
 
 MIXED_TOKENS = 64
@@ -35,6 +37,7 @@ MIXED_TOKENS = 64
 MEET_S = 20.0
 """How long the requests of shards that have died wait for prefill engines to be connected to the next, where a handoff
 must not fail."""
+PLAIN = KvPolicy((DENSE,), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Generation:
         inbound: the prompts that other engines compute for this one; None where none do.
         outbound: the prompts that this engine computes for others; None where it does not.
         graphs: the decode graphs of its shards.
+        kv_policy: which tokens' keys and values are kept, as :mod:`headwise.workers.kv.policy` says.
+        other_pins: the pins in groups 1, 2, ... of the KV policy; those in group 0 are ``pins``.
     """
 
     epoch: int
@@ -63,6 +68,22 @@ class Generation:
     inbound: Inbound | None = None
     outbound: Outbound | None = None
     graphs: Graphs = field(default_factory=lambda: Graphs(0))
+    kv_policy: str = DENSE_TEXT
+    other_pins: tuple[Pins, ...] = ()
+
+    @property
+    def all_pins(self) -> tuple[Pins, ...]:
+        """Of each group of the KV policy."""
+        return (self.pins, *self.other_pins)
+
+    def group_stats(self) -> list[dict[str, Any]]:
+        """What each group of the KV policy keeps, and its blocks; empty where there is one group."""
+        caches = self.tables.caches if len(self.tables.caches) > 1 else []
+        return [
+            {"reach": str(cache.reach), "num_blocks": cache.pool.num_blocks, "num_free_blocks": cache.num_available}
+            | {"pinned_blocks": pins.num_blocks, "prefix_cache": cache.stats()}
+            for cache, pins in zip(caches, self.all_pins, strict=False)
+        ]
 
     @property
     def handing_over(self) -> bool:
@@ -83,7 +104,8 @@ class Generation:
 
     def count_on(self, before: Generation) -> None:
         """Counts go on from those of the generation before this one."""
-        self.cache.counts.update(before.cache.counts)
+        for cache, old in zip(self.tables.caches, before.tables.caches, strict=True):
+            cache.counts.update(old.counts)
         self.graphs.count_on(before.graphs)
         if self.tiers is not None and before.tiers is not None:
             self.tiers.books.counts.update(before.tiers.books.counts)
@@ -129,6 +151,7 @@ class GenerationFactory:
         sizes: TierSizes,
         events: KvEvents,
         identity: Identity | None = None,
+        policy: KvPolicy = PLAIN,
     ) -> None:
         """
         Args:
@@ -138,9 +161,10 @@ class GenerationFactory:
             max_model_len: of the model. A later group whose memory holds fewer tokens serves shorter requests.
             events: where generations tell which blocks they hold; its epoch is theirs.
             identity: what the engines of a handoff must have in common; needed where there are handoffs.
+            policy: of the whole model.
         """
         self._config, self._groups, self._max_model_len = config, groups, max_model_len
-        self._sizes, self._events, self._identity = sizes, events, identity
+        self._sizes, self._events, self._identity, self._policy = sizes, events, identity, policy
         self._peers = [
             NamedPeer.at(address) for address in (config.handoff.peers if config.handoff is not None else ())
         ]
@@ -199,8 +223,8 @@ class GenerationFactory:
         """Opens the books of a group, under the epoch that the KV events have now."""
         group, num_blocks = ready.group, ready.num_blocks
         config, events, sizes = self._config, self._events, self._sizes
-        quota = None if config.cache_quota is None else max(1, int(config.cache_quota * num_blocks))
-        cache = PrefixCache(BlockPool(num_blocks), config.block_size, config.prefix_eviction, events, quota)
+        caches = self._open_caches(num_blocks)
+        cache = caches[0]
         ledger = Ledger(group.transfer, group.transferred, config.tensor_parallel_size)
         tiers = None
         if sizes.host or sizes.disk:
@@ -209,17 +233,19 @@ class GenerationFactory:
             tiers = Tiers(cache, ledger, sizes.host, sizes.disk, reserve, config.cache_quota, events)
             if sizes.disk:
                 tiers.adopt(*ready.stored)
-        # A request finds room beside them.
-        spare = max(0, num_blocks - -(-self._max_model_len // config.block_size) - 1)
+        spare = [max(0, cache.pool.num_blocks - self._row_blocks(cache) - 1) for cache in caches]
         inbound = outbound = None
         if config.handoff is not None and config.handoff.role == "decode":
-            inbound = self._open_inbound(config.handoff, ready, cache, ledger, spare)
+            inbound = self._open_inbound(config.handoff, ready, cache, ledger, spare[0])
         elif config.handoff is not None:
             outbound = Outbound(ledger, events.epoch, config.block_size)
-        tables = BlockTables(cache, tiers, inbound)
+        tables = BlockTables(caches, tiers, inbound, config.max_num_batched_tokens)
         decodes = config.device == "cuda" and outbound is None  # for others, an engine only computes prompts
-        pins, graphs = Pins(cache, spare), Graphs(config.max_num_seqs if decodes else 0)
-        return Generation(events.epoch, group, cache, tables, ledger, tiers, pins, inbound, outbound, graphs)
+        # A request finds room beside them.
+        pins, *others = [Pins(cache, most) for cache, most in zip(caches, spare, strict=True)]
+        graphs = Graphs(config.max_num_seqs if decodes else 0)
+        books = (cache, tables, ledger, tiers, pins, inbound, outbound, graphs)
+        return Generation(events.epoch, group, *books, self._policy.text, tuple(others))
 
     def use_peers(self, peers: Sequence[NamedPeer], generation: Generation | None) -> None:
         """These prefill engines compute prompts from now on, and no others; on the engine's thread.
@@ -242,8 +268,30 @@ class GenerationFactory:
         """Gives back what outlives a generation, such as the ranks' places in Ray. Close the generations first."""
         self._groups.close()
 
+    def _open_caches(self, num_blocks: int) -> list[PrefixCache]:
+        """Of each group of the policy, which has as many blocks as the first unless it can make no use of them."""
+        config, caches = self._config, list[PrefixCache]()
+        caps = self._policy.caps(config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        for reach, cap in zip(self._policy.reaches, caps, strict=True):
+            count = num_blocks if cap is None else min(num_blocks, cap)
+            quota = None if config.cache_quota is None else max(1, int(config.cache_quota * count))
+            events = None if caches else self._events
+            pool = BlockPool(count)
+            caches.append(PrefixCache(pool, config.block_size, config.prefix_eviction, events, quota, reach))
+        return caches
+
+    def _row_blocks(self, cache: PrefixCache) -> int:
+        """The most blocks of a group that a request of the model's length has at a time."""
+        config, reach = self._config, cache.reach
+        if reach == DENSE or config.handoff is not None:  # which reserves blocks for a whole prompt
+            return -(-self._max_model_len // config.block_size)
+        room = RowRoom.of(reach, config.block_size, cache.pool.num_blocks, config.max_num_batched_tokens)
+        return room.most_blocks(self._max_model_len)
+
     def _check_length(self, num_blocks: int) -> None:
-        config, needed = self._config, -(-self._max_model_len // self._config.block_size)
+        config, reaches = self._config, self._policy.reaches
+        kept = (DENSE,) if config.handoff is not None else reaches
+        needed = max(row_blocks(reach, config.block_size, self._max_model_len) for reach in kept)
         if num_blocks >= needed:
             return
         size = self._sizes.block_bytes

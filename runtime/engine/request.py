@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from headwise.runtime.engine.tables import NEVER, Table
 from headwise.runtime.handoff.messages import TransferKey
-from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.output import FinishReason, RequestMetrics
 from headwise.runtime.sampling_params import SamplingParams
@@ -39,22 +39,20 @@ class Seat:
     Attributes:
         request: whose seat it is.
         row: on every shard.
-        block_ids: the request's block table.
-        chain: the cached blocks that hold its first tokens. Usually they are the first of ``block_ids``; where another
-            request computed the same block first, both blocks are held.
-        num_offered: full blocks that were offered to the prefix cache.
-        num_slots: tokens that these blocks hold.
+        tables: the request's blocks in each group of heads.
+        num_offered: full blocks that were offered to the prefix cache as verified.
+        num_slots: tokens that there are blocks for in every group.
         num_given: tokens that the request had when it got the seat.
         num_wanted: how many of its tokens are ever computed: the last one that it generates is not.
         num_computed: tokens whose KV is computed, or will be once the steps in flight are done.
         num_done: tokens whose KV is computed.
         num_moving: jobs in flight that send its blocks to another engine.
+        gives_at: the number of tokens done from which on a block has left a window.
     """
 
     request: Request
     row: int
-    block_ids: list[int]
-    chain: list[CachedBlock]
+    tables: list[Table]
     num_offered: int
     num_slots: int
     num_given: int
@@ -62,6 +60,12 @@ class Seat:
     num_computed: int
     num_done: int
     num_moving: int = 0
+    gives_at: int = NEVER
+
+    @property
+    def block_ids(self) -> list[int]:
+        """Its blocks in group 0."""
+        return self.tables[0].block_ids
 
     @property
     def num_uncomputed(self) -> int:

@@ -50,7 +50,7 @@ class _Draft:
     budget: int
     admit_bytes: int
     counts: dict[Seat, int] = field(default_factory=dict)
-    appends: dict[Seat, list[int]] = field(default_factory=dict)
+    appends: dict[Seat, list[list[int]]] = field(default_factory=dict)
     admitted: list[Seat] = field(default_factory=list)
 
 
@@ -133,10 +133,12 @@ class Scheduler:
         block_size = self._tables.block_size
         for seat, (row, count) in zip(schedule.seats, schedule.plan.computes, strict=True):
             done = seat.num_done = seat.num_done + count
-            if done < seat.num_given or (done > seat.num_given and done % block_size):
-                continue  # nothing was sampled that verifies it; or no block is full that was not verified before
-            if row not in failed and seat.request.finish_reason is not FinishReason.ERROR:
+            sound = row not in failed and seat.request.finish_reason is not FinishReason.ERROR
+            # Only what samples verifies; and after the first time, there is a block to verify only where one is full.
+            if sound and (done == seat.num_given or (done > seat.num_given and not done % block_size)):
                 self._tables.publish(seat.request, done)
+            if done >= seat.gives_at:
+                self._tables.give_back(seat)
         self.give_up_seats()
 
     def give_up_seats(self) -> None:
@@ -186,7 +188,7 @@ class Scheduler:
 
     def resume(self, tables: BlockTables) -> None:
         """There is a shard group, with no request on it yet."""
-        self._tables = tables
+        self._tables, self._num_groups = tables, len(tables.caches)
         tables.load = self._load
         self._free_rows = list(reversed(range(self._num_rows)))
         self._dropped: list[int] = []
@@ -242,6 +244,8 @@ class Scheduler:
     def _compute(self, seat: Seat, draft: _Draft) -> None:
         """Gives a running request its part of the step, if there is budget and are blocks."""
         count = min(seat.num_uncomputed, draft.budget)
+        if count > 0 and self._tables.windowed:
+            count = self._tables.fitting(seat, count)
         if count <= 0 or not self._grow(seat, seat.num_computed + count, draft):
             return
         draft.counts[seat] = count
@@ -251,24 +255,26 @@ class Scheduler:
         """Sees to it that a running request has blocks for so many tokens. Others may be preempted for it, and itself,
         too; returns whether it has the blocks now."""
         missing = self._tables.missing(seat, num_tokens)
-        if missing > 0:
+        if any(count > 0 for count in missing):
             if not self._make_room(seat, missing, draft):
                 return False
             draft.appends[seat] = self._tables.grow(seat, num_tokens)
         return True
 
-    def _make_room(self, seat: Seat, missing: int, draft: _Draft) -> bool:
+    def _make_room(self, seat: Seat, missing: list[int], draft: _Draft) -> bool:
         """Preempts the newest, the request itself at last, until so many blocks are free or soon will be; returns
         whether they are free now."""
-        cache = self._tables.cache
-        while missing > cache.num_available + sum(len(seat_of(r).block_ids) for r in self._leaving):
+        tables = self._tables
+        if tables.windowed and seat.is_in_flight:  # which gives blocks back, as others may that are in flight
+            return tables.has_room(missing)
+        while not tables.has_room(missing, self._leaving):
             victim = seat_of(self._newest_paused() or self.running[-1])
             self._preempt(victim.request)
             draft.budget += draft.counts.pop(victim, 0)
             draft.appends.pop(victim, None)
             if victim is seat:
                 return False
-        return missing <= cache.num_available
+        return tables.has_room(missing)
 
     def _compute_alone(self, suspect: Request, draft: _Draft) -> None:
         """Gives the step to one request that the group may die of, once nothing else is in flight. Others keep their
@@ -308,7 +314,7 @@ class Scheduler:
             if draft.counts and self._has_its_share(request, rows_of):
                 self.waiting.pass_over()
                 continue
-            size = admit_bytes(request.num_tokens, request.sampling)
+            size = admit_bytes(request.num_tokens, request.sampling, self._num_groups)
             if draft.admitted and size > draft.admit_bytes:
                 break
             admission = self._tables.admit(request, self._free_rows[-1]) if self._free_rows else Admission.NO_ROOM
@@ -338,7 +344,7 @@ class Scheduler:
         self._free_rows.pop()
         request.metrics.go_on(time.monotonic())
         seat = seat_of(request)
-        draft.counts[seat] = min(seat.num_uncomputed, draft.budget)
+        draft.counts[seat] = min(seat.num_uncomputed, draft.budget, seat.num_slots - seat.num_computed)
         draft.budget -= draft.counts[seat]
         draft.admitted.append(seat)
 
@@ -361,9 +367,19 @@ class Scheduler:
         for seat in draft.admitted:
             request = seat.request
             prompt_len, tokens = len(request.prompt_token_ids), request.prompt_token_ids + request.generated
-            blocks = list(seat.block_ids)
-            plan.admits.append(RowAdmit(seat.row, tokens, prompt_len, seat.num_computed, blocks, request.sampling))
-        plan.appends = [(seat.row, block) for seat, blocks in draft.appends.items() for block in blocks]
+            blocks, *others = [list(table.block_ids) for table in seat.tables]
+            plan.admits.append(
+                RowAdmit(seat.row, tokens, prompt_len, seat.num_computed, blocks, request.sampling, tuple(others))
+            )
+        plan.appends = [(seat.row, block) for seat, (new, *_) in draft.appends.items() for block in new]
+        if self._num_groups > 1:
+            plan.group_appends = [
+                (group, seat.row, block)
+                for seat, by_group in draft.appends.items()
+                for group, new in enumerate(by_group)
+                for block in new
+                if group
+            ]
         plan.computes = [(seat.row, count) for seat, count in draft.counts.items()]
         for seat, count in draft.counts.items():
             seat.num_computed += count

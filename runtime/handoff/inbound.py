@@ -40,7 +40,7 @@ from headwise.runtime.handoff.receiving import (
 from headwise.runtime.handoff.receiving import Ask as AskPeer
 from headwise.runtime.kv.arrivals import cache_arrivals
 from headwise.runtime.kv.blocks import Use
-from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.eviction import CachedBlock, Chain
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger, Outcome
 from headwise.runtime.kv.prefix_cache import PrefixCache
@@ -102,7 +102,7 @@ class Handoff:
     key: TransferKey
     fence: Fence
     blocks: TokenBlocks
-    chain: list[CachedBlock]
+    chain: Chain
     memory: list[int]
     tenant: str
     done: Callable[[Arrival], None]
@@ -200,7 +200,7 @@ class Inbound:
         self,
         chosen: Chosen,
         blocks: TokenBlocks,
-        chain: Sequence[CachedBlock],
+        chain: Sequence[CachedBlock | None],
         stop: int,
         tenant: str,
         done: Callable[[Arrival], None],
@@ -354,7 +354,7 @@ class Inbound:
                     _logger.info("a handoff from %s failed: %s: %s", handoff.peer.name, cause, reason)
                     handoff.done(Arrival(0, handoff.peer.name, cause))
                 case Free():
-                    cache_arrivals(self._cache, handoff.blocks, handoff.chain, handoff.memory, 0)
+                    self._cache_arrivals(handoff, sound=False)
                     self._forget(handoff)
 
     def _open(self, handoff: Handoff) -> None:
@@ -402,8 +402,7 @@ class Inbound:
 
     def _publish(self, handoff: Handoff) -> None:
         handoff.peer.untrack(handoff.key)
-        memory = handoff.memory
-        arrived = cache_arrivals(self._cache, handoff.blocks, handoff.chain, memory, len(memory))
+        arrived = self._cache_arrivals(handoff, sound=True)
         seconds = time.monotonic() - handoff.started
         self._counts["committed"] += 1
         self._counts["blocks"] += arrived
@@ -411,6 +410,12 @@ class Inbound:
         self.cost.saw_handoff(handoff.chosen.prompt, handoff.chosen.known, seconds)
         self._forget(handoff)
         handoff.done(Arrival(arrived, handoff.peer.name))
+
+    def _cache_arrivals(self, handoff: Handoff, sound: bool) -> int:
+        """Returns how many blocks are cached."""
+        chain, memory = handoff.chain, handoff.memory
+        indices = range(len(chain), len(chain) + len(memory))
+        return len(cache_arrivals(self._cache, handoff.blocks, chain, indices, memory, [sound] * len(memory)))
 
     def _forget(self, handoff: Handoff) -> None:
         del self._running[handoff.fence.number]

@@ -34,8 +34,10 @@ MAX_LEASE_S = 120.0
 class Seat(Protocol):
     """A request's place, whose blocks stay while ``num_moving`` is not 0."""
 
-    block_ids: list[int]
     num_moving: int
+
+    @property
+    def block_ids(self) -> list[int]: ...
 
 
 class Prompts(Protocol):

@@ -1,7 +1,8 @@
 """Which idle block of the prefix cache goes first when its memory is wanted.
 
 A policy is told of every idle block and hands out victims. It never hands out a block whose children are cached:
-without it they could not be found, and would only take up memory. Every operation takes constant time.
+without it they could not be found, and would only take up memory. (Where there is a window blocks have no children.)
+Every operation takes constant time.
 """
 
 from __future__ import annotations
@@ -9,23 +10,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from headwise.runtime.kv.identity import ROOT
 
 EvictionName = Literal["lru", "cost_aware"]
 
 
 class CachedBlock:
-    """A full block of tokens whose keys and values are on the device, and are verified: a finite token was sampled
-    after them.
+    """A full block of tokens whose keys and values are on the device.
 
     Attributes:
-        digest, namespace, tokens: its identity, see :mod:`headwise.runtime.kv.identity`.
+        digest, namespace, tokens, parent_digest: its identity, see :mod:`headwise.runtime.kv.identity`.
         owner: whose quota it counts for.
-        parent: the block before; None for a sequence's first.
+        parent: the block before; None for a sequence's first, and for all where the group has a window.
         index: how many blocks come before it.
         block: the number of its memory.
         children: cached blocks that continue it.
         cached: whether it is (still) in the cache; once it is not, it never is again.
+        verified: a finite token was sampled after it. Until then nobody finds it.
         hits: requests that found it.
         unwanted: no tier could take it, or one preferred others to it; so until it is used again.
     """
@@ -41,8 +44,10 @@ class CachedBlock:
         "namespace",
         "owner",
         "parent",
+        "parent_digest",
         "tokens",
         "unwanted",
+        "verified",
     )
 
     def __init__(
@@ -58,9 +63,14 @@ class CachedBlock:
         self.digest, self.namespace, self.tokens, self.parent, self.block = digest, namespace, tokens, parent, block
         self.owner = namespace if owner is None else owner
         self.index: int = 0 if parent is None else parent.index + 1
+        self.parent_digest = ROOT if parent is None else parent.digest
         self.children: set[CachedBlock] = set()
-        self.cached, self.unwanted, self.hits = True, False, 0
+        self.cached, self.verified, self.unwanted, self.hits = True, True, False, 0
         self.eviction_key = 0
+
+
+Chain: TypeAlias = list[CachedBlock | None]
+"""The cached blocks that hold a sequence's first tokens, in order; None where a window needs none."""
 
 
 class EvictionPolicy(ABC):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from headwise.runtime.kv.blocks import Use
-from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.eviction import Chain
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.workers.errors import InvalidValueError
@@ -24,7 +24,7 @@ class Pinned(NamedTuple):
 
 
 class Pins:
-    """Chains of cached blocks, each held until its time is over."""
+    """Chains of one group's cached blocks, each held until its time is over."""
 
     def __init__(self, cache: PrefixCache, max_blocks: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Args: ``max_blocks``: most blocks that may be pinned, so that a request of the model's full length still
@@ -32,31 +32,39 @@ class Pins:
         self._cache, self._max_blocks, self._clock = cache, max_blocks, clock
         self._numbers = itertools.count()
         # A heap: the first expires first.
-        self._pins: list[tuple[float, int, list[CachedBlock], TokenBlocks | None]] = []
+        self._pins: list[tuple[float, int, Chain, TokenBlocks | None]] = []
         self._num_blocks = 0
 
-    def pin(self, chain: Sequence[CachedBlock], ttl_s: float, prompt: TokenBlocks | None = None) -> None:
+    def pin(self, chain: Chain, ttl_s: float, prompt: TokenBlocks | None = None) -> None:
         """Keeps a chain for ``ttl_s`` seconds. Pins of the same blocks do not know of each other.
 
         Args:
             prompt: begins with the chain's tokens; for :meth:`left`.
 
         Raises:
-            InvalidValueError: more blocks would be pinned than may be.
+            InvalidValueError: as of :meth:`check`.
+        """
+        self._num_blocks = self.check(chain)
+        self._cache.hold(chain, Use.PIN)
+        heapq.heappush(self._pins, (self._clock() + ttl_s, next(self._numbers), list(chain), prompt))
+
+    def check(self, chain: Chain) -> int:
+        """How many blocks are pinned once a chain is, too.
+
+        Raises:
+            InvalidValueError: more than may be.
         """
         self.expire()
-        new = sum(not self._cache.pool.count(node.block, Use.PIN) for node in chain)
+        new = sum(node is not None and not self._cache.pool.count(node.block, Use.PIN) for node in chain)
         if (total := self._num_blocks + new) > self._max_blocks:
             raise InvalidValueError(
                 "prompt",
-                f"{len(chain)} blocks",
+                f"{sum(node is not None for node in chain)} blocks",
                 f"{total} blocks would be pinned, at most {self._max_blocks} may be: a request of max_model_len tokens "
                 "must still have room",
                 "raise kv_memory (--kv-memory) or wait until other pins have expired",
             )
-        self._cache.hold(chain, Use.PIN)
-        self._num_blocks = total
-        heapq.heappush(self._pins, (self._clock() + ttl_s, next(self._numbers), list(chain), prompt))
+        return total
 
     @property
     def num_blocks(self) -> int:
@@ -84,4 +92,5 @@ class Pins:
     def _release_first(self) -> None:
         _, _, chain, _ = heapq.heappop(self._pins)
         self._cache.release(chain, Use.PIN)
-        self._num_blocks -= sum(not self._cache.pool.count(node.block, Use.PIN) for node in chain)
+        nodes = (node for node in chain if node is not None)
+        self._num_blocks -= sum(not self._cache.pool.count(node.block, Use.PIN) for node in nodes)

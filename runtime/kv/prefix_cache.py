@@ -8,17 +8,24 @@ from typing import Any
 
 from headwise.runtime.kv.blocks import BlockPool, IntegrityError, Use, parts
 from headwise.runtime.kv.events import KvEvents
-from headwise.runtime.kv.eviction import POLICIES, CachedBlock, EvictionName, EvictionPolicy, Lru
-from headwise.runtime.kv.identity import ROOT, TokenBlocks
+from headwise.runtime.kv.eviction import POLICIES, CachedBlock, Chain, EvictionName, EvictionPolicy, Lru
+from headwise.runtime.kv.identity import TokenBlocks
+from headwise.runtime.kv.windows import longest_hit
+from headwise.workers.kv.policy import DENSE, Reach
 
 
 class PrefixCache:
-    """Owns the block pool: whoever wants blocks asks here, and idle ones are evicted for them.
+    """Owns the block pool of one group of heads: whoever wants blocks asks here, and idle ones are evicted for them.
 
-    Cached blocks form trees: a block's parent is the block before it, and whoever holds a block holds all its
-    ancestors. A block is idle while nobody holds it.
+    Where every token attends to all before it, cached blocks form trees: a block's parent is the block before it, and
+    whoever holds a block holds all its ancestors. Where there is a window, each block stands for itself: a hit needs
+    the sinks and the window before its end, and no other. A block is idle while nobody holds it.
+
+    Blocks may leave a window before a finite token was sampled after them. They are cached all the same, and found
+    once one was; until then they are idle.
 
     Attributes:
+        reach: which tokens the group's heads attend to.
         max_blocks_per_owner: most cached blocks of one owner; None is no limit of its own.
         counts: since the start, by name; see :meth:`stats`.
         on_idle, on_busy: told when a cached block becomes idle, and when it is idle no longer (evicted included).
@@ -31,8 +38,10 @@ class PrefixCache:
         eviction: EvictionName = "lru",
         events: KvEvents | None = None,
         max_blocks_per_owner: int | None = None,
+        reach: Reach = DENSE,
     ) -> None:
-        self.pool, self.block_size = pool, block_size
+        self.pool, self.block_size, self.reach = pool, block_size, reach
+        self._windowed = reach.window is not None
         self.counts: Counter[str] = Counter()
         self.on_idle: Callable[[CachedBlock], None] = _ignore
         self.on_busy: Callable[[CachedBlock], None] = _ignore
@@ -54,15 +63,21 @@ class PrefixCache:
     def get(self, digest: bytes) -> CachedBlock | None:
         return self._index.get(digest)
 
-    def match(self, blocks: TokenBlocks, limit: int, chain: list[CachedBlock]) -> None:
-        """Makes ``chain`` the longest chain of cached blocks that ``blocks`` starts with.
+    def match(self, blocks: TokenBlocks, limit: int, chain: Chain, whole: bool = False) -> None:
+        """Makes ``chain`` the longest chain of cached blocks that ``blocks`` starts with. Where there is a window, the
+        chain has None for the blocks that nobody needs who goes on after it.
 
         Args:
             limit: at most so many.
             chain: empty, or what an earlier call left in it for the same ``blocks``, which is not compared again as
                 far as it is still cached.
+            whole: no block of the chain may be missing, whatever the window.
         """
-        while chain and not chain[-1].cached:
+        if self._windowed:
+            chain[:] = self._whole(blocks, limit) if whole else self._in_window(blocks, limit)
+            return
+        del chain[limit:]
+        while chain and (last := chain[-1]) is not None and not last.cached:
             chain.pop()
         while len(chain) < limit:
             node = self._find(blocks, len(chain), chain[-1] if chain else None)
@@ -70,10 +85,16 @@ class PrefixCache:
                 return
             chain.append(node)
 
-    def num_idle_in(self, chain: Sequence[CachedBlock]) -> int:
-        """How many blocks of a chain are idle; they are its last ones."""
+    def find(self, blocks: TokenBlocks, index: int) -> CachedBlock | None:
+        """A block of a sequence, where there is a window."""
+        return self._find(blocks, index, None)
+
+    def num_idle_in(self, chain: Chain) -> int:
+        """How many blocks of a chain are idle; without a window they are its last ones."""
+        if self._windowed:
+            return sum(node is not None and not self.pool.is_used(node.block) for node in chain)
         for count, node in enumerate(reversed(chain)):
-            if self.pool.is_used(node.block):
+            if node is not None and self.pool.is_used(node.block):
                 return count
         return len(chain)
 
@@ -94,8 +115,14 @@ class PrefixCache:
                 self._evict(node, "quota" if own else "room")
         return self.pool.allocate(count, use)
 
-    def insert(self, blocks: TokenBlocks, index: int, parent: CachedBlock | None, block: int) -> CachedBlock | None:
-        """Caches a used block that holds the ``index``-th block of a sequence, verified.
+    def insert(
+        self, blocks: TokenBlocks, index: int, parent: CachedBlock | None, block: int, verified: bool = True
+    ) -> CachedBlock | None:
+        """Caches a used block that holds the ``index``-th block of a sequence.
+
+        Args:
+            parent: the block before; None, too, where there is a window.
+            verified: a finite token was sampled after it. If not, :meth:`verify` or :meth:`withdraw` follows.
 
         Returns:
             What the cache holds for it: the block itself, or a block that another request computed, which the caller
@@ -105,10 +132,12 @@ class PrefixCache:
         digest = blocks.digests[index]
         if parent is not None and not parent.cached:
             return None
-        if digest in self._index:
-            found = self._find(blocks, index, parent)
-            self.counts["duplicate_blocks"] += found is not None
-            return found
+        if (there := self._index.get(digest)) is not None:
+            if there.verified or not verified:
+                found = self._find(blocks, index, parent)
+                self.counts["duplicate_blocks"] += found is not None
+                return found
+            self._evict(there, "replaced")
         if self._has_full_quota(blocks.owner):
             victim = self._own_victim(blocks.owner)
             if victim is None:
@@ -117,25 +146,40 @@ class PrefixCache:
             self._evict(victim, "quota")
         self.pool.cache(block)
         node = CachedBlock(digest, blocks.namespace, blocks.block(index), parent, block, blocks.owner)
+        node.index, node.parent_digest, node.verified = index, blocks.parent(index), verified
         self._index[digest] = node
         self._kept[node.owner] += 1
         if parent is not None:
             parent.children.add(node)
-        if self._events is not None:
-            self._events.stored([digest], blocks.parent(index), "device")
-        self.counts["inserted_tokens"] += self.block_size
+        if verified:
+            self._stored(node)
         return node
 
-    def hold(self, chain: Iterable[CachedBlock], use: Use) -> None:
+    def verify(self, nodes: Iterable[CachedBlock]) -> None:
+        """A finite token was sampled after these blocks; some may have been evicted meanwhile."""
+        for node in nodes:
+            if node.cached and not node.verified:
+                node.verified = True
+                self._stored(node)
+                self.on_idle(node)
+
+    def withdraw(self, nodes: Iterable[CachedBlock]) -> None:
+        """No finite token will be sampled after those of these blocks that are not verified."""
+        for node in nodes:
+            if node.cached and not node.verified:
+                self._evict(node, "unverified")
+
+    def hold(self, chain: Iterable[CachedBlock | None], use: Use) -> None:
         """Adds a use to each block of a chain, first to last."""
         for node in chain:
-            if self.pool.hold(node.block, use):
+            if node is not None and self.pool.hold(node.block, use):
                 self._busy(node)
 
-    def release(self, chain: Sequence[CachedBlock], use: Use) -> None:
+    def release(self, chain: Sequence[CachedBlock | None], use: Use) -> None:
         """Takes it away again, last to first."""
         for node in reversed(chain):
-            self.release_block(node.block, use, node)
+            if node is not None:
+                self.release_block(node.block, use, node)
 
     def release_block(self, block: int, use: Use, node: CachedBlock | None) -> None:
         """Takes a use of a block away; ``node``: the cached block whose memory it is, or was, if any."""
@@ -143,12 +187,13 @@ class PrefixCache:
             self._policy.add(node)
             if self.max_blocks_per_owner is not None:
                 self._of_owner.setdefault(node.owner, Lru()).add(node)
-            self.on_idle(node)
+            if node.verified:
+                self.on_idle(node)
 
     def clear(self, cause: str = "reset") -> None:
         """Forgets everything; blocks in use stay with their users alone."""
         for node in self._index.values():
-            if not self.pool.is_used(node.block):
+            if node.verified and not self.pool.is_used(node.block):
                 self.on_busy(node)
             node.cached = False
             node.children.clear()
@@ -162,12 +207,13 @@ class PrefixCache:
         if self._events is not None:
             self._events.cleared("device")
 
-    def count_lookup(self, num_tokens: int, chain: Sequence[CachedBlock]) -> None:
+    def count_lookup(self, num_tokens: int, chain: Sequence[CachedBlock | None]) -> None:
         """A request was admitted that has so many tokens, and found this chain."""
         self.counts["queried_tokens"] += num_tokens
         self.counts["hit_tokens"] += len(chain) * self.block_size
         for node in chain:
-            node.hits += 1
+            if node is not None:
+                node.hits += 1
 
     def stats(self) -> dict[str, Any]:
         """Blocks by state, and counts since the start: tokens ``queried``, ``hit`` and ``inserted``;
@@ -217,17 +263,39 @@ class PrefixCache:
         parent = node.parent
         if not node.cached or node.digest != digest or not self.pool.is_cached(node.block):
             raise IntegrityError(f"cached block {digest.hex()} is not what its block {node.block} says")
+        if not node.verified and self.pool.is_used(node.block):
+            raise IntegrityError(f"block {node.block} is used, and no finite token was sampled after it")
         if parent is not None and (not parent.cached or node not in parent.children):
             raise IntegrityError(f"block {node.block} continues block {parent.block}, which does not know of it")
         if parent is not None and self.pool.is_used(node.block) and not self.pool.is_used(parent.block):
             raise IntegrityError(f"block {node.block} is used, block {parent.block} before it is not")
 
+    def _in_window(self, blocks: TokenBlocks, limit: int) -> Chain:
+        """The longest chain whose needed blocks are there."""
+        length = longest_hit(self.reach, self.block_size, limit, lambda index: self.find(blocks, index) is not None)
+        chain: Chain = [None] * length
+        for index in self.reach.needed_blocks(length, self.block_size):
+            chain[index] = self.find(blocks, index)
+        return chain
+
+    def _whole(self, blocks: TokenBlocks, limit: int) -> Chain:
+        chain: Chain = []
+        while len(chain) < limit and (node := self.find(blocks, len(chain))) is not None:
+            chain.append(node)
+        return chain
+
     def _find(self, blocks: TokenBlocks, index: int, parent: CachedBlock | None) -> CachedBlock | None:
-        """A digest alone proves nothing: the tokens, and all before them, must be the same."""
+        """A digest alone proves nothing: the tokens must be the same, and all before them. (Where there is a window
+        those may be there no longer: then the digest of the block before must be the same.)"""
         node = self._index.get(blocks.digests[index])
-        if node is None:
+        if node is None or not node.verified:
             return None
-        if node.parent is parent and node.tokens == blocks.block(index) and node.namespace == blocks.namespace:
+        if (
+            node.parent is parent
+            and node.tokens == blocks.block(index)
+            and node.namespace == blocks.namespace
+            and (not self._windowed or node.parent_digest == blocks.parent(index))
+        ):
             return node
         self.counts["collisions"] += 1
         return None
@@ -257,14 +325,21 @@ class PrefixCache:
             if not node.parent.children:
                 self._policy.childless(node.parent)
         self.counts[f"evicted_{cause}"] += 1
-        if self._events is not None:
+        if self._events is not None and node.verified:
             self._events.removed([node.digest], "device")
+
+    def _stored(self, node: CachedBlock) -> None:
+        """Others find it from now on."""
+        if self._events is not None:
+            self._events.stored([node.digest], node.parent_digest, "device")
+        self.counts["inserted_tokens"] += self.block_size
 
     def _busy(self, node: CachedBlock) -> None:
         self._policy.remove(node)
         if self.max_blocks_per_owner is not None and (own := self._of_owner.get(node.owner)) is not None:
             own.remove(node)
-        self.on_busy(node)
+        if node.verified:
+            self.on_busy(node)
 
 
 _COUNTS = (
@@ -278,8 +353,17 @@ _COUNTS = (
 )
 
 
-def parent_digest(node: CachedBlock) -> bytes:
-    return node.parent.digest if node.parent is not None else ROOT
+def match_all(
+    caches: Sequence[PrefixCache], blocks: TokenBlocks, limit: int, chains: Sequence[Chain], whole: bool = False
+) -> None:
+    """Makes ``chains``, one for each group, the longest that are there in all groups: each of the same length.
+    Arguments as of :meth:`PrefixCache.match`."""
+    while True:
+        for cache, chain in zip(caches, chains, strict=True):
+            cache.match(blocks, limit, chain, whole)
+        if len(caches) == 1 or all(len(chain) == limit for chain in chains):
+            return
+        limit = min(len(chain) for chain in chains)
 
 
 def _ignore(node: CachedBlock) -> None:

@@ -9,17 +9,33 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from headwise.runtime.kv.arrivals import cache_arrivals
 from headwise.runtime.kv.blocks import Use
 from headwise.runtime.kv.cost import RestoreCost
-from headwise.runtime.kv.eviction import CachedBlock
+from headwise.runtime.kv.eviction import Chain
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger, Outcome
 from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tier_books import TierBooks
 from headwise.runtime.kv.tier_index import TierBlock
+from headwise.runtime.kv.windows import longest_hit
 from headwise.workers.kv.transfer import Op, Tier
+
+
+class Found(NamedTuple):
+    """What the tiers have of a sequence's first ``length`` blocks, and the device has not.
+
+    Attributes:
+        chain: what the device has of them; None where it has none, or nobody needs it.
+        indices, blocks: of those that are missing, rising, and what holds each.
+    """
+
+    length: int
+    chain: Chain
+    indices: list[int]
+    blocks: list[TierBlock]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,14 +43,15 @@ class _Restore:
     """Blocks of one sequence on their way to the device.
 
     Attributes:
-        chain: the cached blocks that come before them, held meanwhile.
-        wanted, memory: what is restored, and the device block for each.
+        chain: cached blocks of the sequence that are held meanwhile.
+        indices, wanted, memory: which blocks are restored, from where, and the device block for each.
         done: gets how many blocks came, once all jobs are done.
         waiting: jobs that are not done.
     """
 
     blocks: TokenBlocks
-    chain: list[CachedBlock]
+    chain: Chain
+    indices: list[int]
     wanted: list[TierBlock]
     memory: list[int]
     done: Callable[[int], None]
@@ -49,34 +66,53 @@ class Restorer:
     def __init__(self, cache: PrefixCache, books: TierBooks, ledger: Ledger, cost: RestoreCost) -> None:
         self._cache, self._books, self._ledger, self._cost = cache, books, ledger, cost
 
-    def worth(self, found: Sequence[TierBlock]) -> bool:
-        """Whether restoring these blocks is expected to be faster than computing them."""
-        return self._cost.worth(Counter(block.tier for block in found), len(found) * self._cache.block_size)
+    def find(self, blocks: TokenBlocks, chain: Chain, limit: int) -> Found:
+        """The longest start of a sequence, up to its ``limit``-th block, that need not be computed once blocks are
+        restored; ``chain`` is what the device has of it."""
+        cache, books = self._cache, self._books
+        if cache.reach.window is None:
+            found = books.find(blocks, len(chain), limit)
+            stop = len(chain) + len(found)
+            return Found(stop, list(chain), list(range(len(chain), stop)), found)
+
+        def has(index: int) -> bool:
+            return cache.find(blocks, index) is not None or books.find_one(blocks, index) is not None
+
+        length = longest_hit(cache.reach, cache.block_size, limit, has)
+        there: Chain = [None] * length
+        indices: list[int] = []
+        found = []
+        for index in cache.reach.needed_blocks(length, cache.block_size):
+            if (node := cache.find(blocks, index)) is not None:
+                there[index] = node
+            elif (block := books.find_one(blocks, index)) is not None:
+                indices.append(index)
+                found.append(block)
+        return Found(length, there, indices, found)
+
+    def worth(self, found: Sequence[TierBlock], num_tokens: int) -> bool:
+        """Whether restoring these blocks is expected to be faster than computing so many tokens."""
+        return self._cost.worth(Counter(block.tier for block in found), num_tokens)
 
     def decline(self, found: Sequence[TierBlock]) -> None:
         """Takes note that these blocks are computed, since restoring them was not worth it."""
         self._cost.declined(block.tier for block in found)
         self._books.counts["declined_tokens"] += len(found) * self._cache.block_size
 
-    def restore(
-        self,
-        blocks: TokenBlocks,
-        chain: Sequence[CachedBlock],
-        wanted: list[TierBlock],
-        done: Callable[[int], None],
-    ) -> None:
-        """Starts to bring ``wanted``, which continue ``chain``, to the device; ``done`` gets how many came.
+    def restore(self, blocks: TokenBlocks, found: Found, done: Callable[[int], None]) -> None:
+        """Starts to bring blocks to the device; ``done`` gets how many came.
 
         Raises:
             OutOfBlocksError: the device has no room for them; nothing is started.
         """
+        chain, wanted = found.chain, found.blocks
         self._cache.hold(chain, Use.TRANSFER)
         try:
             memory = self._cache.allocate(len(wanted), Use.TRANSFER, blocks.owner)
         except BaseException:
             self._cache.release(chain, Use.TRANSFER)
             raise
-        restore = _Restore(blocks, list(chain), wanted, memory, done)
+        restore = _Restore(blocks, chain, found.indices, wanted, memory, done)
         by_tier = {
             tier: [(block, into) for block, into in zip(wanted, memory, strict=True) if block.tier is tier]
             for tier in self._books.tiers
@@ -110,11 +146,10 @@ class Restorer:
             self._arrive(restore)
 
     def _arrive(self, restore: _Restore) -> None:
-        """Caches what came, up to the first block that did not come."""
-        keys = [block.key.digest for block in restore.wanted]
-        num_complete = next((at for at, digest in enumerate(keys) if digest in restore.failed), len(keys))
-        complete = 0 if restore.void else num_complete
-        arrived = cache_arrivals(self._cache, restore.blocks, restore.chain, restore.memory, complete)
-        for block in restore.wanted[:arrived]:
-            self._books.count(block.tier, "hit", 1)
-        restore.done(arrived)
+        """Caches what came."""
+        sound = [not restore.void and block.key.digest not in restore.failed for block in restore.wanted]
+        arrived = cache_arrivals(self._cache, restore.blocks, restore.chain, restore.indices, restore.memory, sound)
+        tiers = dict(zip(restore.indices, restore.wanted, strict=True))
+        for index in arrived:
+            self._books.count(tiers[index].tier, "hit", 1)
+        restore.done(len(arrived))

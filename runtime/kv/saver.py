@@ -13,7 +13,7 @@ from functools import partial
 from headwise.runtime.kv.demoter import Demoter
 from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.ledger import MAX_BATCH, Ledger, Outcome
-from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
+from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.kv.tier_books import TierBooks
 from headwise.workers.kv.transfer import BlockKey, Op
 
@@ -73,7 +73,7 @@ class Saver:
             self._copying[node.digest] = node
             nodes.append(node)
         if nodes:
-            keys = [BlockKey(node.digest, node.namespace, parent_digest(node), node.tokens) for node in nodes]
+            keys = [BlockKey(node.digest, node.namespace, node.parent_digest, node.tokens) for node in nodes]
             blocks = [node.block for node in nodes]
             self._ledger.start(Op.SAVE, self._top.tier, keys, blocks, partial(self._saved, nodes, keys))
 

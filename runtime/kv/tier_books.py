@@ -48,11 +48,25 @@ class TierBooks:
         """The tiers' blocks that continue a sequence from its ``start``-th block, up to the ``limit``-th."""
         found: list[TierBlock] = []
         for index in range(start, limit):
-            block = self._find(blocks, index)
+            block = self.find_one(blocks, index)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def find_one(self, blocks: TokenBlocks, index: int) -> TierBlock | None:
+        """The ``index``-th block of a sequence. A digest alone proves nothing: the tokens, and all before them, must
+        be the same."""
+        for tier in self.tiers.values():
+            block = tier.get(blocks.digests[index])
+            if block is not None:
+                key = block.key
+                if (key.namespace, key.parent) == (blocks.namespace, blocks.parent(index)) and (
+                    key.tokens == blocks.block(index)
+                ):
+                    return block
+                self.counts["collisions"] += 1
+        return None
 
     def make_room(self, index: TierIndex, owner: bytes) -> bool:
         """Drops what must go for one more block; False if nothing can go now."""
@@ -144,19 +158,6 @@ class TierBooks:
     def changes(self) -> int:
         """Counts what changed in the tiers."""
         return sum(index.changes for index in self.tiers.values())
-
-    def _find(self, blocks: TokenBlocks, index: int) -> TierBlock | None:
-        """A digest alone proves nothing: the tokens, and all before them, must be the same."""
-        for tier in self.tiers.values():
-            block = tier.get(blocks.digests[index])
-            if block is not None:
-                key = block.key
-                if (key.namespace, key.parent) == (blocks.namespace, blocks.parent(index)) and (
-                    key.tokens == blocks.block(index)
-                ):
-                    return block
-                self.counts["collisions"] += 1
-        return None
 
 
 _COUNTS = ("queried_tokens", "hit_tokens", "inserted_tokens", "damaged", "refused")

@@ -94,7 +94,10 @@ def test_a_block_computed_twice_is_held_twice_and_let_go() -> None:
     its.admit(second, 0)
     compute(its, first)
     compute(its, second)
-    assert seat_of(second).chain == seat_of(first).chain and seat_of(second).block_ids[0] != seat_of(first).block_ids[0]
+    assert (
+        seat_of(second).tables[0].chain == seat_of(first).tables[0].chain
+        and seat_of(second).block_ids[0] != seat_of(first).block_ids[0]
+    )
     its.cache.check_integrity(its.computing([first, second]))
     its.leave(first)
     its.cache.check_integrity(its.computing([second]))
@@ -132,7 +135,7 @@ def test_generated_tokens_are_cached_once_a_token_was_sampled_after_them() -> No
     request.generated = [7]
     its.publish(request, 4)
     assert len(its.cache) == 2
-    assert seat_of(request).chain[1].tokens == (3).to_bytes(4, "little") + (7).to_bytes(4, "little")
+    assert seat_of(request).tables[0].chain[1].tokens == (3).to_bytes(4, "little") + (7).to_bytes(4, "little")
 
 
 def test_tokens_that_an_aborted_request_never_saw_are_not_cached() -> None:

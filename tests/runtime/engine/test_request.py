@@ -15,7 +15,7 @@ class Leaving(Request):
     @property  # type: ignore[override]
     def seat(self) -> Seat | None:
         self.looks += 1
-        return Seat(self, 0, [], [], 0, 0, 3, 6, 0, 0) if self.looks % 2 else None
+        return Seat(self, 0, [], 0, 0, 3, 6, 0, 0) if self.looks % 2 else None
 
     @seat.setter
     def seat(self, seat: Seat | None) -> None: ...

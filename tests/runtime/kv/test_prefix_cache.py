@@ -16,7 +16,7 @@ from headwise.runtime.kv.events import KvEvents, decode_snapshot
 from headwise.runtime.kv.eviction import CachedBlock, EvictionName
 from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
 from headwise.runtime.kv.pins import Pins
-from headwise.runtime.kv.prefix_cache import PrefixCache, parent_digest
+from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.workers.errors import InvalidValueError
 from tests.effort import examples
 
@@ -266,14 +266,14 @@ class CacheMachine(RuleBasedStateMachine):
             blocks = token_blocks(key, self.hash)
             index = len(key[1]) // SIZE - 1
             assert node.cached and node.index == index and node.tokens == blocks.block(index)
-            assert node.namespace == blocks.namespace and parent_digest(node) == blocks.parent(index)
+            assert node.namespace == blocks.namespace and node.parent_digest == blocks.parent(index)
         assert self.told_idle == {self.nodes[key] for key in self.naive.idle}
         if self.naive.quota is not None:
             assert all(self.naive.share(salt) <= self.naive.quota for salt in SALTS)
         assert self.cache.counts["collisions"] == self.naive.collisions
         assert self.pins.num_blocks == len({node.block for pin in self.pinned for node in pin.chain})
         told = decode_snapshot(self.events.snapshot()).blocks["device"]
-        assert told == {self.nodes[key].digest: parent_digest(self.nodes[key]) for key in self.naive.memory}
+        assert told == {self.nodes[key].digest: self.nodes[key].parent_digest for key in self.naive.memory}
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):

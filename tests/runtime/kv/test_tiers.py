@@ -195,8 +195,8 @@ def test_a_restore_has_memory_of_its_own_and_arrives_as_idle_blocks() -> None:
     blocks = sequence(1, 3)
     bed.save(blocks)
     done: list[int] = []
-    entries = bed.tiers.books.find(blocks, 0, 3)
-    bed.tiers.restorer.restore(blocks, [], entries, done.append)
+    found = bed.tiers.restorer.find(blocks, [], 3)
+    bed.tiers.restorer.restore(blocks, found, done.append)
     assert bed.cache.pool.states()["reserved"] == 3
     [job] = bed.send()
     assert (job.op, job.tier, job.keys) == (Op.LOAD, Tier.HOST, keys_of(blocks))
@@ -218,7 +218,7 @@ def test_a_restore_without_room_starts_nothing() -> None:
     bed.save(blocks)
     bed.cache.allocate(1)
     with pytest.raises(OutOfBlocksError):
-        bed.tiers.restorer.restore(blocks, [], bed.tiers.books.find(blocks, 0, 3), lambda count: None)
+        bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, [], 3), lambda count: None)
     assert not bed.ledger.busy and bed.cache.pool.states()["reserved"] == 0
 
 
@@ -228,7 +228,7 @@ def test_what_comes_after_a_damaged_block_is_no_use_and_it_is_deleted(failing: i
     blocks = sequence(1, 3)
     bed.save(blocks)
     done: list[int] = []
-    bed.tiers.restorer.restore(blocks, [], bed.tiers.books.find(blocks, 0, 3), done.append)
+    bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, [], 3), done.append)
     [job] = bed.send()
     bed.answer(job, (blocks.digests[failing],))
     assert done == [arrived] == [len(bed.cache)]
@@ -247,7 +247,7 @@ def test_a_restore_from_both_tiers_waits_for_both() -> None:
     tiers = {entry.tier for entry in bed.tiers.books.find(blocks, 0, 4)}
     assert tiers == {Tier.HOST, Tier.DISK}
     done: list[int] = []
-    bed.tiers.restorer.restore(blocks, [], bed.tiers.books.find(blocks, 0, 4), done.append)
+    bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, [], 4), done.append)
     host, disk = bed.send()
     bed.answer(disk)
     assert done == [] and len(bed.cache) == 0
@@ -260,7 +260,7 @@ def test_a_restore_finds_what_somebody_computed_meanwhile() -> None:
     blocks = sequence(1, 2)
     bed.save(blocks)
     done: list[int] = []
-    bed.tiers.restorer.restore(blocks, [], bed.tiers.books.find(blocks, 0, 2), done.append)
+    bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, [], 2), done.append)
     [job] = bed.send()
     chain = bed.compute(blocks)
     bed.answer(job)
@@ -275,7 +275,7 @@ def test_a_restore_does_not_continue_a_chain_that_is_cached_no_longer() -> None:
     bed.save(blocks)
     chain = bed.compute(TokenBlocks(OURS, SIZE, [1, 1]))
     done: list[int] = []
-    bed.tiers.restorer.restore(blocks, chain, bed.tiers.books.find(blocks, 1, 3), done.append)
+    bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, chain, 3), done.append)
     [job] = bed.send()
     bed.cache.clear()
     bed.answer(job)
@@ -288,7 +288,7 @@ def test_clearing_makes_everything_on_its_way_useless() -> None:
     bed.save(saved)
     bed.compute(other)
     done: list[int] = []
-    bed.tiers.restorer.restore(saved, [], bed.tiers.books.find(saved, 0, 2), done.append)
+    bed.tiers.restorer.restore(saved, bed.tiers.restorer.find(saved, [], 2), done.append)
     bed.tiers.saver.can_take(4)
     jobs = bed.send()
     assert [job.op for job in jobs] == [Op.LOAD, Op.SAVE]
@@ -345,7 +345,7 @@ def test_what_is_read_is_not_dropped() -> None:
     bed = Bed(blocks=8, host=2)
     blocks = sequence(1, 2)
     bed.save(blocks)
-    bed.tiers.restorer.restore(blocks, [], bed.tiers.books.find(blocks, 0, 2), lambda count: None)
+    bed.tiers.restorer.restore(blocks, bed.tiers.restorer.find(blocks, [], 2), lambda count: None)
     bed.send()
     bed.compute(sequence(2, 2))
     assert bed.tiers.saver.can_take(6), "nothing can be saved now, and nobody waits for it"
