@@ -1,5 +1,6 @@
 """Requests, blocks and tiers together, on ranks that do everything late: what a request computes with, what is shared
-and what is restored is always what was written for those tokens, and what is not finite is never shared."""
+and what is restored is always what was written for those tokens, and what is not finite is never shared. With windows,
+and with several groups of heads, too."""
 
 from __future__ import annotations
 
@@ -13,16 +14,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from headwise.runtime.engine.block_tables import BlockTables
 from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
+from headwise.runtime.engine.tables import GONE
 from headwise.runtime.kv.blocks import BlockPool, Use
-from headwise.runtime.kv.eviction import CachedBlock, EvictionName
+from headwise.runtime.kv.eviction import CachedBlock, Chain, EvictionName
 from headwise.runtime.kv.identity import Hash, TokenBlocks, sha256
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
-from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.prefix_cache import PrefixCache, match_all
 from headwise.runtime.kv.tiers import Tiers
+from headwise.runtime.kv.windows import ENDLESS
 from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.policy import DENSE, Reach
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult
 from headwise.workers.plan import RowSampling
 from tests.effort import examples
@@ -56,18 +60,21 @@ class Slot:
 
 @dataclass
 class Row:
+    """``blocks``: of each group."""
+
     request: Request
     tokens: list[int]
     computed: int
-    blocks: list[int]
+    blocks: list[list[int]]
 
 
 class Ranks:
-    """Executes plans and jobs when it is told to, and remembers what is where."""
+    """Executes plans and jobs when it is told to, and remembers what is where: by group, block and slot."""
 
-    def __init__(self) -> None:
+    def __init__(self, reaches: tuple[Reach, ...] = (DENSE,)) -> None:
+        self.reaches = reaches
         self.rows: dict[int, Row] = {}
-        self.memory: dict[tuple[int, int], Slot] = {}
+        self.memory: dict[tuple[int, int, int], Slot] = {}
         self.stored: dict[Tier, dict[bytes, list[Slot]]] = {tier: {} for tier in Tier}
         self.jobs: dict[Tier, deque[TransferJob]] = {tier: deque() for tier in Tier}
         self.results: list[TransferResult] = []
@@ -81,12 +88,13 @@ class Ranks:
             del self.rows[row]
         for admit in plan.admits:
             request = requests[admit.row]
-            self.rows[admit.row] = Row(request, list(admit.token_ids), admit.num_computed, list(admit.block_ids))
-        for index, block in plan.appends:
-            self.rows[index].blocks.append(block)
+            blocks = [list(ids) for ids in (admit.block_ids, *admit.other_block_ids)]
+            self.rows[admit.row] = Row(request, list(admit.token_ids), admit.num_computed, blocks)
+        for group, index, block in [*((0, *append) for append in plan.appends), *plan.group_appends]:
+            self.rows[index].blocks[group].append(block)
         for index, count in plan.computes:
             self.write(self.rows[index], count)
-        finite = {index: self.read(self.rows[index]) for index, _ in plan.computes}
+        finite = {index: self.read(self.rows[index], count) for index, count in plan.computes}
         sampling = (index for index in finite if self.rows[index].computed == len(self.rows[index].tokens))
         return {index for index in sampling if not finite[index]}
 
@@ -94,17 +102,21 @@ class Ranks:
         assert row.request.token_blocks is not None
         for at in range(row.computed, row.computed + count):
             seen = Slot(row.request.token_blocks.namespace, tuple(row.tokens[: at + 1]), row.request not in self.spoilt)
-            self.memory[row.blocks[at // SIZE], at % SIZE] = seen
+            for group, blocks in enumerate(row.blocks):
+                assert blocks[at // SIZE] >= 0, "computed where there is no block"
+                self.memory[group, blocks[at // SIZE], at % SIZE] = seen
         row.computed += count
 
-    def read(self, row: Row) -> bool:
+    def read(self, row: Row, count: int) -> bool:
+        """What the last ``count`` tokens attend to; returns whether all of it is finite."""
         assert row.request.token_blocks is not None
         finite = True
-        for at in range(row.computed):
-            slot = self.memory[row.blocks[at // SIZE], at % SIZE]
-            assert slot.namespace == row.request.token_blocks.namespace
-            assert slot.tokens == tuple(row.tokens[: at + 1]), "computed with another sequence's block"
-            finite = finite and slot.finite
+        for group, reach in enumerate(self.reaches):
+            for at in sorted(set().union(*(visible(reach, at) for at in range(row.computed - count, row.computed)))):
+                slot = self.memory[group, row.blocks[group][at // SIZE], at % SIZE]
+                assert slot.namespace == row.request.token_blocks.namespace
+                assert slot.tokens == tuple(row.tokens[: at + 1]), "computed with another sequence's block"
+                finite = finite and slot.finite
         return finite
 
     def take_job(self, job: TransferJob) -> None:
@@ -128,20 +140,29 @@ class Ranks:
             elif at in failing or (job.op is not Op.SAVE and key.digest not in source):
                 failed.append(key.digest)
             elif job.op is Op.SAVE:
-                store[key.digest] = [self.memory[job.blocks[at], slot] for slot in range(SIZE)]
+                store[key.digest] = [self.memory[0, job.blocks[at], slot] for slot in range(SIZE)]
             elif job.op is Op.DEMOTE:
                 store[key.digest] = source[key.digest]
             else:
-                self.memory |= {(job.blocks[at], slot): seen for slot, seen in enumerate(source[key.digest])}
+                self.memory |= {(0, job.blocks[at], slot): seen for slot, seen in enumerate(source[key.digest])}
         self.results.append(TransferResult(job.id, failed, 1e-3))
+
+
+def visible(reach: Reach, position: int) -> set[int]:
+    """The tokens that one at a position attends to."""
+    return {*range(min(reach.sinks, position + 1)), *range(reach.first_key(position), position + 1)}
 
 
 class TablesMachine(RuleBasedStateMachine):
     """Every event on its own, in any order: steps in flight, jobs executed, results that come late."""
 
     hash: Hash = staticmethod(sha256)
+    policies: tuple[tuple[Reach, ...], ...] = ((DENSE,),)
+    longer = 1
+    """How many times as long prompts and texts are."""
 
     @initialize(
+        data=st.data(),
         eviction=st.sampled_from(["lru", "cost_aware"]),
         quota=st.sampled_from([None, None, 0.3]),
         sizes=st.sampled_from([(0, 0), (4, 0), (0, 4), (3, 6), (12, 20)]),
@@ -149,28 +170,47 @@ class TablesMachine(RuleBasedStateMachine):
         can_fail=st.booleans(),
     )
     def start(
-        self, eviction: EvictionName, quota: float | None, sizes: tuple[int, int], budget: int, can_fail: bool
+        self,
+        data: st.DataObject,
+        eviction: EvictionName,
+        quota: float | None,
+        sizes: tuple[int, int],
+        budget: int,
+        can_fail: bool,
     ) -> None:
         share = None if quota is None else max(1, int(quota * NUM_BLOCKS))
-        self.cache = PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, None, share)
-        self.ranks, self.in_flight, self.can_fail = Ranks(), deque[Schedule](), can_fail
+        reaches = data.draw(st.sampled_from(self.policies))
+        self.caches = [PrefixCache(BlockPool(NUM_BLOCKS), SIZE, eviction, None, share, reach) for reach in reaches]
+        self.cache = self.caches[0]
+        self.ranks, self.in_flight, self.can_fail = Ranks(reaches), deque[Schedule](), can_fail
         self.ledger = Ledger(self.take_job, self.ranks.result, 1)
-        self.tiers = Tiers(self.cache, self.ledger, *sizes, 4, quota) if any(sizes) else None
-        self.tables = BlockTables(self.cache, self.tiers)
+        has_tiers = any(sizes) and len(reaches) == 1
+        self.tiers = Tiers(self.cache, self.ledger, *sizes, 4, quota) if has_tiers else None
+        self.tables = BlockTables(self.caches, self.tiers, chunk=budget)
         self.scheduler = Scheduler(self.tables, 4, budget)
         self.now = 0.0
-        self.pins = Pins(self.cache, NUM_BLOCKS - MAX_TOKENS // SIZE - 1, lambda: self.now)
+        rows = [
+            MAX_TOKENS * self.longer // SIZE if room is None else room.most_blocks(ENDLESS)
+            for room in self.tables.rooms
+        ]
+        self.pins = [
+            Pins(cache, max(0, NUM_BLOCKS - row - 1), lambda: self.now)
+            for cache, row in zip(self.caches, rows, strict=True)
+        ]
         self.requests: list[Request] = []
         self.prompts: list[tuple[str, list[int]]] = []
 
     def take_job(self, job: TransferJob) -> None:
         """A GPU's copies do not wait for steps in flight: these have no part in the blocks of a job that is sent."""
-        used = {block for schedule in self.in_flight for seat in schedule.seats for block in seat.block_ids}
+        used = {block for schedule in self.in_flight for seat in schedule.seats for block in seat.block_ids} - {GONE}
         assert not used & set(job.blocks), "a block moves that a step in flight computes with"
         self.ranks.take_job(job)
 
     @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, max_tokens=st.integers(1, 3))
     def add(self, salt: str, tokens: list[int], max_tokens: int) -> None:
+        self.add_longer(salt, tokens * self.longer, max_tokens * self.longer)
+
+    def add_longer(self, salt: str, tokens: list[int], max_tokens: int) -> None:
         self.prompts.append((salt, tokens))
         request = make_request(str(len(self.prompts)), tokens, salt, max_tokens, self.hash)
         self.requests.append(request)
@@ -180,7 +220,7 @@ class TablesMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def add_again(self, data: st.DataObject) -> None:
         salt, tokens = data.draw(st.sampled_from(self.prompts))
-        self.add(salt, tokens, 2)
+        self.add_longer(salt, tokens, 2 * self.longer)
 
     @rule()
     def submit(self) -> None:
@@ -243,16 +283,17 @@ class TablesMachine(RuleBasedStateMachine):
     def preempt(self) -> None:
         self.scheduler._preempt(self.scheduler.running[-1])
 
-    @rule(saved=st.booleans())
-    def squeeze(self, saved: bool) -> None:
-        """All that is idle on the device has to leave it, saved before or not."""
+    @rule(saved=st.booleans(), share=st.sampled_from([1, 1, 2, 3]))
+    def squeeze(self, saved: bool, share: int = 1) -> None:
+        """All that is idle on the device, or a part, has to leave it, saved before or not."""
         for _ in range(20):
             if not saved or self.tiers is None or self.tiers.saver.can_take(self.cache.num_available):
                 break
             self.pump()
             self.work_off(random.Random(0))
-        for block in self.cache.allocate(self.cache.num_available):
-            self.cache.release_block(block, Use.COMPUTE, None)
+        for at, cache in enumerate(self.caches):
+            for block in cache.allocate(cache.num_available // max(share, at + 1)):
+                cache.release_block(block, Use.COMPUTE, None)
 
     @rule(salt=st.sampled_from(SALTS), tokens=PROMPTS, late=st.integers(0, 3))
     def visit(self, salt: str, tokens: list[int], late: int) -> None:
@@ -281,24 +322,32 @@ class TablesMachine(RuleBasedStateMachine):
     @rule(data=st.data(), ttl=st.sampled_from([0.0, 2.0]))
     def pin(self, data: st.DataObject, ttl: float) -> None:
         salt, tokens = data.draw(st.sampled_from(self.prompts))
-        chain: list[CachedBlock] = []
-        self.cache.match(TokenBlocks(sha256(salt.encode()), SIZE, tokens, self.hash), len(tokens) // SIZE, chain)
+        chains: list[Chain] = [[] for _ in self.caches]
+        blocks = TokenBlocks(sha256(salt.encode()), SIZE, tokens, self.hash)
+        match_all(self.caches, blocks, len(tokens) // SIZE, chains)
         try:
-            self.pins.pin(chain, ttl)
+            for pins, chain in zip(self.pins, chains, strict=True):
+                pins.pin(chain, ttl)
         except InvalidValueError:
-            self.pins.clear()
+            self.clear_pins()
 
     @rule()
     def wait(self) -> None:
         self.now += 1.0
-        self.pins.expire()
+        for pins in self.pins:
+            pins.expire()
+
+    def clear_pins(self) -> None:
+        for pins in self.pins:
+            pins.clear()
 
     @rule(really=RARELY)
     def reset(self, really: bool) -> None:
         if not really:
             return
-        self.pins.clear()
-        self.cache.clear()
+        self.clear_pins()
+        for cache in self.caches:
+            cache.clear()
         if self.tiers is not None:
             self.tiers.clear()
 
@@ -307,21 +356,27 @@ class TablesMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         self.scheduler.check_integrity()
-        for node in self.cache._index.values():
-            self.check_block(node)
+        for group, cache in enumerate(self.caches):
+            for node in cache._index.values():
+                self.check_block(group, node)
         if self.tiers is not None:
             self.check_tiers()
 
-    def check_block(self, node: CachedBlock) -> None:
-        path = [node]
-        while path[-1].parent is not None:
-            path.append(path[-1].parent)
-        data = b"".join(each.tokens for each in reversed(path))
-        tokens = tuple(int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), 4))
-        for slot in range(SIZE):
-            seen = self.ranks.memory[node.block, slot]
+    def check_block(self, group: int, node: CachedBlock) -> None:
+        slots = [self.ranks.memory[group, node.block, slot] for slot in range(SIZE)]
+        tokens = slots[-1].tokens
+        if self.caches[group].reach == DENSE:
+            path = [node]
+            while path[-1].parent is not None:
+                path.append(path[-1].parent)
+            data = b"".join(each.tokens for each in reversed(path))
+            tokens = tuple(int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), 4))
+        blocks = TokenBlocks(node.namespace, SIZE, tokens, self.hash)
+        assert (blocks.digests[-1], len(blocks.digests)) == (node.digest, node.index + 1)
+        assert blocks.parent(node.index) == node.parent_digest
+        for slot, seen in enumerate(slots):
             assert (seen.namespace, seen.tokens) == (node.namespace, tokens[: len(tokens) - SIZE + slot + 1])
-            assert seen.finite, "not finite, and shared as if it were"
+            assert seen.finite or not node.verified, "not finite, and shared as if it were"
 
     def check_tiers(self) -> None:
         tiers = self.tiers
@@ -359,8 +414,9 @@ class TablesMachine(RuleBasedStateMachine):
             self.everything_is_what_it_seems()
         assert not self.requests, "a request waits for ever"
         self.now += 100.0
-        self.pins.expire()
-        self.cache.clear()
+        self.wait()
+        for cache in self.caches:
+            cache.clear()
         if self.tiers is not None:
             self.tiers.clear()
             for _ in range(50):
@@ -368,7 +424,7 @@ class TablesMachine(RuleBasedStateMachine):
                 self.work_off(chance)
             assert not self.ledger.busy
         self.everything_is_what_it_seems()
-        assert self.cache.pool.num_free == NUM_BLOCKS
+        assert all(cache.pool.num_free == NUM_BLOCKS for cache in self.caches)
         assert not self.tables._coming and not self.tables._searches
 
     def work_off(self, chance: random.Random) -> None:
@@ -385,7 +441,28 @@ class CollidingMachine(TablesMachine):
     hash: Hash = staticmethod(lambda data: sha256(data)[:1])
 
 
-for machine in (TablesMachine, CollidingMachine):
+class WindowMachine(TablesMachine):
+    """Texts longer than the window, and than the memory."""
+
+    policies = ((Reach(0, 1),), (Reach(0, 4),), (Reach(1, 3),), (Reach(3, 5),))
+    longer = 4
+
+
+class GroupsMachine(TablesMachine):
+    """Heads that keep different tokens."""
+
+    policies = (
+        (DENSE, Reach(0, 3)),
+        (Reach(1, 2), DENSE),
+        (Reach(0, 1), Reach(2, 4)),
+        (DENSE, Reach(0, 2), Reach(1, 6)),
+    )
+    longer = 2
+
+
+for machine in (TablesMachine, CollidingMachine, WindowMachine, GroupsMachine):
     machine.TestCase.settings = examples(150, stateful_step_count=50)
 TestTables = TablesMachine.TestCase
 TestColliding = CollidingMachine.TestCase
+TestWindow = WindowMachine.TestCase
+TestGroups = GroupsMachine.TestCase
