@@ -8,6 +8,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from headwise.cluster.group import Progress, ShardGroup, ShardGroupDied
@@ -31,6 +32,7 @@ from headwise.runtime.kv.tiers import Tiers
 from headwise.runtime.output import FinishReason
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.kv.handoff import HandoffJob
+from headwise.workers.kv.policy import DENSE, Reach
 from headwise.workers.kv.transfer import Op, Tier, TransferJob, TransferResult, decode_job, encode_job
 from headwise.workers.plan import (
     RowSampling,
@@ -54,10 +56,26 @@ def next_token(tokens: list[int], seed: int) -> int:
 
 @dataclass
 class Row:
+    """``blocks``: of each group."""
+
     tokens: list[int]
     computed: int
-    blocks: list[int]
+    blocks: list[list[int]]
     seed: int
+
+
+@dataclass
+class Planned:
+    """What a row is once the plans in flight are done. ``blocks``: of each group."""
+
+    computed: int
+    blocks: list[list[int]]
+
+
+def visible(reach: Reach, first: int, stop: int) -> list[int]:
+    """The tokens that some token attends to from the ``first`` one to the one before ``stop``."""
+    sinks = range(min(reach.sinks, reach.first_key(first)))
+    return [*sinks, *range(reach.first_key(first), stop)]
 
 
 class PlainGroup(ShardGroup):
@@ -70,21 +88,23 @@ class PlainGroup(ShardGroup):
         failing: float = 0.0,
         dying: float = 0.0,
         explains: bool = True,
+        reaches: tuple[Reach, ...] = (DENSE,),
     ) -> None:
         """
         Args:
+            reaches: of the groups of heads. (A token is the hash of all before it, whatever the reach.)
             failing: the share of blocks that are not copied.
             dying: the share of calls in which the group dies.
             explains: whether a rank says that it has met an error, where it dies of a deadly token.
         """
-        self.explains = explains
+        self.explains, self.reaches = explains, reaches
         self.dying, self.ended = dying, False
         self.dead: ShardGroupDied | None = None
         self.rows: dict[int, Row] = {}
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.memory: dict[tuple[int, int, int], tuple[int, ...]] = {}  # by group, block and slot
         self.plans: deque[bytes] = deque()
-        self.tables: dict[int, list[int]] = {}  # of each row, once the plans in flight are done
-        self.in_use: deque[set[int]] = deque()  # the blocks that each plan in flight works on
+        self.planned: dict[int, Planned] = {}
+        self.in_use: deque[set[tuple[int, int]]] = deque()  # group and number of what each plan in flight works on
         self.next_step = 0
         self.max_in_flight = 0
         self.chance, self.failing = chance or random.Random(0), failing
@@ -102,16 +122,19 @@ class PlainGroup(ShardGroup):
 
     def submit(self, plan: StepPlan) -> None:
         self._live()
-        handed_out = {block for _, block in plan.appends}
+        appends = [(0, row, block) for row, block in plan.appends] + plan.group_appends
+        handed_out = {(group, block) for group, _, block in appends}
         for admit in plan.admits:
-            handed_out |= set(admit.block_ids[admit.num_computed // BLOCK :])
             assert admit.num_computed % BLOCK == 0
+            blocks = [list(ids) for ids in (admit.block_ids, *admit.other_block_ids)]
+            self.planned[admit.row] = Planned(admit.num_computed, blocks)
+            for group, ids in enumerate(blocks):
+                handed_out |= {(group, block) for block in ids[admit.num_computed // BLOCK :]}
         assert not handed_out & set().union(*self.in_use), "a step in flight still works on this block"
-        self.tables |= {admit.row: list(admit.block_ids) for admit in plan.admits}
-        for row, block in plan.appends:
-            self.tables[row].append(block)
-        self.in_use.append({block for row, _ in plan.computes for block in self.tables[row]})
-        assert not self.in_use[-1] & self.loading, "a block is computed with before it is there"
+        for group, row, block in appends:
+            self.planned[row].blocks[group].append(block)
+        self.in_use.append(self._used_by(plan))
+        assert not self.in_use[-1] & {(0, block) for block in self.loading}, "computed with before it is there"
         self.plans.append(encode_plan(plan))
         self.max_in_flight = max(self.max_in_flight, len(self.plans))
         self._copy_some()
@@ -152,7 +175,8 @@ class PlainGroup(ShardGroup):
         self.jobs[job.tier].append(job)
         assert decode_job(encode_job(job)) == job
         if job.op is Op.LOAD:
-            assert not self.loading & set(job.blocks) and not set(job.blocks) & set().union(*self.in_use)
+            used = set().union(*self.in_use)
+            assert not self.loading & set(job.blocks) and not {(0, block) for block in job.blocks} & used
             self.loading |= set(job.blocks)
 
     def transferred(self, timeout_s: float) -> TransferResult | None:
@@ -168,6 +192,16 @@ class PlainGroup(ShardGroup):
     def _live(self) -> None:
         if self.dead is not None or self.chance.random() < self.dying:
             self.die("by chance")
+
+    def _used_by(self, plan: StepPlan) -> set[tuple[int, int]]:
+        used: set[tuple[int, int]] = set()
+        for row, count in plan.computes:
+            planned = self.planned[row]
+            first, planned.computed = planned.computed, planned.computed + count
+            for group, reach in enumerate(self.reaches):
+                places = {at // BLOCK for at in visible(reach, first, first + count)}
+                used |= {(group, planned.blocks[group][place]) for place in places}
+        return used
 
     def _copy_some(self) -> None:
         for tier in Tier:
@@ -185,11 +219,11 @@ class PlainGroup(ShardGroup):
             if self.chance.random() < self.failing or (job.op is not Op.SAVE and key.digest not in source):
                 failed.append(key.digest)
             elif job.op is Op.SAVE:
-                store[key.digest] = [self.memory[job.blocks[at], slot] for slot in range(BLOCK)]
+                store[key.digest] = [self.memory[0, job.blocks[at], slot] for slot in range(BLOCK)]
             elif job.op is Op.DEMOTE:
                 store[key.digest] = source[key.digest]
             else:
-                self.memory |= {(job.blocks[at], slot): seen for slot, seen in enumerate(store[key.digest])}
+                self.memory |= {(0, job.blocks[at], slot): seen for slot, seen in enumerate(store[key.digest])}
         if job.op is Op.LOAD:
             self.loading -= set(job.blocks)
         self.results.append(TransferResult(job.id, failed, 1e-3))
@@ -201,11 +235,10 @@ class PlainGroup(ShardGroup):
             del self.rows[row]
         for admit in plan.admits:
             assert admit.row not in self.rows
-            self.rows[admit.row] = Row(
-                list(admit.token_ids), admit.num_computed, list(admit.block_ids), admit.sampling.seed
-            )
-        for index, block in plan.appends:
-            self.rows[index].blocks.append(block)
+            blocks = [list(ids) for ids in (admit.block_ids, *admit.other_block_ids)]
+            self.rows[admit.row] = Row(list(admit.token_ids), admit.num_computed, blocks, admit.sampling.seed)
+        for group, index, block in [*((0, *append) for append in plan.appends), *plan.group_appends]:
+            self.rows[index].blocks[group].append(block)
         output = StepOutput(plan.step, seconds=1e-3)
         for index, count in plan.computes:
             self._write(index, count)
@@ -217,15 +250,18 @@ class PlainGroup(ShardGroup):
         row = self.rows[index]
         assert 0 < count <= len(row.tokens) - row.computed
         for at in range(row.computed, row.computed + count):
-            self.memory[row.blocks[at // BLOCK], at % BLOCK] = tuple(row.tokens[: at + 1])
+            for group, blocks in enumerate(row.blocks):
+                assert blocks[at // BLOCK] >= 0, "computed where there is no block"
+                self.memory[group, blocks[at // BLOCK], at % BLOCK] = tuple(row.tokens[: at + 1])
         self.computed_tokens += count
 
     def _compute(self, index: int, count: int, output: StepOutput) -> None:
         row = self.rows[index]
         row.computed += count
-        for at in range(row.computed):
-            seen = self.memory[row.blocks[at // BLOCK], at % BLOCK]
-            assert seen == tuple(row.tokens[: at + 1]), "something else was written here"
+        for group, reach in enumerate(self.reaches):
+            for at in visible(reach, row.computed - count, row.computed):
+                seen = self.memory[group, row.blocks[group][at // BLOCK], at % BLOCK]
+                assert seen == tuple(row.tokens[: at + 1]), "something else was written here"
         if row.computed == len(row.tokens):
             token = next_token(row.tokens, row.seed)
             if POISON in row.tokens:
@@ -304,7 +340,7 @@ class Bench:
         """
         self.events = KvEvents(1)
         self._make, self._cache, self._tiers, self._quota = (inbound, outbound), cache, tiers, quota
-        self._graph_rows = graph_rows
+        self._graph_rows, self._budget = graph_rows, budget
         generation = self.generation(group or PlainGroup(), blocks)
         self.engine = Engine(generation, Scheduler(generation.tables, rows, budget, mixed), self.events, depth)
         if self.outbound is not None:
@@ -317,18 +353,22 @@ class Bench:
     def generation(self, group: PlainGroup, blocks: int) -> Generation:
         """Books of a group with so many blocks."""
         inbound, outbound = self._make
-        self.group, self.pool = group, BlockPool(blocks)
         share = None if self._quota is None else max(1, int(self._quota * blocks))
-        self.cache = PrefixCache(self.pool, BLOCK, events=self.events, max_blocks_per_owner=share, **self._cache)
+        caches = [
+            PrefixCache(BlockPool(blocks), BLOCK, events=events, max_blocks_per_owner=share, reach=reach, **self._cache)
+            for reach, events in zip_longest(group.reaches, [self.events])
+        ]
+        self.group, self.cache, self.pool = group, caches[0], caches[0].pool
         ledger = Ledger(group.transfer, group.transferred, 1)
         self.tiers = None
         if any(self._tiers):
             self.tiers = Tiers(self.cache, ledger, *self._tiers, blocks, self._quota, self.events)
         self.inbound = inbound(self.cache, ledger) if inbound is not None else None
         self.outbound = outbound(ledger) if outbound is not None else None
-        tables, pins = BlockTables(self.cache, self.tiers, self.inbound), Pins(self.cache, blocks - 8)
+        tables = BlockTables(caches, self.tiers, self.inbound, self._budget)
+        pins, *others = [Pins(cache, blocks - 8) for cache in caches]
         books = (self.cache, tables, ledger, self.tiers, pins, self.inbound, self.outbound, Graphs(self._graph_rows))
-        return Generation(self.events.epoch, group, *books)
+        return Generation(self.events.epoch, group, *books, other_pins=tuple(others))
 
     def resume(self, group: PlainGroup | None = None, blocks: int | None = None) -> None:
         """The engine, whose group is dead, goes on with another."""
@@ -361,7 +401,9 @@ class Bench:
         assert len(rows) == len(set(rows))
 
     def check_idle(self) -> None:
-        assert not self.engine.has_work and self.cache.num_available == self.pool.num_blocks
+        assert not self.engine.has_work
+        for cache in self.engine.generation.tables.caches:
+            assert cache.num_available == cache.pool.num_blocks
         assert self.engine.stats()["num_running"] == self.engine.stats()["num_waiting"] == 0
         self.check_books()
 
