@@ -40,6 +40,7 @@ from headwise.runtime.warmup import prepare_kernels
 from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 from headwise.workers.kv.handoff import HandoffSpec
+from headwise.workers.kv.policy import DENSE
 from headwise.workers.leftovers import sweep
 from headwise.workers.model.checkpoint import model_fingerprint
 from headwise.workers.model.model_config import ModelConfig
@@ -225,7 +226,7 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
     for note in precision_notes(config.dtype, spec, model.config, model.weights):
         if not quiet:
             print(f"headwise: {note}", file=sys.stderr)
-    sizes = tier_sizes(config, model.config, spec.dtype)
+    sizes = tier_sizes(config, model.config, spec, model.policy)
     identity = wire = None
     if config.enable_prefix_caching:
         identity = model.identity(spec.dtype)
@@ -243,7 +244,8 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
     # Later engines have later epochs, so that a router can tell a restart from a gap.
     events = KvEvents(time.time_ns())
     resolved = config.model_copy(update={"device": spec.device})
-    generations = GenerationFactory(resolved, make_factory(config, spec), max_model_len, sizes, events, wire)
+    groups = make_factory(config, spec)
+    generations = GenerationFactory(resolved, groups, max_model_len, sizes, events, wire, model.policy)
     with contextlib.ExitStack() as undo:  # until all of it stands
         undo.callback(generations.close)
         with _load_progress(quiet) as progress:
@@ -257,7 +259,8 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
         prefilling = Prefilling(engine, max_model_len, model.config.vocab_size)
 
         def take_over(generation: Generation) -> None:
-            inputs.max_model_len = min(max_model_len, generation.cache.pool.num_blocks * config.block_size)
+            capacity = generation.tables.capacity
+            inputs.max_model_len = max_model_len if capacity is None else min(max_model_len, capacity)
             if generation.outbound is not None:
                 generation.outbound.prompts = prefilling
 
@@ -327,8 +330,13 @@ def _handoff_spec(handoff: HandoffConfig) -> HandoffSpec:
 
 
 def _kv_memory(generation: Generation) -> str:
-    num_blocks, size = generation.cache.pool.num_blocks, generation.cache.block_size
-    return f"KV memory: {num_blocks * size:,} tokens in {num_blocks:,} blocks of {size}"
+    found = []
+    for cache in generation.tables.caches:
+        num_blocks, size = cache.pool.num_blocks, cache.block_size
+        found.append(f"{num_blocks * size:,} tokens in {num_blocks:,} blocks of {size}")
+        if cache.reach != DENSE:
+            found[-1] += f" for {cache.reach}"
+    return f"KV memory: {'; '.join(found)}"
 
 
 def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:

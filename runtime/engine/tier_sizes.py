@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 from headwise.runtime.config import EngineConfig
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import bytes_per_block, parse_memory
+from headwise.workers.kv.cache import block_bytes, parse_memory
+from headwise.workers.kv.format import kv_format
+from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.kv.store import disk_block_bytes
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import partition_model
-from headwise.workers.shard import DTYPES
+from headwise.workers.spec import ShardSpec
 
 
 class TierSizes(NamedTuple):
@@ -22,8 +24,12 @@ class TierSizes(NamedTuple):
     block_bytes: int
 
 
-def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSizes:
+def tier_sizes(config: EngineConfig, model: ModelConfig, spec: ShardSpec, policy: KvPolicy) -> TierSizes:
     """The rank with the most KV heads decides what a budget pays for.
+
+    Args:
+        spec: of the shards; their dtypes.
+        policy: of the whole model.
 
     Raises:
         InvalidValueError: a budget is none, or less than one block, or the prefix cache is off.
@@ -32,14 +38,10 @@ def tier_sizes(config: EngineConfig, model: ModelConfig, dtype: str) -> TierSize
     if has_tiers and not config.enable_prefix_caching:
         name = "host_kv_memory" if config.host_kv_memory is not None else "disk_kv_path"
         raise InvalidValueError(name, getattr(config, name), "needs enable_prefix_caching=True, whose blocks it holds")
+    form = kv_format(spec.kv_dtype or spec.dtype, model.head_dim)
     heads = [part.heads for part in partition_model(model, config.tensor_parallel_size)]
-    block = bytes_per_block(
-        num_layers=model.num_layers,
-        num_kv_heads=max(part.kv_stop - part.kv_start for part in heads),
-        block_size=config.block_size,
-        head_dim=model.head_dim,
-        dtype=DTYPES[dtype],
-    )
+    policies = [policy.heads(part.kv_start, part.kv_stop) for part in heads]
+    block = max(sum(block_bytes(part, form, config.block_size, model.head_dim)) for part in policies)
     host = _blocks("host_kv_memory", config.host_kv_memory, block) if config.host_kv_memory is not None else 0
     file = disk_block_bytes(block, config.block_size)
     disk = _blocks("disk_kv_limit", config.disk_kv_limit, file) if config.disk_kv_path is not None else 0
