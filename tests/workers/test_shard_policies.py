@@ -135,15 +135,16 @@ def text(length: int, first: int = 3) -> list[int]:
         ("window:24@0.1;sinks:5,33@0.2,1.0;dense@*", 500),
     ],
 )
+@pytest.mark.parametrize("attention", ["reference", "cpu"])
 def test_rows_of_any_history_have_the_tokens_of_the_oracle(
-    checkpoint: Callable[..., Path], kv_policy: str, max_model_len: int
+    checkpoint: Callable[..., Path], attention: str, kv_policy: str, max_model_len: int
 ) -> None:
     """Beside each other, in chunks, and computed anew when they are long: where all have windows, longer than the model
     and than all blocks that a row may have."""
     directory = checkpoint("uneven")
     changes = {"max_model_len": max_model_len, "max_num_batched_tokens": 64, "kv_policy": kv_policy}
     bounded = max_model_len == 64
-    with scheduled(small_spec(directory, **changes, attention="reference"), 40 if bounded else 80) as made:
+    with scheduled(small_spec(directory, **changes, attention=attention), 40 if bounded else 80) as made:
         made.admit(0, text(230))
         made.step({0: 30})
         made.admit(2, text(9, 5))
