@@ -62,8 +62,13 @@ class BlockMover:
             collected: the event after the work of the last collected step; None as long as there is none.
 
         Raises:
-            InvalidValueError: they move something else on this GPU; the field is ``device``.
+            InvalidValueError: they move something else on this GPU; the field is ``device``. Or keys take more bytes
+                than values, or less; the field is ``kv_dtype``.
         """
+        if cache.keys[0, 0].nbytes != cache.values[0, 0].nbytes:
+            limit = "has keys and values of different sizes, which are not moved out of a GPU's memory, or into it"
+            fix = "take int8 or int4 for both, or leave out host_kv_memory, disk_kv_path and handoffs"
+            raise InvalidValueError("kv_dtype", str(cache.format), limit, fix)
         assert not cache.transposed_keys, "only a CPU's cache has them"
         self._cache, self._gpu, self._collected = cache, gpu, collected
         self._lock = threading.Lock()
@@ -190,7 +195,7 @@ class _Piece(NamedTuple):
     """Blocks that a lane has room for.
 
     Attributes:
-        rows: where each goes, or comes from, in host memory; [layers, 2, heads, block_size, head_dim].
+        rows: where each goes, or comes from, in host memory; see :meth:`Mover.read`.
         pinned: the same, flat, if it is page-locked; else empty.
     """
 
@@ -231,11 +236,12 @@ def launch(kernel: Any, cache: KVCache, staging: Tensor, listed: Tensor, heads: 
     """Has one of the kernels move heads and layers of blocks between a cache and staging memory.
 
     Args:
-        staging: room for [n, layers, 2, heads, block_size, head_dim] integers, on the cache's device.
+        staging: room for [n, layers, 2, heads, block_size * head_dim, or bytes of a record] integers, on the cache's
+            device.
         listed: int32 [n], the blocks.
     """
     integer, num_layers = INTEGERS[cache.dtype.itemsize], layers[1] - layers[0]
-    head = cache.block_size * cache.head_dim
+    head = cache.keys[0, 0, 0].numel()
     run, elements = (heads[1] - heads[0]) * head, _PROGRAM_BYTES // cache.dtype.itemsize
     kernel[len(listed) * num_layers, -(-run // elements)](
         *(staging, cache.keys.view(integer), cache.values.view(integer), listed),

@@ -44,7 +44,8 @@ class Mover(Protocol):
         """Copy heads and layers, that lie within the cache, of blocks to host memory.
 
         Args:
-            out: for each block, [layers, 2 (K, V), heads, block_size, head_dim] as integers.
+            out: for each block, [layers, 2 (K, V), heads, block_size, head_dim] as integers; or of records [layers,
+                bytes of the heads' keys, then of their values].
         """
 
     def write(self, blocks: Sequence[int], heads: Range, layers: Range, data: Sequence[Bits]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.copier import Copier
+from headwise.workers.kv.format import KvFormat, kv_format
 from headwise.workers.kv.store import DiskStore, HostStore
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
 from tests.workers.kv.kv_blocks import file_of, key_of
@@ -27,12 +28,12 @@ DEADLINE_S = 10.0
 class Tiers:
     """A cache of 8 blocks with random content, both tiers and the copier between them."""
 
-    def __init__(self, path: Path, transposed_keys: bool) -> None:
-        self.cache = KVCache(3, 8, 2, 4, 16, torch.float32, transposed_keys=transposed_keys)
-        self.cache.keys.normal_()
-        self.cache.values.normal_()
+    def __init__(self, path: Path, transposed_keys: bool, format: KvFormat | None = None) -> None:
+        self.cache = KVCache(3, 8, 2, 4, 16, torch.float32, transposed_keys=transposed_keys, format=format)
+        for x in (self.cache.keys, self.cache.values):
+            x.random_(256) if x.dtype == torch.uint8 else x.normal_()
         self.path = path
-        self.host = HostStore(HOST_BLOCKS, self.cache.block_shape, torch.float32)
+        self.host = HostStore(HOST_BLOCKS, self.cache.block_shape, self.cache.dtype)
         self.disk = DiskStore(path, 1, 2, b"identity", self.cache.nbytes // 8)
         self.results: queue.SimpleQueue[TransferResult] = queue.SimpleQueue()
         self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
@@ -55,7 +56,7 @@ class Tiers:
         return result.failed
 
     def content(self) -> Tensor:
-        content = torch.empty(8, *self.cache.block_shape)
+        content = torch.empty(8, *self.cache.block_shape, dtype=self.cache.dtype)
         self.cache.read_blocks(range(8), content)
         return content
 
@@ -83,6 +84,19 @@ def test_what_was_saved_is_loaded_into_any_block_and_nothing_else_changes(tiers:
     left = tiers.content()
     assert torch.equal(left[[0, 7]], content[[2, 5]])
     assert torch.equal(left[[1, 3, 4, 6]], content[[1, 3, 4, 6]]) and bool(left[[2, 5]].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["int8", "int8/int4", "bfloat16"])
+def test_every_form_of_keys_and_values_goes_through_the_tiers(tmp_path: Path, name: str) -> None:
+    tiers = Tiers(tmp_path, transposed_keys=True, format=kv_format(name, 16))
+    content, keys = tiers.content(), [key_of(0), key_of(1)]
+    assert tiers.run(Op.SAVE, Tier.HOST, keys, [5, 2]) == []
+    assert tiers.run(Op.DEMOTE, Tier.DISK, keys) == []
+    for places, tier in zip(([0, 7], [1, 6]), Tier, strict=True):
+        assert tiers.run(Op.LOAD, tier, keys, places) == []
+        assert torch.equal(tiers.content()[places], content[[5, 2]])
+    assert torch.equal(tiers.content()[2:6], content[2:6])
+    tiers.close()
 
 
 def test_a_demoted_block_is_in_both_tiers_until_it_is_dropped(tiers: Tiers) -> None:

@@ -22,6 +22,7 @@ from headwise.workers.cuda.kv_copy import BlockMover
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.copier import Copier
+from headwise.workers.kv.format import BITS, KvFormat
 from headwise.workers.kv.handoff import HandoffOp, Range
 from headwise.workers.kv.store import HostStore
 from headwise.workers.kv.transfer import BlockKey, Op, Tier, TransferJob, TransferResult
@@ -37,6 +38,7 @@ from tests.workers.kv.kv_blocks import key_of
 __all__ = ["fake_gpu"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+RECORDS = tuple(KvFormat(kind, kind) for kind in BITS)
 NUM_BLOCKS, NUM_LAYERS, NUM_HEADS = 7, 3, 4
 DEADLINE_S = 60.0
 
@@ -48,9 +50,10 @@ class Pair:
         collected: the event that the mover finds.
     """
 
-    def __init__(self, gpu: FakeGpu, dtype: torch.dtype = torch.bfloat16, block_size: int = 4) -> None:
+    def __init__(self, gpu: FakeGpu, kept: torch.dtype | KvFormat = torch.bfloat16, block_size: int = 4) -> None:
         sizes = (NUM_LAYERS, NUM_BLOCKS, NUM_HEADS, block_size, 8)
-        self.cache, self.plain = KVCache(*sizes, dtype), KVCache(*sizes, dtype)
+        format, dtype = (kept, torch.float32) if isinstance(kept, KvFormat) else (None, kept)
+        self.cache, self.plain = (KVCache(*sizes, dtype, format=format) for _ in range(2))
         for ours, plain in zip(memory(self.cache), memory(self.plain), strict=True):
             ours.copy_(torch.randint(-128, 128, ours.shape, dtype=torch.int8))
             plain.copy_(ours)
@@ -85,7 +88,7 @@ def a_range(draw: st.DrawFn, length: int) -> Range:
 
 @examples(15)
 @given(
-    dtype=st.sampled_from(DTYPES),
+    kept=st.sampled_from(DTYPES + RECORDS),
     block_size=st.sampled_from([1, 3, 16]),
     read=st.lists(st.integers(0, NUM_BLOCKS - 1), min_size=1, max_size=9),
     written=st.lists(st.integers(0, NUM_BLOCKS - 1), min_size=1, unique=True),
@@ -93,9 +96,9 @@ def a_range(draw: st.DrawFn, length: int) -> Range:
     layers=a_range(NUM_LAYERS),
 )
 def test_ranges_move_as_on_a_cpu(
-    dtype: torch.dtype, block_size: int, read: list[int], written: list[int], heads: Range, layers: Range
+    kept: torch.dtype | KvFormat, block_size: int, read: list[int], written: list[int], heads: Range, layers: Range
 ) -> None:
-    pair = Pair(LateGpu(), dtype, block_size)
+    pair = Pair(LateGpu(), kept, block_size)
     sizes = heads[1] - heads[0], layers[1] - layers[0]
     found, expected = (bytearray(pair.cache.range_bytes(len(read), *sizes)) for _ in range(2))
     pair.cache.read_range(read, heads, layers, found)
@@ -108,10 +111,12 @@ def test_ranges_move_as_on_a_cpu(
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["unpinned", "pinned"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_move_in_pieces_as_on_a_cpu(dtype: torch.dtype, pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", DTYPES + RECORDS, ids=str)
+def test_blocks_move_in_pieces_as_on_a_cpu(
+    kept: torch.dtype | KvFormat, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kv_copy, "STAGING_BYTES", 1)  # room for one block in a lane
-    pair = Pair(LateGpu(), dtype)
+    pair = Pair(LateGpu(), kept)
     assert pair.cache.blocks_at_once == 8
     blocks, out, expected = [6, 2, 3, 0, 5], pair.blocks(5), pair.blocks(5)
     if pinned:
@@ -122,6 +127,12 @@ def test_blocks_move_in_pieces_as_on_a_cpu(dtype: torch.dtype, pinned: bool, mon
     for cache in (pair.cache, pair.plain):
         cache.write_blocks(blocks[::-1], out)
     pair.assert_alike()
+
+
+def test_keys_and_values_of_different_sizes_are_refused() -> None:
+    cache = KVCache(1, 2, 1, 4, 8, torch.float32, format=KvFormat("int8", "int4"))
+    with pytest.raises(InvalidValueError, match=r"^kv_dtype='int8/int4'"):
+        BlockMover(cache, LateGpu(), lambda: None)
 
 
 class Step:
