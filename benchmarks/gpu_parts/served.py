@@ -18,7 +18,7 @@ from headwise.workers.collectives import Solo
 from headwise.workers.cuda import gpu
 from headwise.workers.cuda.buckets import bucket_of
 from headwise.workers.cuda.kv_copy import BlockMover
-from headwise.workers.kv.cache import KVCache, bytes_per_block
+from headwise.workers.kv.cache import KVCache
 from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan, TokenLogprobs
 from headwise.workers.runner import Launched, Runner
@@ -245,7 +245,8 @@ class Served:
         """With blocks for the largest of what is wanted that there is memory for."""
         shape = (self.config.num_kv_heads, BLOCK_SIZE, self.config.head_dim, dtype)
         free = self.device.free_bytes() * _KV_SHARE
-        fitting = [blocks for blocks in wanted if blocks * bytes_per_block(self.config.num_layers, *shape) <= free]
+        block = KVCache(self.config.num_layers, 1, *shape, "meta").nbytes
+        fitting = [blocks for blocks in wanted if blocks * block <= free]
         cache = KVCache(self.config.num_layers, max(fitting, default=1), *shape, self.device.at)
         for layer in range(self.config.num_layers):
             cache.keys[layer].normal_()

@@ -356,11 +356,6 @@ class KVCache:
                 raise InvalidValueError("block", block, f"must be at least 0 and less than {self.num_blocks}")
 
 
-def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one block, all layers together."""
-    return 2 * num_layers * num_kv_heads * block_size * head_dim * dtype.itemsize
-
-
 def block_bytes(policy: KvPolicy, format: KvFormat, block_size: int, head_dim: int) -> tuple[int, ...]:
     """Bytes of the keys and values of one block of each group, all layers together.
 

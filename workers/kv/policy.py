@@ -113,8 +113,8 @@ class KvPolicy:
         """The policy as a user may write it; the same for the same policy."""
         if self.num_groups == 1:
             return str(self.reaches[0])
-        places = [self._places(group) for group in range(self.num_groups)]
-        return ";".join(f"{reach}@{where}" for reach, where in zip(self.reaches, places, strict=True))
+        places = ((reach, self._places(group)) for group, reach in enumerate(self.reaches))
+        return ";".join(f"{reach}@{where}" for reach, where in places if where)
 
     def heads(self, kv_start: int, kv_stop: int) -> KvPolicy:
         """The same for some KV heads of every layer; the groups keep their numbers, even if they have no head here."""

@@ -114,9 +114,3 @@ class RopeTable:
     def _turn(self, positions_T: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         angles_TD = torch.from_numpy(positions_T[:, None].astype(self._dtype) * self._inv_freq_D.astype(self._dtype))
         return angles_TD.cos().float(), angles_TD.sin().float()
-
-
-def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, ``[max_model_len, D/2]`` each, float32."""
-    table = RopeTable(config, max_model_len)
-    return table.cos_LD, table.sin_LD

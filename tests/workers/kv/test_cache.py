@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import KVCache, bytes_per_block, parse_memory
+from headwise.workers.kv.cache import KVCache, block_bytes, parse_memory
 from tests.effort import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,7 +183,7 @@ def test_a_cache_of_nothing_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_allocated(transposed_keys: bool, dtype: torch.dtype) -> None:
     cache = small_cache(transposed_keys, dtype)
-    per_block = bytes_per_block(2, 3, 4, 8, dtype)
+    (per_block,) = block_bytes(cache.policy, cache.format, 4, 8)
     assert (
         cache.nbytes == 5 * per_block == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
     )
