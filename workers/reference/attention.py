@@ -87,7 +87,7 @@ class ReferenceAttention(AttentionBackend):
             sees_TC &= (keys_C < reach.sinks) | (keys_C > queries_T[:, None] - reach.window)
         num_sinks = int((keys_C < reach.sinks).sum()) if reach.sinks else None
         blocks_N, kept, sees = (upload(x, self.cache.device) for x in (table_N[blocks], kept_C, sees_TC))
-        return _View(tokens, blocks_N, kept, sees, num_sinks)
+        return _View(tokens, blocks_N, slice(len(kept_C)) if first == 0 else kept, sees, num_sinks)
 
 
 class _View(NamedTuple):
@@ -95,13 +95,13 @@ class _View(NamedTuple):
 
     Attributes:
         blocks_N: those that are gathered.
-        kept_C: which of their tokens are used.
+        kept_C: which of their tokens are used; a slice where nothing is left out, so that nothing is copied.
         num_sinks: how many of these are sinks, which come first; None where the group has none.
     """
 
     tokens: slice
     blocks_N: Tensor
-    kept_C: Tensor
+    kept_C: Tensor | slice
     sees_TC: Tensor
     num_sinks: int | None
 
