@@ -32,7 +32,7 @@ def model_policy(config: EngineConfig, model: ModelConfig) -> KvPolicy:
     if config.streaming_heads is not None:
         _check_heads(config.streaming_heads, _read(config.streaming_heads), model)
     text = with_streaming_heads(config).kv_policy
-    policy = resolve_policy(text, model.num_layers, model.num_kv_heads)
+    policy = resolve_policy(text, model.num_layers, model.num_kv_heads, model.sliding_windows)
     if policy.num_groups > 1:
         _refuse_several(config, policy)
     return policy

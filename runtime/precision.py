@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from headwise.runtime.sizes import size_text
 from headwise.workers.backends import BACKENDS, find_backend
+from headwise.workers.kv.format import KvFormat, kv_format
+from headwise.workers.kv.policy import resolve_policy
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.safetensors_index import SafetensorsIndex
 from headwise.workers.shard import DTYPES
@@ -37,8 +40,12 @@ def precision_notes(dtype: str, spec: ShardSpec, model: ModelConfig, weights: Sa
     Raises:
         InvalidValueError: ``spec.attention`` cannot compute the model.
     """
-    cache = (torch.device(spec.device), DTYPES[spec.dtype], spec.block_size, model.head_dim)
+    kept = kv_format(spec.kv_dtype or spec.dtype, model.head_dim)
+    policy = resolve_policy(spec.kv_policy, model.num_layers, model.num_kv_heads, model.sliding_windows)
+    cache = (torch.device(spec.device), DTYPES[spec.dtype], spec.block_size, model.head_dim, kept, policy)
     backend = find_backend(spec.attention, *cache)
+    if str(kept) != spec.dtype:
+        yield _kv_note(spec, model, kept)
     if spec.device != "cpu":
         if spec.attention is None and backend is BACKENDS["reference"]:
             reasons = " and ".join(BACKENDS["cuda"].attention.obstacles(*cache))
@@ -52,6 +59,18 @@ def precision_notes(dtype: str, spec: ShardSpec, model: ModelConfig, weights: Sa
     if spec.attention is None and backend is BACKENDS["reference"]:
         reasons = " and ".join(BACKENDS["cpu"].attention.obstacles(*cache))
         yield f"slow: {reasons}, so the reference backend computes the model, without compiled kernels"
+
+
+def _kv_note(spec: ShardSpec, model: ModelConfig, kept: KvFormat) -> str:
+    def size(one: KvFormat) -> str:
+        heads = model.num_layers * model.num_kv_heads
+        return size_text(heads * one.block_bytes(spec.block_size, model.head_dim) // spec.block_size)
+
+    said = f"kv_dtype={kept} keeps keys and values of a token in {size(kept)}, which take "
+    said += f"{size(KvFormat(spec.dtype, spec.dtype))} as {spec.dtype}"
+    if kept.keys == "float32":
+        return said
+    return f"{said}; they are rounded, which changes outputs: headwise bench policies measures by how much"
 
 
 def _weight_bytes(spec: ShardSpec, model: ModelConfig, weights: SafetensorsIndex) -> int:

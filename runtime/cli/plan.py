@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headwise.runtime.cli.options import AsJson, Tp, option
+from headwise.runtime.cli.options import AsJson, KvPolicy, StreamingHeads, Tp, option
 from headwise.runtime.cli.printing import print_json
 from headwise.workers.errors import InvalidValueError
 
@@ -27,6 +27,10 @@ ModelFolder = Annotated[
     typer.Argument(help="A directory with a config.json, that file, a .gguf file, or smollm2; no weights needed."),
 ]
 Dtype = Annotated[str, option("type", "float32, bfloat16, float16 (or fp32, bf16, fp16), or auto: the checkpoint's.")]
+KvDtype = Annotated[
+    str | None,
+    option("type", "Of keys and values: as --dtype, or int8, int4, or int8/int4 for keys/values; default: --dtype."),
+]
 GpuMemory = Annotated[str | None, option("size", "Memory of each rank's GPU, or of its part of a host: 80GiB.")]
 KvMemory = Annotated[str, option("size", "Of what the weights leave there, what KV may take: 0.9, or 16GiB.")]
 RequestTokens = Annotated[
@@ -44,6 +48,9 @@ def plan(
     model: ModelFolder,
     tp: Tp = 1,
     dtype: Dtype = "auto",
+    kv_policy: KvPolicy = "dense",
+    kv_dtype: KvDtype = None,
+    streaming_heads: StreamingHeads = None,
     gpu_memory: GpuMemory = None,
     kv_memory: KvMemory = "0.9",
     max_model_len: RequestTokens = None,
@@ -56,17 +63,26 @@ def plan(
     """Say what a model takes of memory.
 
     Bytes of weights and of KV, of all ranks and of each, and with --gpu-memory how many tokens and requests fit. What
-    steps need for a time is measured at start; it has to fit in the memory that --kv-memory leaves.
+    steps need for a time is measured at start; it has to fit in the memory that --kv-memory leaves. KV of a request
+    that keeps a window is what it takes once its prompt is computed; before, it takes as much more as a step computes.
     """
     from rich.console import Console
 
     from headwise.runtime.bench.figures import check_plot
-    from headwise.runtime.capacity import capacity, room
+    from headwise.runtime.capacity import DTYPE_BYTES, capacity, room
+    from headwise.runtime.config import engine_config
+    from headwise.runtime.kv_settings import model_format, model_policy
 
     check_plot(plot)
     config = _config(model)
     name = config.dtype if dtype == "auto" else _ALIASES.get(dtype, dtype)
-    taken = capacity(config, tp, name, max_model_len or config.max_position_embeddings, block_size)
+    if name not in DTYPE_BYTES:
+        raise InvalidValueError("dtype", name, f"must be one of {', '.join(DTYPE_BYTES)}")
+    form = None if kv_dtype is None else _ALIASES.get(kv_dtype, kv_dtype)
+    settings = engine_config(model="", kv_policy=kv_policy, kv_dtype=form, streaming_heads=streaming_heads)
+    policy, kept = model_policy(settings, config), model_format(settings, config, name)
+    tokens = max_model_len or config.max_position_embeddings
+    taken = capacity(config, tp, name, tokens, block_size, policy=policy, format=kept)
     budgets = {"gpu_memory": gpu_memory, "host_kv_memory": host_kv_memory, "disk_kv_limit": disk_kv_limit}
     rooms = {field: room(taken, field, size, kv_memory) for field, size in budgets.items() if size is not None}
     if as_json:
@@ -98,8 +114,12 @@ def _json(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> di
         "block_size": taken.block_size,
         "request_tokens": taken.request_tokens,
         "weight_bytes": taken.weight_bytes,
+        "kv_policy": taken.policy.text,
+        "kv_dtype": str(taken.format),
         "kv_bytes_per_token": taken.kv_bytes_per_token,
         "kv_bytes_per_request": taken.kv_bytes_per_request,
+        "kv_constant_after_tokens": taken.constant_after,
+        "groups": [group._asdict() | {"reach": str(group.reach)} for group in taken.groups],
         "ranks": [
             {
                 "rank": rank.rank,
@@ -107,7 +127,7 @@ def _json(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> di
                 "kv_heads": list(rank.kv_heads),
                 "weight_bytes": rank.weight_bytes,
                 "kv_bytes_per_token": rank.kv_bytes_per_token,
-                "kv_bytes_per_request": rank.kv_bytes_per_token * taken.request_tokens,
+                "kv_bytes_per_request": rank.kv_bytes_per_request,
             }
             for rank in taken.ranks
         ],
@@ -129,7 +149,7 @@ def _table(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> T
             _range(rank.kv_heads),
             size_text(rank.weight_bytes),
             size_text(rank.kv_bytes_per_token),
-            size_text(rank.kv_bytes_per_token * taken.request_tokens),
+            size_text(rank.kv_bytes_per_request),
         ]
         for rank in taken.ranks
     ]
@@ -140,9 +160,26 @@ def _table(model: str, dtype: str, taken: Capacity, rooms: dict[str, Room]) -> T
         f"or {one.requests:,} requests of {taken.request_tokens:,} tokens at a time"
         for field, one in rooms.items()
     ]
+    if not taken.policy.plain:
+        fits = [*_groups(taken), *fits]
     columns = ("", "query heads", "KV heads", "weights", "KV a token", f"KV of {taken.request_tokens:,} tokens")
-    title = f"{model}: {taken.attention}, {dtype}, blocks of {taken.block_size} tokens"
+    kept = "" if str(taken.format) == dtype else f", KV {taken.format}"
+    title = f"{model}: {taken.attention}, {dtype}{kept}, blocks of {taken.block_size} tokens"
     return table(title, columns, rows, "\n".join(fits) or None)
+
+
+def _groups(taken: Capacity) -> list[str]:
+    """A line for each group of heads, and one where requests stop growing."""
+    from headwise.runtime.sizes import size_text
+
+    lines = [
+        f"{group.reach}: {group.heads:,} KV heads of all layers, {size_text(group.kv_bytes_per_token)} a token, "
+        f"{group.request_blocks:,} blocks or {size_text(group.kv_bytes_per_request)} a request"
+        for group in taken.groups
+    ]
+    if (tokens := taken.constant_after) is not None:
+        lines.append(f"a request takes no more from {tokens:,} tokens on")
+    return lines
 
 
 def _draw(model: str, dtype: str, taken: Capacity, room: Room | None) -> Figure:
@@ -152,9 +189,9 @@ def _draw(model: str, dtype: str, taken: Capacity, room: Room | None) -> Figure:
     rank = max(taken.ranks, key=lambda one: (one.kv_bytes_per_token, one.weight_bytes))
     subtitle = f"{Path(model).name}, {dtype}, rank {rank.rank} of {len(taken.ranks)}: weights and KV"
     figure, [axes] = figures.new_figure("Memory by context", subtitle, 1)
-    contexts = [taken.request_tokens * step / 64 for step in range(65)]
+    contexts = [taken.request_tokens * step // 64 for step in range(65)]
     for color, batch in zip(figures.COLORS, _BATCHES, strict=True):
-        used = [(rank.weight_bytes + batch * context * rank.kv_bytes_per_token) / _GIB for context in contexts]
+        used = [(rank.weight_bytes + batch * taken.request_bytes(rank, context)) / _GIB for context in contexts]
         axes.plot(contexts, used, color=color, label=f"{batch} request{'s' * (batch > 1)}")
     if room is not None:
         limit = (rank.weight_bytes + room.kv_bytes[rank.rank]) / _GIB

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 from headwise.runtime.config import DEFAULT_KV_MEMORY, EngineConfig
 from headwise.runtime.doctor import machine, network, ray_cluster, software
 from headwise.runtime.doctor.finding import Finding, failed, passed, warned
-from headwise.workers.errors import HeadwiseError
+from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 if TYPE_CHECKING:
     from headwise.cluster.ray_nodes import NodeFacts
     from headwise.runtime.capacity import Capacity
+    from headwise.workers.kv.format import KvFormat
+    from headwise.workers.kv.policy import KvPolicy
     from headwise.workers.model.model_config import ModelConfig
 
 NCCL_BYTES = 32 << 20
@@ -201,6 +203,7 @@ def _gpus(config: EngineConfig, device: str, nodes: list[NodeFacts]) -> Iterator
 
 def _model(setup: Setup, device: str) -> Iterator[Finding]:
     from headwise.runtime.doctor import model
+    from headwise.runtime.kv_settings import model_format, model_policy
     from headwise.runtime.models import resolve
     from headwise.runtime.precision import resolve_dtype
     from headwise.workers.model.model_config import load_model_config
@@ -218,13 +221,20 @@ def _model(setup: Setup, device: str) -> Iterator[Finding]:
     yield model.weights(directory, shapes)
     yield model.tokenizer(directory)
     dtype = resolve_dtype(config.dtype, device, shapes.dtype)
-    yield model.kernels(config.attention, device, dtype, config.block_size, shapes.head_dim)
     yield model.heads(shapes.num_heads, shapes.num_kv_heads, config.tensor_parallel_size)
+    try:
+        policy, kept = model_policy(config, shapes), model_format(config, shapes, dtype)
+    except InvalidValueError as error:
+        yield model.kv_settings(error)
+        return
+    yield model.kernels(config.attention, device, dtype, config.block_size, shapes.head_dim, kept, policy)
     if config.tensor_parallel_size <= shapes.num_heads:
-        yield from _guarded("KV memory", partial(_kv_memory, setup, shapes, device, dtype))
+        yield from _guarded("KV memory", partial(_kv_memory, setup, shapes, device, dtype, kept, policy))
 
 
-def _kv_memory(setup: Setup, shapes: ModelConfig, device: str, dtype: str) -> Iterator[Finding]:
+def _kv_memory(
+    setup: Setup, shapes: ModelConfig, device: str, dtype: str, kept: KvFormat, policy: KvPolicy
+) -> Iterator[Finding]:
     from headwise.runtime.capacity import capacity
     from headwise.runtime.doctor import model
 
@@ -235,7 +245,13 @@ def _kv_memory(setup: Setup, shapes: ModelConfig, device: str, dtype: str) -> It
         )
         yield failed("KV memory", said, f"--max-model-len {longest} or less")
         return
-    taken = capacity(shapes, config.tensor_parallel_size, dtype, config.max_model_len or longest, config.block_size)
+    taken = capacity(
+        *(shapes, config.tensor_parallel_size, dtype, config.max_model_len or longest, config.block_size),
+        policy=policy,
+        format=kept,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
     free = _free(setup, taken, device)
     if free is None:
         said = f"{config.tensor_parallel_size} GPU(s) are not here, so their memory is not known"

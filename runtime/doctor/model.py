@@ -15,6 +15,8 @@ from headwise.runtime.sizes import size_text
 from headwise.workers.backends import BACKENDS, find_backend
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError
 from headwise.workers.kv.cache import parse_memory
+from headwise.workers.kv.format import KvFormat
+from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.model.checkpoint import verify_checkpoint
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import partition_heads
@@ -113,15 +115,24 @@ def gpu_build(cuda: str | None, driver: bool, visible: int) -> Finding:
     return passed("torch and CUDA", f"torch for CUDA {cuda} sees {visible} GPU(s)")
 
 
-def kernels(attention: str | None, device: str, dtype: str, block_size: int, head_dim: int) -> Finding:
+def kernels(
+    attention: str | None,
+    device: str,
+    dtype: str,
+    block_size: int,
+    head_dim: int,
+    format: KvFormat | None = None,
+    policy: KvPolicy | None = None,
+) -> Finding:
     """Whether the model is computed by kernels made for the device, or by plain torch.
 
     Args:
         attention: the backend that is asked for; None: the fastest.
         device: ``cpu`` or ``cuda``.
         dtype: a key of DTYPES.
+        format, policy: of keys and values; None: the floats of ``dtype``, and dense.
     """
-    cache = (torch.device(device), DTYPES[dtype], block_size, head_dim)
+    cache = (torch.device(device), DTYPES[dtype], block_size, head_dim, format, policy)
     try:
         backend = find_backend(attention, *cache)
     except InvalidValueError as error:
@@ -135,6 +146,8 @@ def kernels(attention: str | None, device: str, dtype: str, block_size: int, hea
         return warned("kernels", said, "--dtype float32")
     if any(obstacle.startswith("triton") for obstacle in obstacles):
         return warned("kernels", said, "pip install 'headwise[cuda]'")
+    if any(obstacle.startswith("kv_") for obstacle in obstacles):
+        return warned("kernels", said, "leave out --kv-policy, --streaming-heads and --kv-dtype; it works, but slowly")
     return warned("kernels", said, "serve a model of another head_dim; it works, but there are no kernels for this one")
 
 
@@ -164,8 +177,8 @@ def kv_memory(taken: Capacity, free: Sequence[int], kv: str | int | float, devic
     tokens, requests = blocks * taken.block_size, taken.num_requests(blocks)
     said = f"{size_text(min(budgets))} of KV a rank hold {tokens:,} tokens"
     if requests < 1:
-        needed = max(rank.kv_bytes_per_token for rank in taken.ranks) * taken.request_tokens
-        shorter = f", or --max-model-len {tokens}" if tokens > 1 else ""
+        needed = max(rank.kv_bytes_per_request for rank in taken.ranks)
+        shorter = f", or --max-model-len {tokens}" if tokens > 1 and taken.constant_after is None else ""
         fix = f"--kv-memory {-(-needed >> 20)}MiB{shorter}"
         return failed("KV memory", f"{said}, and one request may have {taken.request_tokens:,}", fix)
     return passed("KV memory", f"{said}: {requests:,} request(s) of {taken.request_tokens:,} at a time")
@@ -177,6 +190,11 @@ def _left(taken: Capacity, free: Sequence[int], device: str) -> list[int]:
         return [room - rank.weight_bytes for room, rank in zip(free, taken.ranks, strict=True)]
     left, all_kv = free[0] - taken.weight_bytes, taken.kv_bytes_per_token
     return [left * rank.kv_bytes_per_token // all_kv for rank in taken.ranks]
+
+
+def kv_settings(error: HeadwiseError) -> Finding:
+    """The policy or the form of keys and values is none for the model."""
+    return refused("KV settings", error, "correct --kv-policy, --streaming-heads or --kv-dtype")
 
 
 def shapes(name: str, error: HeadwiseError) -> Finding:

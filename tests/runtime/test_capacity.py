@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from headwise.runtime.capacity import capacity, room
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.format import KV_DTYPES, kv_format
+from headwise.workers.kv.policy import KvPolicy, resolve_policy
 from headwise.workers.model.checkpoint import load_shard
 from headwise.workers.model.model_config import ModelConfig, load_model_config
 from headwise.workers.model.partition import partition_model
@@ -101,6 +103,92 @@ def test_what_fits_does_and_no_block_more_would(
     assert (fits.blocks + 1) * largest > min(fits.kv_bytes)
     assert taken.request_tokens % block_size == 0 and tokens <= taken.request_tokens < tokens + block_size
     assert fits.requests * taken.request_tokens <= fits.tokens < (fits.requests + 1) * taken.request_tokens
+
+
+def of_llama(text: str) -> KvPolicy:
+    return resolve_policy(text, 32, 32)
+
+
+@pytest.mark.parametrize("text", ["dense", "sinks:4,28", "window:40@0;dense", "dense@0.1;sinks:4,28@1;window:16"])
+@pytest.mark.parametrize("name", KV_DTYPES)
+@pytest.mark.parametrize("tp", [1, 3])
+def test_bytes_by_policy_and_form_are_those_that_a_cache_takes(text: str, name: str, tp: int) -> None:
+    config = model(2, 12, 3, 32)
+    policy, kept = resolve_policy(text, 2, 3), kv_format(name, 32)
+    taken = capacity(config, tp, "float32", 100, policy=policy, format=kept)
+    for rank, part in zip(taken.ranks, partition_model(config, tp), strict=True):
+        local = policy.heads(part.heads.kv_start, part.heads.kv_stop)
+        blocks = [group.request_blocks for group in taken.groups]
+        cache = KVCache(2, blocks, part.heads.num_kv, 16, 32, torch.float32, format=kept, policy=local)
+        assert rank.kv_bytes_per_request == cache.nbytes == taken.request_bytes(rank, 100)
+    assert sum(group.kv_bytes_per_token for group in taken.groups) == taken.kv_bytes_per_token
+    assert sum(group.kv_bytes_per_request for group in taken.groups) == taken.kv_bytes_per_request
+    assert sum(group.heads for group in taken.groups) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_number"),
+    [("float32", 4), ("float16", 2), ("int8", 1 + 4 / 128), ("int4", 0.5 + 4 / 32), ("int8/int4", 0.828125)],
+)
+def test_llama_2_7b_by_form(name: str, bytes_per_number: float) -> None:
+    taken = capacity(LLAMA_2_7B, 1, "float16", 1024, format=kv_format(name, 128))
+    assert taken.kv_bytes_per_token == 2 * 32 * 32 * 128 * bytes_per_number
+    assert taken.weight_bytes == 2 * 6_738_415_616
+
+
+def test_a_request_with_a_window_is_constant() -> None:
+    """A block of sinks, 64 of the window, and two where it moves on."""
+    for tokens in (1072, 4096, 50_000):
+        taken = capacity(LLAMA_2_7B, 1, "float16", tokens, policy=of_llama("sinks:4,1020"))
+        assert taken.constant_after == 67 * 16 and taken.groups[0].request_blocks == 67
+        assert taken.kv_bytes_per_request == 67 * 16 * 512 * KIB and taken.kv_bytes_per_token == 512 * KIB
+    short = capacity(LLAMA_2_7B, 1, "float16", 512, policy=of_llama("sinks:4,1020"))
+    assert short.kv_bytes_per_request == 512 * 512 * KIB
+
+
+def test_half_of_the_layers_take_half_of_what_grows() -> None:
+    taken = capacity(LLAMA_2_7B, 2, "float16", 4096, policy=of_llama("dense@0-15;window:256"))
+    assert taken.constant_after is None
+    dense, window = taken.groups
+    assert (str(dense.reach), str(window.reach)) == ("dense", "window:256")
+    assert dense.kv_bytes_per_token == window.kv_bytes_per_token == 256 * KIB
+    assert dense.kv_bytes_per_request == 4096 * 256 * KIB and window.kv_bytes_per_request == 18 * 16 * 256 * KIB
+
+
+def test_the_windows_of_a_model_count() -> None:
+    trained = replace(LLAMA_2_7B, sliding_windows=(1024,) * 32)
+    assert capacity(trained, 1, "float16", 4096).constant_after == 66 * 16
+    assert capacity(LLAMA_2_7B, 1, "float16", 4096).constant_after is None
+
+
+@given(
+    text=st.sampled_from(["window:64", "sinks:4,1020", "dense@0-3;sinks:4,60", "window:16@0.3;dense", "dense"]),
+    name=st.sampled_from(["float16", "int8", "int4"]),
+    tokens=st.integers(1, 9000),
+    size=st.integers(14, 400),
+    tp=st.integers(1, 5),
+)
+def test_what_fits_with_windows_does(text: str, name: str, tokens: int, size: int, tp: int) -> None:
+    """Every group has room for so many requests, and no group for one block more."""
+    taken = capacity(LLAMA_2_7B, tp, "float16", tokens, policy=of_llama(text), format=kv_format(name, 128))
+    fits = room(taken, "gpu_memory", f"{size}GiB", "0.9")
+
+    def bytes_of(rank: int, blocks: int) -> int:
+        caps = [blocks if cap is None else cap for cap in taken.caps]
+        pairs = zip(taken.ranks[rank].block_bytes, caps, strict=True)
+        return sum(block * min(blocks, cap) for block, cap in pairs)
+
+    assert all(bytes_of(rank, fits.blocks) <= budget for rank, budget in enumerate(fits.kv_bytes))
+    assert any(bytes_of(rank, fits.blocks + 1) > budget for rank, budget in enumerate(fits.kv_bytes))
+    for group, cap in zip(taken.groups, taken.caps, strict=True):
+        assert fits.requests * group.request_blocks <= min(fits.blocks, fits.blocks if cap is None else cap)
+
+
+def test_heads_that_keep_different_tokens_have_no_blocks_below_the_device() -> None:
+    taken = capacity(LLAMA_2_7B, 1, "float16", 1024, policy=of_llama("dense@0;window:16"))
+    for field in ("host_kv_memory", "disk_kv_limit"):
+        with pytest.raises(InvalidValueError, match=rf"^{field}=.*2 groups here, have no blocks there; .*--kv-policy"):
+            room(taken, field, "64GiB", "0.9")
 
 
 def test_a_block_on_disk_is_a_file() -> None:

@@ -95,6 +95,27 @@ def test_what_falls_back_to_the_reference_says_so(
 
 
 @pytest.mark.parametrize(
+    ("kept", "dtype", "said"),
+    [
+        ("int8", "float32", "kv_dtype=int8 keeps keys and values of a token in 320 B, which take 1 KiB as float32; "),
+        ("int8/int4", "float32", "in 256 B, which take 1 KiB as float32; they are rounded"),
+        ("bfloat16", "float32", "in 512 B, which take 1 KiB as float32; they are rounded"),
+        ("float16", "bfloat16", "in 512 B, which take 512 B as bfloat16; they are rounded"),
+        ("float32", "bfloat16", "in 1 KiB, which take 512 B as bfloat16"),
+        ("float32", "float32", ""),
+    ],
+)
+def test_what_a_kv_dtype_costs_is_said(checkpoint: Callable[..., Path], kept: str, dtype: str, said: str) -> None:
+    directory = checkpoint("gqa")
+    config = load_model_config(directory)
+    spec = small_spec(directory, dtype=dtype, kv_dtype=kept)
+    notes = precision_notes(dtype, spec, config, verify_checkpoint(directory, config))
+    [*about] = [note for note in notes if note.startswith("kv_dtype=")]
+    assert len(about) == bool(said) and all(said in note for note in about)
+    assert all(("rounded" in note) is (kept != "float32") for note in about)
+
+
+@pytest.mark.parametrize(
     ("settings", "obstacle"),
     [({"dtype": "bfloat16"}, "dtype=bfloat16 is not float32"), ({"block_size": 8}, "block_size=8 is not a multiple")],
 )

@@ -108,3 +108,17 @@ def test_a_table_shows_what_is_in_brackets_and_the_fixes(headwise: Run, monkeypa
 def test_a_wrong_flag_is_a_line_and_exit_code_2(headwise: Run, arguments: list[str], said: str) -> None:
     code, out, err = headwise("doctor", *arguments)
     assert code == 2 and not out and said in err and len(err.splitlines()) == 1
+
+
+def test_kv_settings(headwise: Run, model: Path, tmp_path: Path) -> None:
+    given = ("--model", str(model), "--kv-policy", "sinks:4,60@0;dense", "--kv-dtype", "int8")
+    code, found = diagnosed(headwise, *given)
+    assert code == 0 and found["KV memory"]["level"] == "pass"
+    _, plain = diagnosed(headwise, "--model", str(model))
+    tokens = [int(one["KV memory"]["said"].split(" hold ")[1].split()[0].replace(",", "")) for one in (found, plain)]
+    assert tokens[0] > 3 * tokens[1]  # a quarter of the bytes for numbers, and scales
+    code, found = diagnosed(headwise, "--model", str(model), "--kv-policy", "window:8@7;dense")
+    assert code == 1 and "names layers 7 to 7" in found["KV settings"]["said"]
+    code, found = diagnosed(headwise, "--model", str(model), "--streaming-heads", str(tmp_path / "none.json"))
+    assert code == 1 and "No such file" in found["KV settings"]["said"] and "calibrate" in found["KV settings"]["fix"]
+    assert found["heads"]["level"] == "pass"

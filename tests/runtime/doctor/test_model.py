@@ -12,6 +12,8 @@ import pytest
 from headwise.runtime.capacity import capacity
 from headwise.runtime.doctor.finding import Finding, Level
 from headwise.runtime.doctor.model import gpu_build, gpus, heads, kernels, kv_memory, tokenizer, weights
+from headwise.workers.kv.format import kv_format
+from headwise.workers.kv.policy import resolve_policy
 from headwise.workers.model.model_config import ModelConfig, load_model_config
 
 GIB = 1 << 30
@@ -103,6 +105,14 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwise.workers.cuda.attention.TRITON", False)
     found = kernels(None, "cuda", "bfloat16", 16, 128)
     assert found.level is Level.WARN and found.fix == "pip install 'headwise[cuda]'"
+
+
+def test_kv_that_a_gpus_kernels_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.workers.cuda.attention.TRITON", True)
+    kept, policy = kv_format("int8", 128), resolve_policy("window:64", 2, 2)
+    for changes in ((kept, None), (None, policy), (kept, policy)):
+        found = kernels(None, "cuda", "bfloat16", 16, 128, *changes)
+        assert found.level is Level.WARN and "kv_" in found.said and found.fix.startswith("leave out --kv-policy")
 
 
 def test_gpus_for_the_ranks() -> None:
