@@ -1,13 +1,14 @@
 """What the settings of an engine say of its keys and values, for one model: the policy, and the form they are kept in.
 
 A file of *streaming heads*, which ``headwise calibrate`` writes, is JSON: an object with ``kv_policy``, one rule such
-as ``"sinks:16,240"``, and ``heads``, the KV heads that it is for, as pairs of layer and head. What else the object has
-is for people.
+as ``"sinks:16,240"``, and ``heads``, the KV heads that it is for, as pairs of layer and head. ``model``, which may be
+left out, is the fingerprint of the model. What else the object has is for people.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from headwise.runtime.config import EngineConfig
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.format import KvFormat, kv_format
 from headwise.workers.kv.policy import DENSE_TEXT, KvPolicy, check_policy, resolve_policy
+from headwise.workers.model.checkpoint import model_fingerprint
 from headwise.workers.model.model_config import ModelConfig
 
 MAX_FILE_BYTES = 1 << 20
@@ -68,6 +70,18 @@ def with_streaming_heads(config: EngineConfig) -> EngineConfig:
     places = ",".join(f"{layer}.{head}" for layer, head in found["heads"])
     text = f"{found['kv_policy']}@{places};{config.kv_policy}" if places else config.kv_policy
     return config.model_copy(update={"kv_policy": text, "streaming_heads": None})
+
+
+def heads_notes(config: EngineConfig, path: Path) -> Iterator[str]:
+    """A line if the streaming heads were found for another model than that in ``path``."""
+    if config.streaming_heads is None:
+        return
+    made_for = _read(config.streaming_heads).get("model")
+    if isinstance(made_for, str) and made_for != model_fingerprint(path):
+        yield (
+            f"streaming_heads={config.streaming_heads} was written for a model with other weights or another "
+            "config.json, whose heads may need other tokens; headwise calibrate finds those of this model"
+        )
 
 
 def _refuse_several(config: EngineConfig, policy: KvPolicy) -> None:

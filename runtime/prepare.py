@@ -52,8 +52,7 @@ class PreparedModel:
     def inputs(self, seed: int, identity: KvIdentity | None) -> InputProcessor:
         """Makes requests. Args: ``seed``: from which those without one get theirs."""
         grammars = GrammarChecker(self.path, self.config.vocab_size, self.config.eos_token_ids)
-        endless = self.policy.bounded
-        return InputProcessor(self.tokenizer, self.config, self.max_model_len, seed, grammars, identity, endless)
+        return InputProcessor(self.tokenizer, self.config, self.max_model_len, seed, grammars, identity, self.policy)
 
 
 def prepare(config: EngineConfig) -> PreparedModel:

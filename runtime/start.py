@@ -31,7 +31,7 @@ from headwise.runtime.handoff.outbound import MAX_LEASE_S, MAX_TRANSFERS, Outbou
 from headwise.runtime.handoff.service import HandoffService
 from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.kv.events import KvEvents
-from headwise.runtime.kv_settings import kv_name
+from headwise.runtime.kv_settings import heads_notes, kv_name
 from headwise.runtime.precision import precision_notes
 from headwise.runtime.prepare import best_device, prepare
 from headwise.runtime.sides import decode_config, prefill_config
@@ -223,7 +223,8 @@ def _start(config: EngineConfig, quiet: bool) -> Started:
     sweep()  # what engines have left that were killed together with all of their ranks
     model = prepare(config)
     path, spec, max_model_len = model.path, model.spec, model.max_model_len
-    for note in precision_notes(config.dtype, spec, model.config, model.weights):
+    notes = precision_notes(config.dtype, spec, model.config, model.weights)
+    for note in (*notes, *heads_notes(config, path)):
         if not quiet:
             print(f"headwise: {note}", file=sys.stderr)
     sizes = tier_sizes(config, model.config, spec, model.policy)

@@ -143,9 +143,7 @@ class DeployedModel(AsyncModel[Deployment]):
         """Called on the front's thread when replicas have come or gone."""
         if abouts := self._front.deployment.abouts:
             self._blocks = sum(about["num_blocks"] for about in abouts)
-            fits = min(about["num_blocks"] * about["block_size"] for about in abouts)
-            if not self.inputs.endless:
-                self.inputs.max_model_len = min(self._max_model_len, fits)
+            self.inputs.max_model_len = min(self._max_model_len, *map(_most_tokens, abouts))
 
 
 class FrontBusyError(HeadwiseError):
@@ -185,6 +183,13 @@ class Alike:
                     f"the {name} of a new replica ({is_now:.12}) are not those of the deployment ({was:.12}), so that "
                     "requests could not go on there; start a server of its own for it"
                 )
+
+
+def _most_tokens(about: dict[str, Any]) -> int:
+    """Of a request that a replica can compute; of its prompt, where outputs may be endless."""
+    if about["endless"]:
+        return int(about["max_model_len"])
+    return int(about["num_blocks"] * about["block_size"])
 
 
 def make_replicas(config: EngineConfig, options: ReplicaOptions) -> ReplicaFactory:

@@ -12,6 +12,7 @@ from headwise.runtime.kv.identity import KvIdentity
 from headwise.runtime.sampling_params import MAX_ENDLESS_TOKENS, SamplingParams
 from headwise.runtime.structured_outputs import StructuredOutputsParams
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.policy import DENSE_TEXT, KvPolicy
 from headwise.workers.model.model_config import ModelConfig
 
 Prompt = str | Sequence[int]
@@ -26,7 +27,12 @@ MAX_CACHE_SALT = 256
 
 
 class InputProcessor:
-    """Checks prompts and parameters against the model's limits and turns them into requests."""
+    """Checks prompts and parameters against the model's limits and turns them into requests.
+
+    Attributes:
+        kv_policy: its text, the same for the same policy.
+        endless: whether it lets a text go on past max_model_len.
+    """
 
     def __init__(
         self,
@@ -36,14 +42,16 @@ class InputProcessor:
         seed: int,
         grammars: GrammarChecker,
         identity: KvIdentity | None = None,
-        endless: bool = False,
+        policy: KvPolicy | None = None,
     ) -> None:
         """
         Args:
             identity: of the KV blocks; None: requests take no part in a prefix cache.
-            endless: whether the KV policy lets a text go on past max_model_len.
+            policy: of keys and values; None is dense.
         """
-        self.tokenizer, self.endless = tokenizer, endless
+        self.tokenizer = tokenizer
+        self.kv_policy = policy.text if policy is not None else DENSE_TEXT
+        self.endless = policy is not None and policy.bounded
         self.model, self.max_model_len = model, max_model_len
         self._seed, self._grammars, self.identity = seed, grammars, identity
 

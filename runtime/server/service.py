@@ -105,6 +105,8 @@ class InferenceService(InferenceServiceServicer):
             dtype=llm.dtype,
             kv_tokens=llm.num_blocks * llm.config.block_size,
             block_size=llm.config.block_size,
+            kv_policy=inputs.kv_policy,
+            kv_dtype=llm.config.kv_dtype or llm.dtype,
             limits=pb.Limits(
                 max_model_len=inputs.max_model_len,
                 max_n=MAX_N,

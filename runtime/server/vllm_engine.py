@@ -111,7 +111,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             uptime_seconds=time.monotonic() - self._started,
             server_type="vllm-grpc",
             data_parallel_size=1,
-            kv_cache_dtype="auto",
+            kv_cache_dtype=config.kv_dtype or "auto",
             block_size=config.block_size,
             model_dtype=self._llm.dtype,
             max_num_seqs=self._llm.max_running,

@@ -14,12 +14,20 @@ from hypothesis import strategies as st
 from headwise.runtime import SamplingParams
 from headwise.runtime.config import EngineConfig, engine_config
 from headwise.runtime.engine.request import Request
-from headwise.runtime.kv_settings import MAX_FILE_BYTES, kv_name, model_format, model_policy, with_streaming_heads
+from headwise.runtime.kv_settings import (
+    MAX_FILE_BYTES,
+    heads_notes,
+    kv_name,
+    model_format,
+    model_policy,
+    with_streaming_heads,
+)
 from headwise.runtime.prepare import PreparedModel, prepare
 from headwise.runtime.sampling_params import MAX_ENDLESS_TOKENS
 from headwise.runtime.sides import check_side, decode_config, prefill_config
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.policy import resolve_policy
+from headwise.workers.model.checkpoint import model_fingerprint
 from headwise.workers.model.model_config import ModelConfig
 from tests.byte_tokenizer import VOCAB, write_byte_tokenizer
 from tests.checkpoints import write_checkpoint
@@ -161,6 +169,16 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes | None, sai
         path.write_bytes(data)
     with pytest.raises(InvalidValueError, match=f"^streaming_heads=.*heads.json.*: {said}"):
         model_policy(settings(streaming_heads=str(path)), MODEL)
+
+
+def test_a_file_of_another_model_is_said_to_be_one(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def notes(**changes: Any) -> list[str]:
+        return [*heads_notes(settings(streaming_heads=heads_file(tmp_path, **changes)), checkpoint("gqa"))]
+
+    assert notes() == notes(model=model_fingerprint(checkpoint("gqa"))) == notes(model=7) == []
+    [said] = notes(model=model_fingerprint(checkpoint("mha")))
+    assert said.startswith(f"streaming_heads={tmp_path}") and "headwise calibrate" in said
+    assert [*heads_notes(settings(), checkpoint("gqa"))] == []
 
 
 # policies with several groups

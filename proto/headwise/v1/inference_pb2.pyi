@@ -260,7 +260,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "vocab_size", "eos_token_ids", "has_tokenizer", "has_chat_template", "limits", "tensor_parallel_size", "dtype", "kv_tokens", "block_size")
+    __slots__ = ("name", "vocab_size", "eos_token_ids", "has_tokenizer", "has_chat_template", "limits", "tensor_parallel_size", "dtype", "kv_tokens", "block_size", "kv_policy", "kv_dtype")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,8 @@ class GetModelResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_POLICY_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     vocab_size: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -281,7 +283,9 @@ class GetModelResponse(_message.Message):
     dtype: str
     kv_tokens: int
     block_size: int
-    def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tensor_parallel_size: _Optional[int] = ..., dtype: _Optional[str] = ..., kv_tokens: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
+    kv_policy: str
+    kv_dtype: str
+    def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tensor_parallel_size: _Optional[int] = ..., dtype: _Optional[str] = ..., kv_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_policy: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_model_len", "max_n", "max_logprobs", "max_logit_bias", "max_stop", "max_stop_characters", "max_messages", "max_prompt_bytes", "max_queued_requests", "max_grammar_bytes", "max_choices", "max_request_seconds")

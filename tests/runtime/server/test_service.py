@@ -224,9 +224,24 @@ def test_what_is_served_and_done(tiny: Running) -> None:
         model = client.model()
         assert (model.name, model.vocab_size, model.limits.max_model_len) == ("tiny", 256, 512)
         assert not model.has_tokenizer and model.kv_tokens > 512
+        assert (model.dtype, model.kv_policy, model.kv_dtype) == ("float32", "dense", "float32")
         client.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))
         stats = client.stats()
         assert stats.num_generated_tokens == 3 and stats.num_running == 0 and "prefix_cache" in stats.json
+
+
+def test_an_output_goes_on_past_the_models_length_where_keys_leave_a_window(serve: Serve) -> None:
+    running = serve(kv_policy="sinks:4,28@0-1", kv_dtype="int8/int4", max_model_len=48)
+    with running.client() as client:
+        model = client.model()
+        assert (model.dtype, model.kv_policy, model.kv_dtype) == ("float32", "sinks:4,28", "int8/int4")
+        assert model.limits.max_model_len == 48
+        [sample] = client.generate(PROMPT, SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)).samples
+        assert len(sample.token_ids) == 300 and sample.finish_reason == "length"
+        with pytest.raises(ServerError, match="max_tokens=1000001: must be at most 1000000"):
+            client.generate(PROMPT, SamplingParams(max_tokens=1_000_001))
+        with pytest.raises(ServerError, match="prompt='48 tokens'"):
+            client.generate([5] * 48, SamplingParams(max_tokens=1))
 
 
 @pytest.mark.parametrize(
