@@ -35,8 +35,12 @@ def convert(model: ModelPath, out: Out, kv_heads: KvHeads, as_json: AsJson = Fal
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr), redirect_stdout=False) as bar:
-        task = bar.add_task(f"Writing {out.name}", total=None)
-        made = convert_kv_heads(model, kv_heads, out, lambda done, whole: bar.update(task, completed=done, total=whole))
+        task = bar.add_task(f"Writing {out.name}", total=None, visible=False)
+
+        def show(done: int, whole: int) -> None:
+            bar.update(task, completed=done, total=whole, visible=True)
+
+        made = convert_kv_heads(model, kv_heads, out, show)
     note = TRAIN_FURTHER if made.new.num_kv_heads < made.old.num_kv_heads else ""
     if as_json:
         print_json(_json(model, made) | {"note": note})
