@@ -1,5 +1,5 @@
 """The command line: ``headwise generate | chat | serve | submit | status | scale | restart | drain | plan | doctor |
-convert | warmup | bench | chaos``.
+calibrate | convert | warmup | bench | chaos``.
 
 Exit codes: 0 done; 1 the run failed; 2 bad input, flag or model; 3 a shard died; 4 a Ray cluster does not run a job;
 130 interrupted. ``submit`` has those of the command that it runs, and 143 if somebody else stopped it.
@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from headwise.runtime.cli.bench import bench
+from headwise.runtime.cli.calibrate import calibrate
 from headwise.runtime.cli.chaos import chaos
 from headwise.runtime.cli.chat import chat
 from headwise.runtime.cli.convert import convert
@@ -43,7 +44,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # Rich's tables cut long names; plain help never does
 )
-for command in (generate, chat, serve, submit, status, scale, restart, drain, plan, doctor, convert, warmup, chaos):
+for command in (
+    *(generate, chat, serve, submit, status, scale, restart, drain, plan, doctor),
+    *(calibrate, convert, warmup, chaos),
+):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

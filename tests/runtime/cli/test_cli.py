@@ -300,7 +300,7 @@ def test_exit_codes(
 def test_help_lists_the_commands(headwise: Run) -> None:
     code, out, _ = headwise("--help")
     names = ("generate", "chat", "serve", "status", "scale", "restart", "drain", "plan", "doctor", "convert", "warmup")
-    assert code == 0 and all(f"\n  {name} " in out for name in (*names, "bench"))
+    assert code == 0 and all(f"\n  {name} " in out for name in (*names, "calibrate", "bench"))
     code, out, _ = headwise("bench", "--help")
     benches = ("throughput", "latency", "step", "limits", "kv-cache", "prefix", "serve")
     assert code == 0 and all(name in out for name in benches)
