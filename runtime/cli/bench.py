@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from headwise.runtime.cli.options import (
+    MODEL_HELP,
     Address,
     AsJson,
+    Attention,
     CpusPerRank,
     Device,
     Dtype,
@@ -21,6 +23,7 @@ from headwise.runtime.cli.options import (
     MaxNumBatchedTokens,
     Model,
     PipelineDepth,
+    StreamingHeads,
     Tp,
     engine_settings,
     option,
@@ -32,6 +35,7 @@ from headwise.workers.errors import InvalidValueError
 bench = typer.Typer(help="Measure this machine's throughput and latency.", no_args_is_help=True)
 
 Batches = Annotated[str, option("sizes", "Batch sizes: numbers of prompts, separated by commas.")]
+Threads = Annotated[int | None, option("n", "Threads to compute with; default: all cores.", min=1)]
 Plot = Annotated[Path | None, option("file", "Also draw a picture: a .png, .svg or .pdf; needs 'headwise[plot]'.")]
 ModelOrTiny = Annotated[str, option("path", "As --model of generate, or tiny: a small random model.", "--model", "-m")]
 Bound = Annotated[bool, typer.Option(help="First measure what the machine allows; report how much of that is reached.")]
@@ -157,7 +161,7 @@ def limits(
     model: Model,
     batches: Batches = "1,8,32",
     chunk: Annotated[str, option("sizes", "Rows of a prefill chunk, separated by commas.")] = "256,1024",
-    threads: Annotated[int | None, option("n", "Threads to compute with; default: all cores.", min=1)] = None,
+    threads: Threads = None,
     repeats: Annotated[int, option("n", "Runs of each case; the bound is the fastest.", min=1)] = 5,
     as_json: AsJson = False,
     plot: Plot = None,
@@ -384,6 +388,49 @@ def routing(
     settings = engine_settings(tp, dtype, device, "ray", max_model_len, kv_memory, cpus_per_rank, address)
     load = measure.Load(replicas, prefixes, each, prefix_tokens, own_tokens, tokens, at_once, repeats)
     measure.run(model, load, settings, as_json=as_json, plot=plot)
+
+
+@bench.command()
+def policies(
+    text: Annotated[Path, option("file", "A long text in UTF-8, such as tests/data/alice.txt of the source.")],
+    model: Annotated[str, option("path", MODEL_HELP, "--model", "-m")] = "smollm2",
+    policies: Annotated[
+        str,
+        option("policies", "As --kv-policy of generate, and recompute:L, slow; separated by spaces."),
+    ] = "dense window:1024 sinks:4,1020 recompute:1024",
+    streaming_heads: StreamingHeads = None,
+    tokens: Annotated[int, option("n", "Tokens of the text to read.", min=2)] = 16384,
+    stretches: Annotated[int, option("n", "Parts of the text, each with a perplexity of its own.", min=1)] = 16,
+    samples: Annotated[int, option("n", "Positions of each part at which recompute:L is read.", min=1)] = 8,
+    kv_dtypes: Annotated[
+        str, option("types", "As --kv-dtype of generate, to compare with float32; separated by commas; or none.")
+    ] = "float32,bfloat16,float16,int8,int8/int4,int4",
+    prompts: Annotated[int, option("n", "Pieces of the text to continue by 64 tokens with each.", min=0)] = 32,
+    device: Device = "auto",
+    attention: Attention = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+) -> None:
+    """What KV policies and dtypes cost in quality, and what they save.
+
+    A text is read under each policy: perplexity, memory and the time of a token against the position in it. And in each
+    form of keys and values: how far what the model expects next is from the same with float32. Bytes a token, also of
+    models with more KV heads or one.
+    """
+    from headwise.runtime.bench import policies as measure
+    from headwise.runtime.config import engine_config
+    from headwise.runtime.kv_settings import with_streaming_heads
+    from headwise.runtime.prepare import best_device
+
+    named = policies.split()
+    if streaming_heads is not None:
+        settings = engine_config(model=model, streaming_heads=streaming_heads)
+        named.append(with_streaming_heads(settings).kv_policy)
+    dtypes = () if kv_dtypes == "none" else tuple(dict.fromkeys(kv_dtypes.split(",")))
+    load = measure.Load(tuple(dict.fromkeys(named)), tokens, stretches, samples, dtypes, prompts)
+    where = best_device() if device == "auto" else device
+    measure.run(model, text, load, where, attention, threads, as_json=as_json, plot=plot)
 
 
 def _sizes(flag: str, text: str) -> list[int]:
