@@ -15,7 +15,7 @@ from headwise.workers.cpu.kv_records import FORMS, PLANE_WORDS, LayerKV, Plane
 from headwise.workers.cpu.team import launching, team_bytes, usable_threads
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache, dtype_name
-from headwise.workers.kv.format import BITS, KvFormat, group_size
+from headwise.workers.kv.format import BITS, KvFormat, group_size, record_bytes
 from headwise.workers.kv.policy import KvPolicy
 from headwise.workers.model.attention import AttentionBackend, AttentionBatch
 
@@ -151,4 +151,6 @@ def planes_of(cache: KVCache) -> NDArray[np.int64]:
 def _sizes_of(cache: KVCache, max_rows: int) -> Sizes:
     forms = [FORMS[kind] for kind in cache.format]
     groups = [group_size(kind, cache.head_dim) if kind in BITS else 0 for kind in cache.format]
-    return Sizes(cache.num_kv_heads, cache.block_size, cache.head_dim, max_rows, *forms, *groups)
+    size, head_dim = cache.block_size, cache.head_dim
+    vector_bytes = [-(-16 * record_bytes(kind, size, head_dim) // (size * head_dim)) for kind in cache.format]
+    return Sizes(cache.num_kv_heads, size, head_dim, max_rows, *forms, *groups, *vector_bytes)

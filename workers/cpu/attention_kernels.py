@@ -274,11 +274,11 @@ def attend_item(
                 locate_runs(item, part, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
             else:
                 locate_runs(item_after, part_after, part_after.start, tables_BN, sizes, kv, next_runs)
-            tile, ahead, key_stride = runs, next_runs, sizes.block_size
+            tile, key_stride = runs, sizes.block_size
             if sizes.key_form != FLOAT32:
-                expand_tile(part, key, sizes, runs, next_runs, scratch.tile)
-                tile, ahead, key_stride = scratch.expanded, scratch.expanded, RUN_KEYS
-            attend_tile(item, part, key, sizes, tile, ahead, key_stride, scratch, sums)
+                expand_tile(part, key, sizes, runs, scratch.tile)
+                tile, key_stride = scratch.expanded, RUN_KEYS
+            attend_tile(item, part, key, sizes, tile, next_runs, key_stride, scratch, sums)
         if not divided and number > 0:
             add_part(scratch.part, scratch.whole, num_rows, sizes.head_dim)
         part = part_after
@@ -324,15 +324,14 @@ def locate_runs(item: Any, part: Part, key: int, tables_BN: Any, sizes: Sizes, k
 
 
 @kernel
-def expand_tile(part: Part, key: int, sizes: Sizes, runs: int, next_runs: int, tile: int) -> None:
+def expand_tile(part: Part, key: int, sizes: Sizes, runs: int, tile: int) -> None:
     """Expand the runs of a tile that are seen."""
     first = max(0, part.first_key - key) // RUN_KEYS
     last = (min(TILE_KEYS, part.end - key) + RUN_KEYS - 1) // RUN_KEYS
     for run in range(first, last):
-        keys, next_keys = load_int(runs, run), load_int(next_runs, run)
-        values, next_values = load_int(runs, TILE_RUNS + run), load_int(next_runs, TILE_RUNS + run)
+        keys, values = load_int(runs, run), load_int(runs, TILE_RUNS + run)
         out = tile + _FLOAT_BYTES * run * RUN_KEYS * sizes.head_dim
-        expand_run(keys, next_keys, values, next_values, load_int(runs, 2 * TILE_RUNS + run), sizes, out)
+        expand_run(keys, values, load_int(runs, 2 * TILE_RUNS + run), sizes, out)
 
 
 @kernel
@@ -352,6 +351,7 @@ def attend_tile(
     What a row does not see of the tile changes none of its bits.
     """
     head_dim, group = sizes.head_dim, item.num_heads
+    keys_ahead = sizes.key_bytes * sizes.block_size // 16
     scores, alpha = scratch.scores, scratch.alpha
     num_rows = item.num_tokens * group
     ends = part.position - key + 1
@@ -362,7 +362,7 @@ def attend_tile(
         if num_keys <= first_key:
             continue
         at = _FLOAT_BYTES * chunk * head_dim
-        simd.scores(rows, scratch.packed + at, runs, next_runs, key_stride, head_dim, scores)
+        simd.scores(rows, scratch.packed + at, runs, next_runs, keys_ahead, key_stride, head_dim, scores)
         for i in range(rows):
             m = chunk + i
             end = ends + m // group
@@ -383,7 +383,8 @@ def attend_tile(
                 width //= 2
             into = sums.output + at + _FLOAT_BYTES * column
             simd.add_values(
-                rows, width, scores, alpha, values, next_values, head_dim, column, first_run, num_keys, into
+                *(rows, width, scores, alpha, values, next_values, sizes.value_bytes, head_dim),
+                *(column, first_run, num_keys, into),
             )
             column += width
 

@@ -61,6 +61,7 @@ class Sizes(NamedTuple):
         max_rows: the most query rows of an item.
         key_form, value_form: how numbers are kept, see kv_records.py.
         key_group, value_group: how many numbers of a head share a scale; 0 if there are no scales.
+        key_bytes, value_bytes: of a head in a block, for each 16 numbers of one token.
     """
 
     kv_heads: int
@@ -71,6 +72,8 @@ class Sizes(NamedTuple):
     value_form: int = 0
     key_group: int = 0
     value_group: int = 0
+    key_bytes: int = 64
+    value_bytes: int = 64
 
 
 class Groups(NamedTuple):

@@ -43,7 +43,8 @@ COLUMNS_AT_ONCE = 64 if HAS_AVX512 else 16
 
 
 def _emit_scores(builder: Any, rows: Any, *args: Any) -> None:
-    """s[rows, TILE_KEYS] = q[D, rows] times a tile's keys, fetching the next tile's keys ahead."""
+    """s[rows, TILE_KEYS] = q[D, rows] times a tile's keys, fetching the next tile's keys ahead: at each of the D steps
+    ``ahead`` bytes further from where their runs begin."""
     cases = {n: partial(_emit_scores_of, builder, n, *args) for n in range(1, CHUNK_ROWS + 1)}
     switch(builder, rows, cases)
 
@@ -54,7 +55,16 @@ def _emit_scores_of(builder: Any, rows: int, *args: Any) -> None:
 
 
 def _emit_scores_of_runs(
-    builder: Any, rows: int, tile_runs: range, q: Any, runs: Any, next_runs: Any, key_stride: Any, head_dim: Any, s: Any
+    builder: Any,
+    rows: int,
+    tile_runs: range,
+    q: Any,
+    runs: Any,
+    next_runs: Any,
+    ahead: Any,
+    key_stride: Any,
+    head_dim: Any,
+    s: Any,
 ) -> None:
     tile = [(row, run) for row in range(rows) for run in tile_runs]
     sums = {place: cgutils.alloca_once_value(builder, constant(V16, 0.0)) for place in tile}
@@ -63,7 +73,7 @@ def _emit_scores_of_runs(
     with cgutils.for_range(builder, head_dim) as loop:
         offset = builder.mul(loop.index, key_stride)
         for address in next_keys:
-            prefetch(builder, at(builder, address, offset), 2)
+            prefetch(builder, at(builder, address, builder.mul(loop.index, ahead), 1), 2)
         vectors = {run: load(builder, at(builder, address, offset), V16) for run, address in keys.items()}
         column = at(builder, q, builder.mul(loop.index, I64(rows)))
         elements = [splat(builder, load(builder, at(builder, column, row))) for row in range(rows)]
@@ -79,7 +89,8 @@ def _emit_add_values(builder: Any, rows: Any, width: Any, *args: Any) -> None:
     """o[rows, width] = o * alpha[rows] + p[rows, keys] times a tile's values, fetching the next tile's ahead.
 
     ``o`` and the values are at the first of ``width`` columns of their D: 8, 16, 32 or 64, up to COLUMNS_AT_ONCE. The
-    keys are those from the tile's run ``first_run`` up to its key ``num_keys``.
+    keys are those from the tile's run ``first_run`` up to its key ``num_keys``. Of the next tile, 16 numbers of a run
+    take ``ahead`` bytes.
     """
     cases = {
         n * 64 + w: partial(_emit_add_values_of, builder, n, w, *args)
@@ -98,6 +109,7 @@ def _emit_add_values_of(
     alpha: Any,
     runs: Any,
     next_runs: Any,
+    ahead: Any,
     head_dim: Any,
     column: Any,
     first_run: Any,
@@ -118,13 +130,14 @@ def _emit_add_values_of(
         left = builder.sub(num_keys, first)
         count = builder.select(builder.icmp_signed("<", left, I64(RUN_KEYS)), left, I64(RUN_KEYS))
         values = at(builder, load(builder, at(builder, runs, run, 8), I64), column)
-        next_values = at(builder, load(builder, at(builder, next_runs, run, 8), I64), column)
+        next_values = load(builder, at(builder, next_runs, run, 8), I64)
         weights = at(builder, p, first)
         with cgutils.for_range(builder, count) as inner:
             offset = builder.mul(inner.index, head_dim)
-            line, next_line = at(builder, values, offset), at(builder, next_values, offset)
+            line, numbers = at(builder, values, offset), builder.add(offset, column)
+            next_line = at(builder, next_values, builder.lshr(builder.mul(numbers, ahead), I64(4)), 1)
             for i in range(0, width, 16):
-                prefetch(builder, at(builder, next_line, i), 2)
+                prefetch(builder, at(builder, next_line, builder.mul(ahead, I64(i // 16)), 1), 2)
             vectors = {i: load(builder, at(builder, line, i), kind) for i in range(0, width, 16)}
             weight = at(builder, weights, inner.index)
             for row in range(rows):
@@ -170,6 +183,6 @@ def _emit_softmax_row(builder: Any, s: Any, start: Any, limit: Any, highest: Any
 
 
 exp2_of = define(exp2, (FLOAT,), FLOAT)
-scores = define(_emit_scores, (INT,) * 7)
+scores = define(_emit_scores, (INT,) * 8)
 softmax_row = define(_emit_softmax_row, (INT,) * 6)
-add_values = define(_emit_add_values, (INT,) * 11)
+add_values = define(_emit_add_values, (INT,) * 12)

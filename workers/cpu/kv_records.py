@@ -143,11 +143,11 @@ def write_value(value: int, record: int, offset: int, sizes: Sizes) -> None:
 
 
 @kernel
-def expand_run(keys: int, next_keys: int, values: int, next_values: int, offset: int, sizes: Sizes, out: int) -> None:
-    """A run of keys and values as floats, fetching another run's ahead.
+def expand_run(keys: int, values: int, offset: int, sizes: Sizes, out: int) -> None:
+    """A run of keys and values as floats.
 
     Args:
-        keys, next_keys, values, next_values: addresses of the block's first key and value, of the head.
+        keys, values: addresses of the block's first key and value, of the head.
         offset: of the run in its block.
         out: the address of the tile's floats for the run: [D, RUN_KEYS] of keys; [RUN_KEYS, D] of values are
             ``values_of_tile`` further.
@@ -155,24 +155,20 @@ def expand_run(keys: int, next_keys: int, values: int, next_values: int, offset:
     size, head_dim = sizes.block_size, sizes.head_dim
     values_out = out + _FLOAT_BYTES * values_of_tile(sizes)
     if sizes.key_form in (BFLOAT16, FLOAT16):
-        at, stride = _HALF_BYTES * offset, _HALF_BYTES * RUN_KEYS
-        widen(sizes.key_form, keys + at, next_keys + at, _HALF_BYTES * size, head_dim, out)
-        at *= head_dim
-        widen(sizes.value_form, values + at, next_values + at, stride, head_dim, values_out)
+        at = _HALF_BYTES * offset
+        widen(sizes.key_form, keys + at, _HALF_BYTES * size, head_dim, out)
+        widen(sizes.value_form, values + at * head_dim, _HALF_BYTES * RUN_KEYS, head_dim, values_out)
         return
-    bits = 8 if sizes.key_form == INT8 else 4
+    bits, group, at = 8 if sizes.key_form == INT8 else 4, sizes.key_group, _HALF_BYTES * offset
     scales = keys + size * head_dim * bits // 8
-    zeros = scales + _HALF_BYTES * size * (head_dim // sizes.key_group)
-    at = _HALF_BYTES * offset
-    codes, ahead = keys + offset, next_keys + offset
-    expand_keys(sizes.key_form, codes, ahead, scales + at, zeros + at, size, head_dim, sizes.key_group, out)
-    bits, groups = 8 if sizes.value_form == INT8 else 4, head_dim // sizes.value_group
+    zeros = scales + _HALF_BYTES * size * (head_dim // group)
+    expand_keys(sizes.key_form, keys + offset, scales + at, zeros + at, size, head_dim, group, out)
+    bits, group = 8 if sizes.value_form == INT8 else 4, sizes.value_group
+    at *= head_dim // group
     scales = values + size * head_dim * bits // 8
-    zeros = scales + _HALF_BYTES * size * groups
-    at = _HALF_BYTES * offset * groups
-    line = offset * head_dim * bits // 8
-    codes, ahead, group = values + line, next_values + line, sizes.value_group
-    expand_values(sizes.value_form, codes, ahead, scales + at, zeros + at, head_dim, group, values_out)
+    zeros = scales + _HALF_BYTES * size * (head_dim // group)
+    line = values + offset * head_dim * bits // 8
+    expand_values(sizes.value_form, line, scales + at, zeros + at, head_dim, group, values_out)
 
 
 @kernel

@@ -26,7 +26,6 @@ from headwise.workers.jit.vectors import (
     fma,
     larger,
     load,
-    prefetch,
     reduce,
     splat,
     store,
@@ -41,17 +40,15 @@ _ROUND = 1.5 * 2.0**23
 _V8 = ir.VectorType(F32, 8)
 
 
-def _emit_widen(builder: Any, form: Any, source: Any, ahead: Any, stride: Any, rows: Any, target: Any) -> None:
-    """target[rows, 16] floats = rows of 16 halves a stride apart, fetching as many from ``ahead``."""
-    args = (builder, source, ahead, stride, rows, target)
+def _emit_widen(builder: Any, form: Any, source: Any, stride: Any, rows: Any, target: Any) -> None:
+    """target[rows, 16] floats = rows of 16 halves a stride apart."""
+    args = (builder, source, stride, rows, target)
     switch(builder, form, {n: partial(_emit_widen_of, n, *args) for n in (BFLOAT16, FLOAT16)})
 
 
-def _emit_widen_of(form: int, builder: Any, source: Any, ahead: Any, stride: Any, rows: Any, target: Any) -> None:
+def _emit_widen_of(form: int, builder: Any, source: Any, stride: Any, rows: Any, target: Any) -> None:
     with cgutils.for_range(builder, rows) as loop:
-        offset = builder.mul(loop.index, stride)
-        prefetch(builder, at(builder, ahead, offset, 1), 2)
-        pointer = at(builder, source, offset, 1)
+        pointer = at(builder, source, builder.mul(loop.index, stride), 1)
         store(builder, _widened(builder, pointer, form), at(builder, target, builder.mul(loop.index, I64(16))))
 
 
@@ -86,10 +83,10 @@ def _bfloat16(builder: Any, value: Any) -> Any:
 
 
 def _emit_expand_keys(builder: Any, form: Any, *args: Any) -> None:
-    """target[D, 16] floats = the keys of a run in a record, fetching as much from ``ahead``.
+    """target[D, 16] floats = the keys of a run in a record.
 
-    Args (after form): codes, ahead, scales, zeros, all of the run's first key; stride, of rows of codes; head_dim;
-    group; target.
+    Args (after form): codes, scales, zeros, all of the run's first key; stride, of rows of codes; head_dim; group;
+    target.
     """
     switch(builder, form, {n: partial(_emit_expand_keys_of, n, builder, *args) for n in (INT8, INT4)})
 
@@ -98,7 +95,6 @@ def _emit_expand_keys_of(
     form: int,
     builder: Any,
     codes: Any,
-    ahead: Any,
     scales: Any,
     zeros: Any,
     stride: Any,
@@ -113,18 +109,16 @@ def _emit_expand_keys_of(
         first = builder.mul(outer.index, rows)
         with cgutils.for_range(builder, rows) as inner:
             row = builder.add(first, inner.index)
-            offset = builder.mul(row, stride)
-            prefetch(builder, at(builder, ahead, offset, 1), 2)
-            parts = _codes(builder, at(builder, codes, offset, 1), form, RUN_KEYS)
+            parts = _codes(builder, at(builder, codes, builder.mul(row, stride), 1), form, RUN_KEYS)
             for i, part in enumerate(parts):
                 into = builder.mul(row, I64(16 * len(parts)))
                 store(builder, fma(builder, part, scale, zero), at(builder, at(builder, target, into), 16 * i))
 
 
 def _emit_expand_values(builder: Any, form: Any, *args: Any) -> None:
-    """target[16, D] floats = the values of a run in a record, fetching as much from ``ahead``.
+    """target[16, D] floats = the values of a run in a record.
 
-    Args (after form): codes, ahead, scales, zeros, all of the run's first value; head_dim; group; target.
+    Args (after form): codes, scales, zeros, all of the run's first value; head_dim; group; target.
     """
     switch(builder, form, {n: partial(_emit_expand_values_of, n, builder, *args) for n in (INT8, INT4)})
 
@@ -133,7 +127,6 @@ def _emit_expand_values_of(
     form: int,
     builder: Any,
     codes: Any,
-    ahead: Any,
     scales: Any,
     zeros: Any,
     head_dim: Any,
@@ -143,9 +136,7 @@ def _emit_expand_values_of(
     width = group if form == INT8 else builder.lshr(group, I64(1))
     groups = builder.udiv(head_dim, group)
     with cgutils.for_range(builder, builder.mul(groups, I64(RUN_KEYS))) as outer:
-        offset = builder.mul(outer.index, width)
-        prefetch(builder, at(builder, ahead, offset, 1), 2)
-        line = at(builder, codes, offset, 1)
+        line = at(builder, codes, builder.mul(outer.index, width), 1)
         scale, zero = (_half(builder, x, outer.index) for x in (scales, zeros))
         into = at(builder, target, builder.mul(outer.index, group))
         whole = builder.and_(width, I64(-16))
@@ -213,8 +204,8 @@ def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-widen = define(_emit_widen, (INT,) * 6)
+widen = define(_emit_widen, (INT,) * 5)
 narrow = define(_emit_narrow, (INT,) * 5)
-expand_keys = define(_emit_expand_keys, (INT,) * 9)
-expand_values = define(_emit_expand_values, (INT,) * 8)
+expand_keys = define(_emit_expand_keys, (INT,) * 8)
+expand_values = define(_emit_expand_values, (INT,) * 7)
 quantise = define(_emit_quantise, (INT,) * 6)
