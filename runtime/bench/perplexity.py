@@ -83,9 +83,10 @@ def read(
         first = scorer.num_computed + 1  # the token that the step's first one predicts
         losses = losses_of(scorer.advance(count), token_ids[first : first + count])
         reading.losses.update(enumerate(losses, first))
-        reading.kv_bytes[scorer.num_computed] = scorer.kv_bytes
         if count == 1:
             seconds.append(scorer.step_seconds)
+        else:
+            reading.kv_bytes[scorer.num_computed] = scorer.kv_bytes
         if len(seconds) == DECODED:
             reading.token_ms[scorer.num_computed] = 1e3 * median(seconds)
             seconds.clear()

@@ -38,6 +38,9 @@ def draw(model: str, text: str, results: Sequence[Result]) -> Figure:
     memory.set(title="Memory", ylabel="MiB of keys and values in use", ylim=(0, None))
     _lines(time, policies, lambda one: one["token_ms"])
     time.set(title="Time of one more token", ylabel="milliseconds", yscale="log")
+    for axes in (quality, time):
+        axes.yaxis.set_major_formatter(lambda value, _: figures.short(value))
+        axes.yaxis.set_minor_formatter(lambda value, _: figures.short(value))
     for axes in (quality, memory, time):
         axes.set(xlabel="position in the text", xlim=(0, None))
     quality.legend()
@@ -84,30 +87,25 @@ def _by_dtype(dtypes: Sequence[Result]) -> Table:
     greedy = "greedy_agreement" in dtypes[0]
     rows = []
     for one in dtypes:
-        row = [one["kv_dtype"], size_text(one["bytes_per_token"]), f"{one['kl_mean']:.2e}", f"{one['kl_max']:.2e}"]
-        row += [f"{one['agreement']:.2%}", f"{one['perplexity']:.3f}"]
+        row = [one["kv_dtype"], f"{one['kl_mean']:.1e}", f"{one['agreement']:.2%}", f"{one['perplexity']:.3f}"]
         if greedy:
             row.append(f"{one['greedy_agreement']:.2%}")
             row.append(f"{one['greedy_same_prompts']} of {one['greedy_prompts']}")
         rows.append(row)
-    columns = ["kv_dtype", "KV a token", "KL, nats", "most", "agreement", "perplexity"]
-    columns += ["greedy agreement", "same outputs"] * greedy
+    columns = ["kv_dtype", "KL", "agreement", "perplexity", *["greedy", "same"] * greedy]
     caption = (
-        "KL: of what is expected next, from the same with float32; agreement: how often the most likely next token is "
-        "the same. Greedy: of tokens that are generated"
+        "KL: of what is expected next from the same with float32, in nats; agreement: how often the most likely next "
+        "token is the same; greedy: so of tokens that are generated; same: outputs without any other token"
     )
     return report.table("by kv_dtype, against float32; dense", columns, rows, caption)
 
 
 def _by_shape(shapes: Sequence[Result]) -> Table:
+    names = [f"{one['shape']}, {one['kv_heads']}{' (this model)' if one['of_this_model'] else ''}" for one in shapes]
     rows = [
-        [
-            f"{one['shape']}, {one['kv_heads']} KV heads{' (this model)' if one['of_this_model'] else ''}",
-            *map(size_text, one["bytes_per_token"].values()),
-        ]
-        for one in shapes
+        [dtype, *(size_text(one["bytes_per_token"][dtype]) for one in shapes)] for dtype in shapes[0]["bytes_per_token"]
     ]
-    return report.table("bytes of keys and values a token", ("KV heads", *shapes[0]["bytes_per_token"]), rows)
+    return report.table("keys and values of a token, by number of KV heads", ("kv_dtype", *names), rows)
 
 
 def _lines(axes: Axes, policies: Sequence[Result], points: Callable[[Result], Sequence[Sequence[float]]]) -> None:
@@ -124,8 +122,9 @@ def _bars(axes: Axes, shapes: Sequence[Result]) -> None:
         x = [shape + (index - (len(dtypes) - 1) / 2) * width for shape in range(len(shapes))]
         heights = [one["bytes_per_token"][dtype] / 1024 for one in shapes]
         bars = axes.bar(x, heights, width, color=fill, label=dtype)
-        axes.bar_label(bars, fmt=figures.short, fontsize=7)
+        axes.bar_label(bars, fmt=figures.short, fontsize=8, rotation=90, padding=3)
     axes.set(title="Memory a token", ylabel="KiB of keys and values a token")
+    axes.margins(y=0.12)
     axes.set_xticks(range(len(shapes)), [f"{one['shape']}: {one['kv_heads']} KV heads" for one in shapes])
     axes.legend()
 

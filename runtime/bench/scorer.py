@@ -199,7 +199,7 @@ def policy_of(text: str, config: ModelConfig) -> KvPolicy:
     Raises:
         InvalidValueError: it is no policy of such a model.
     """
-    return resolve_policy(text, config.num_layers, config.num_kv_heads, config.sliding_windows or None)
+    return resolve_policy(text, config.num_layers, config.num_kv_heads, config.sliding_windows)
 
 
 class _Blocks:

@@ -29,6 +29,7 @@ from headwise.runtime.cli.options import (
     option,
 )
 from headwise.workers.errors import InvalidValueError
+from headwise.workers.kv.format import KV_DTYPES
 
 # Each command imports what it runs, so that none waits for the imports of another.
 
@@ -404,7 +405,7 @@ def policies(
     samples: Annotated[int, option("n", "Positions of each part at which recompute:L is read.", min=1)] = 8,
     kv_dtypes: Annotated[
         str, option("types", "As --kv-dtype of generate, to compare with float32; separated by commas; or none.")
-    ] = "float32,bfloat16,float16,int8,int8/int4,int4",
+    ] = ",".join(KV_DTYPES),
     prompts: Annotated[int, option("n", "Pieces of the text to continue by 64 tokens with each.", min=0)] = 32,
     device: Device = "auto",
     attention: Attention = None,
