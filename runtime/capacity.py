@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from headwise.runtime.config import EngineConfig
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import affordable, block_bytes, parse_memory
 from headwise.workers.kv.format import FLOAT_BYTES, KvFormat
 from headwise.workers.kv.policy import DENSE_TEXT, KvPolicy, Reach, resolve_policy
+from headwise.workers.kv.sizes import affordable, block_bytes, parse_memory
 from headwise.workers.kv.store import disk_block_bytes
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import ShardPartition, partition_model

@@ -20,12 +20,13 @@ from headwise.workers.cuda.launch import TRITON
 from headwise.workers.cuda.memory import GpuMemory, LargestStep, Step, or_refuse, staging_bytes
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.failpoints import Point
-from headwise.workers.kv.cache import KVCache, affordable, block_bytes, parse_memory
+from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.copier import Copier
 from headwise.workers.kv.format import kv_format
 from headwise.workers.kv.handoff import HandoffJob
 from headwise.workers.kv.handoff_rank import HandoffRank
 from headwise.workers.kv.policy import KvPolicy, resolve_policy
+from headwise.workers.kv.sizes import affordable, block_bytes, parse_memory
 from headwise.workers.kv.store import MAX_STORED_BLOCKS, DiskStore, HostStore
 from headwise.workers.kv.transfer import TransferJob, TransferResult
 from headwise.workers.machine import free_host_memory

@@ -31,7 +31,7 @@ from headwise.runtime.llm import LLM
 from headwise.runtime.output import RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import HeadwiseError, InvalidValueError
-from headwise.workers.kv.cache import parse_memory
+from headwise.workers.kv.sizes import parse_memory
 from headwise.workers.model.model_config import load_model_config
 from headwise.workers.plan import RowSampling
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from headwise.workers.backends import Backend, find_backend
 from headwise.workers.collectives import Solo
-from headwise.workers.kv.cache import KVCache, block_bytes
+from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.format import KvFormat, kv_format
 from headwise.workers.kv.policy import KvPolicy, Reach, resolve_policy
+from headwise.workers.kv.sizes import block_bytes
 from headwise.workers.machine import usable_cores
 from headwise.workers.model.checkpoint import load_shard
 from headwise.workers.model.model import Model

@@ -100,7 +100,7 @@ def doctor(
 def _bytes(gpu_memory: str | None) -> int | None:
     if gpu_memory is None:
         return None
-    from headwise.workers.kv.cache import parse_memory
+    from headwise.workers.kv.sizes import parse_memory
 
     try:
         return parse_memory(gpu_memory, 0)

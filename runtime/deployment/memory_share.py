@@ -7,7 +7,7 @@ from headwise.runtime.config import EngineConfig
 from headwise.runtime.models import resolve
 from headwise.runtime.precision import resolve_dtype
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import parse_memory
+from headwise.workers.kv.sizes import parse_memory
 from headwise.workers.model.model_config import load_model_config
 
 

@@ -14,9 +14,9 @@ from headwise.runtime.inputs.tokenizer import load_tokenizer
 from headwise.runtime.sizes import size_text
 from headwise.workers.backends import BACKENDS, find_backend
 from headwise.workers.errors import CheckpointError, HeadwiseError, InvalidValueError
-from headwise.workers.kv.cache import parse_memory
 from headwise.workers.kv.format import KvFormat
 from headwise.workers.kv.policy import KvPolicy
+from headwise.workers.kv.sizes import parse_memory
 from headwise.workers.model.checkpoint import verify_checkpoint
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import partition_heads

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from headwise.runtime.config import EngineConfig
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import block_bytes, parse_memory
 from headwise.workers.kv.format import kv_format
 from headwise.workers.kv.policy import KvPolicy
+from headwise.workers.kv.sizes import block_bytes, parse_memory
 from headwise.workers.kv.store import disk_block_bytes
 from headwise.workers.model.model_config import ModelConfig
 from headwise.workers.model.partition import partition_model

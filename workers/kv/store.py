@@ -319,7 +319,7 @@ def disk_block_bytes(payload_bytes: int, block_size: int) -> int:
     """The most that one block takes up on disk, in bytes: its file in whole pages, and its share of the journal.
 
     Args:
-        payload_bytes: of the block's keys and values, see :func:`~headwise.workers.kv.cache.block_bytes`.
+        payload_bytes: of the block's keys and values, see :func:`~headwise.workers.kv.sizes.block_bytes`.
     """
     tokens = 4 * block_size
     file = -(-(payload_bytes + tokens + 256) // _PAGE) * _PAGE

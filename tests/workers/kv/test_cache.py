@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import KVCache, block_bytes, parse_memory
+from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.sizes import block_bytes
 from tests.effort import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -187,36 +187,3 @@ def test_bytes_are_those_allocated(transposed_keys: bool, dtype: torch.dtype) ->
     assert (
         cache.nbytes == 5 * per_block == cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "budget"),
-    [
-        ("2GiB", 2 << 30),
-        ("512 MiB", 512 << 20),
-        ("1.5gib", 3 << 29),
-        ("2GB", 2 * 10**9),
-        ("64KiB", 65536),
-        ("4096", 4096),
-        (4096, 4096),
-        (4096.0, 4096),
-        ("1e9", 10**9),
-        (0.25, 250),
-        ("0.25", 250),
-        (".5", 500),
-        (1.0, 1000),
-        (1, 1000),
-        ("1B", 1),
-    ],
-)
-def test_memory_budgets(text: str | int | float, budget: int) -> None:
-    assert parse_memory(text, total=1000) == budget
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "lots", "2TiB", "-1GiB", "GiB", -5, 0, 0.0, "0GiB", "0.0001", True, float("nan"), float("inf"), "1 2", None],
-)
-def test_what_is_no_memory_budget_is_refused_by_name(text: Any) -> None:
-    with pytest.raises(InvalidValueError, match=r"^kv_memory="):
-        parse_memory(text, total=1000)

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.workers.errors import InvalidValueError
-from headwise.workers.kv.cache import MOST_BLOCKS, KVCache, affordable, block_bytes
+from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.format import KV_DTYPES, KvFormat, kv_format
 from headwise.workers.kv.policy import resolve_policy
 from headwise.workers.kv.quantise import dequantise, quantise
+from headwise.workers.kv.sizes import block_bytes
 from tests.effort import examples
 
 FORMATS = st.sampled_from([kv_format(name, 32) for name in KV_DTYPES])
@@ -114,19 +115,3 @@ def test_what_moves_blocks_refuses_several_groups() -> None:
 def test_a_policy_of_other_heads_is_refused() -> None:
     with pytest.raises(InvalidValueError, match=r"^kv_policy='window:8'"):
         KVCache(2, 5, 3, 4, 32, torch.float32, policy=resolve_policy("window:8", 2, 4))
-
-
-@examples(60)
-@given(
-    sizes=st.lists(st.integers(0, 100), min_size=1, max_size=3),
-    caps=st.lists(st.one_of(st.none(), st.integers(1, 50)), min_size=3, max_size=3),
-    memory=st.integers(0, 5000),
-)
-def test_as_many_blocks_as_memory_pays_for(sizes: list[int], caps: list[int | None], memory: int) -> None:
-    caps = caps[: len(sizes)]
-
-    def taken(count: int) -> int:
-        return sum(size * min(count, cap or count) for size, cap in zip(sizes, caps, strict=True))
-
-    found = affordable(memory, sizes, caps)
-    assert taken(found) <= memory and (found == MOST_BLOCKS or taken(found + 1) > memory)
