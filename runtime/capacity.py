@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headwise.runtime.config import EngineConfig
+from headwise.runtime.kv.windows import ENDLESS, row_blocks
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.format import FLOAT_BYTES, KvFormat
 from headwise.workers.kv.policy import DENSE_TEXT, KvPolicy, Reach, resolve_policy
@@ -18,8 +19,6 @@ from headwise.workers.model.partition import ShardPartition, partition_model
 DTYPE_BYTES = FLOAT_BYTES
 MAX_NUM_SEQS: int = EngineConfig.model_fields["max_num_seqs"].default
 MAX_NUM_BATCHED_TOKENS: int = EngineConfig.model_fields["max_num_batched_tokens"].default
-_ENDLESS = 1 << 40
-"""Tokens of a text that is longer than any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class Capacity:
 
     def request_bytes(self, rank: RankCapacity, tokens: int) -> int:
         """What a rank's keys and values of one request of so many tokens take, in whole blocks."""
-        blocks = [_request_blocks(reach, self.block_size, tokens) for reach in self.policy.reaches]
+        blocks = [row_blocks(reach, self.block_size, tokens) for reach in self.policy.reaches]
         return sum(count * size for count, size in zip(blocks, rank.block_bytes, strict=True))
 
     @property
@@ -101,7 +100,7 @@ class Capacity:
         """From how many tokens on a request takes no more; None: it takes more with every block."""
         if not self.policy.bounded:
             return None
-        most = max(_request_blocks(reach, self.block_size, _ENDLESS) for reach in self.policy.reaches)
+        most = max(row_blocks(reach, self.block_size, ENDLESS) for reach in self.policy.reaches)
         return most * self.block_size
 
     def num_blocks(self, budgets: tuple[int, ...], on_disk: bool = False) -> int:
@@ -152,7 +151,7 @@ def capacity(
             raise InvalidValueError(name, value, "must be at least 1")
     policy = policy or resolve_policy(DENSE_TEXT, config.num_layers, config.num_kv_heads, config.sliding_windows)
     format = format or KvFormat(dtype, dtype)
-    blocks = [_request_blocks(reach, block_size, request_tokens) for reach in policy.reaches]
+    blocks = [row_blocks(reach, block_size, request_tokens) for reach in policy.reaches]
     ranks = []
     for part in partition_model(config, tp):
         heads = part.heads
@@ -180,11 +179,6 @@ def _group(
     size = sum(rank.block_bytes[group] for rank in ranks)
     heads = sum(row.count(group) for row in policy.groups_LK)
     return GroupCapacity(policy.reaches[group], heads, size // block_size, request_blocks, size * request_blocks)
-
-
-def _request_blocks(reach: Reach, block_size: int, tokens: int) -> int:
-    """Of a row that generates: the window moves on by at most a block beyond what it needs."""
-    return reach.most_blocks(block_size, tokens, block_size)
 
 
 class Room(NamedTuple):

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headwise.runtime import LLM, SamplingParams
 from headwise.runtime.capacity import capacity, room
+from headwise.runtime.engine.engine import Engine
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.cache import KVCache
 from headwise.workers.kv.format import KV_DTYPES, kv_format
@@ -144,6 +146,22 @@ def test_a_request_with_a_window_is_constant() -> None:
         assert taken.kv_bytes_per_request == 67 * 16 * 512 * KIB and taken.kv_bytes_per_token == 512 * KIB
     short = capacity(LLAMA_2_7B, 1, "float16", 512, policy=of_llama("sinks:4,1020"))
     assert short.kv_bytes_per_request == 512 * 512 * KIB
+
+
+@pytest.mark.parametrize("text", ["window:40", "sinks:4,28@0;window:16"])
+def test_a_stream_holds_what_is_said_of_a_request(checkpoint: Callable[..., Path], text: str) -> None:
+    directory = checkpoint("gqa")
+    config = load_model_config(directory)
+    policy = resolve_policy(text, config.num_layers, config.num_kv_heads)
+    said = [group.request_blocks for group in capacity(config, 1, "float32", 130, policy=policy).groups]
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+    held: list[int] = []
+    with LLM(directory, executor="local", device="cpu", num_blocks=256, kv_policy=text, quiet=True) as llm:
+        for delta in llm.stream([5] * 10, params):
+            if delta.finish_reason is None:
+                stats = llm._loop.run(Engine.stats)
+                held.append(stats["num_blocks"] - stats["num_free_blocks"])
+    assert len(held) > 100 and said[0] - 2 <= max(held) <= said[0]
 
 
 def test_half_of_the_layers_take_half_of_what_grows() -> None:
