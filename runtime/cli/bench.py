@@ -413,7 +413,7 @@ def policies(
     as_json: AsJson = False,
     plot: Plot = None,
 ) -> None:
-    """What KV policies and dtypes cost in quality, and what they save.
+    """What KV policies and dtypes cost and save.
 
     A text is read under each policy: perplexity, memory and the time of a token against the position in it. And in each
     form of keys and values: how far what the model expects next is from the same with float32. Bytes a token, also of
