@@ -137,7 +137,7 @@ class BlockTables:
         if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing[0])) is not None:
             self._release(chains)
             return answer
-        asks = self.inbound is not None and (not alone or self.inbound.must_succeed)  # others wait for who is alone
+        asks = not alone or (self.inbound is not None and self.inbound.must_succeed)  # others wait for who is alone
         if asks and self.inbound is not None and self._is_handed_over(self.inbound, request, search, limit):
             self._release(chains)
             return Admission.LATER
@@ -253,7 +253,8 @@ class BlockTables:
 
     def _have_room(self, request: Request, missing: Sequence[int], chains: Sequence[Chain]) -> bool:
         """Whether there are so many blocks besides the chains."""
-        if self.inbound is not None:  # which reserves blocks for the whole prompt
+        if self.inbound is not None and request.num_tokens <= self.inbound.max_tokens:
+            # The whole prompt may be handed over, and blocks are reserved for all of it.
             missing = [self._blocks_for(request.num_tokens + 1) - len(chains[0])]
         return all(
             count <= cache.num_available - cache.num_idle_in(chain)
@@ -327,7 +328,7 @@ class BlockTables:
         blocks, first = request.token_blocks, search.num_found
         if self.cache.max_blocks_per_owner is not None:  # more would come, and could not be cached
             limit = min(limit, self.cache.max_blocks_per_owner)
-        if blocks is None or first >= limit or search.was_handed_over:
+        if blocks is None or first >= limit or search.was_handed_over or request.num_tokens > inbound.max_tokens:
             return False
         chosen = inbound.choose(blocks, request.num_tokens, first, limit, self.load())
         if chosen is None:

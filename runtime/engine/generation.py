@@ -324,6 +324,7 @@ class GenerationFactory:
             HandoffCost(handoff.min_tokens, self._config.max_mixed_prefill_tokens or MIXED_TOKENS),
             lease_s=handoff.lease_s,
             max_reserved=spare,
+            max_tokens=self._max_model_len,
             must_succeed=handoff.on_failure == "fail",
             meet_s=self._meet_s,
         )

@@ -44,6 +44,7 @@ from headwise.runtime.kv.eviction import CachedBlock, Chain
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger, Outcome
 from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.windows import ENDLESS
 from headwise.workers.kv.handoff import TICKET_BYTES, TRANSFER_BYTES, Fence, HandoffJob, HandoffOp
 
 _logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class Inbound:
         peers: the prefill engines; see :meth:`use`.
         cost: decides whether a prompt is handed over, and to whom.
         must_succeed: whether a request whose handoff fails is to fail, too, and is not computed here.
+        max_tokens: longer texts, such as one without end that was preempted, are computed here.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Inbound:
         *,
         lease_s: float,
         max_reserved: int,
+        max_tokens: int = ENDLESS,
         must_succeed: bool = False,
         meet_s: float = 0.0,
     ) -> None:
@@ -141,7 +144,7 @@ class Inbound:
             max_reserved: most blocks that may be reserved at once, so that running requests find room.
             meet_s: how long prompts that must not be computed here wait for the first peer to be connected.
         """
-        self.peers, self.cost, self.must_succeed = peers, cost, must_succeed
+        self.peers, self.cost, self.must_succeed, self.max_tokens = peers, cost, must_succeed, max_tokens
         self._leaving: list[Peer] = []
         self._cache, self._ledger, self._epoch = cache, ledger, epoch
         self._lease_s, self._max_reserved = lease_s, max_reserved

@@ -71,7 +71,8 @@ class RowRoom:
 
     def most_blocks(self, num_tokens: int) -> int:
         """The most that a row of so many tokens has to have at a time."""
-        return min(-(-num_tokens // self.block_size), self.least + self.lead // self.block_size)
+        more = -(-self.lead // self.block_size) - 1  # ``least`` has one for a small chunk
+        return min(-(-num_tokens // self.block_size), self.least + more)
 
 
 def row_blocks(reach: Reach, block_size: int, max_tokens: int) -> int:

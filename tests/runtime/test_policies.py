@@ -174,7 +174,7 @@ def test_chunks_change_nothing(llm_of: Callable[..., LLM], judge: Judge, policy:
             ("window:33@1;sinks:5,11", 2, None, 9),
             ("window:20", 2, "int8", 7),
             ("sinks:20,13", 3, "int8/int4", 9),
-            ("window:1", 1, "int4", 5),
+            ("window:16", 1, "int4", 4),
             ("window:20@0.0,1.1;dense", 1, None, 10),
             ("dense@0;sinks:4,28@*", 2, "int8", 10),
             ("sinks:3,14@0.1;window:40@1.2,0.0;dense", 3, "bfloat16", 10),
@@ -271,7 +271,7 @@ def test_recovery_changes_nothing(
 def test_hits_change_nothing(
     llm_of: Callable[..., LLM], judge: Judge, policy: str, tp: int, kv_dtype: str | None
 ) -> None:
-    llm = llm_of(policy, tp, kv_dtype=kv_dtype)
+    llm = llm_of(policy, tp, kv_dtype=kv_dtype, num_blocks=48)
     shared = some_tokens(1, 96)
     llm.generate(shared + some_tokens(2, 70), GREEDY, use_tqdm=False)
     outputs = llm.generate([shared + some_tokens(seed, 9) for seed in (3, 4)], GREEDY, use_tqdm=False)
@@ -304,7 +304,7 @@ def always_restore(monkeypatch: pytest.MonkeyPatch) -> None:
             ("sinks:20,13", 1, "int4", False),
             ("dense", 3, "int8/int4", True),
             ("dense", 1, "bfloat16", False),
-            ("window:1", 2, None, True),
+            ("window:16", 2, None, True),
         ],
         {0},
     ),
@@ -348,7 +348,7 @@ def test_what_tiers_bring_back_changes_nothing(
             ("sinks:20,13", "int4", 1, 1),
             ("dense", "int8/int4", 3, 2),
             ("dense", "bfloat16", 1, 2),
-            ("window:1", "int8", 2, 2),
+            ("window:16", "int8", 2, 2),
         ],
         {0},
     ),
