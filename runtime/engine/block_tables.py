@@ -160,10 +160,10 @@ class BlockTables:
     def has_room(self, missing: Sequence[int], leaving: Iterable[Request] = ()) -> bool:
         """Whether so many blocks can be had in each group, once some requests have left."""
         seats = [seat_of(request) for request in leaving]
-        return all(
-            count <= cache.num_available + sum(seat.tables[group].num_held for seat in seats)
-            for group, (count, cache) in enumerate(zip(missing, self.caches, strict=True))
-        )
+        for group, count in enumerate(missing):
+            if count > self.caches[group].num_available + sum(seat.tables[group].num_held for seat in seats):
+                return False
+        return True
 
     def fitting(self, seat: Seat, count: int) -> int:
         """How many tokens a seat with a window computes next, at most ``count``: as many as there are blocks for, and
@@ -179,7 +179,7 @@ class BlockTables:
         """
         count, owner = self._blocks_for(num_tokens), _owner(seat.request)
         new = [table.grow(count, owner) for table in seat.tables]
-        seat.num_slots = min(len(table.block_ids) for table in seat.tables) * self.block_size
+        seat.num_slots = max(seat.num_slots, count * self.block_size)
         return new
 
     def publish(self, request: Request, num_tokens: int) -> None:

@@ -130,14 +130,15 @@ class Scheduler:
             failed: the rows whose logits were not finite. What such a row computed is not verified, and no other
                 request gets it; to end its request is the engine's part.
         """
-        block_size = self._tables.block_size
+        block_size, windowed = self._tables.block_size, self._tables.windowed
         for seat, (row, count) in zip(schedule.seats, schedule.plan.computes, strict=True):
             done = seat.num_done = seat.num_done + count
-            sound = row not in failed and seat.request.finish_reason is not FinishReason.ERROR
             # Only what samples verifies; and after the first time, there is a block to verify only where one is full.
-            if sound and (done == seat.num_given or (done > seat.num_given and not done % block_size)):
+            if (done == seat.num_given or (done > seat.num_given and not done % block_size)) and (
+                row not in failed and seat.request.finish_reason is not FinishReason.ERROR
+            ):
                 self._tables.publish(seat.request, done)
-            if done >= seat.gives_at:
+            if windowed and done >= seat.gives_at:
                 self._tables.give_back(seat)
         self.give_up_seats()
 
@@ -255,7 +256,7 @@ class Scheduler:
         """Sees to it that a running request has blocks for so many tokens. Others may be preempted for it, and itself,
         too; returns whether it has the blocks now."""
         missing = self._tables.missing(seat, num_tokens)
-        if any(count > 0 for count in missing):
+        if max(missing) > 0:
             if not self._make_room(seat, missing, draft):
                 return False
             draft.appends[seat] = self._tables.grow(seat, num_tokens)
@@ -274,7 +275,7 @@ class Scheduler:
             draft.appends.pop(victim, None)
             if victim is seat:
                 return False
-        return tables.has_room(missing)
+        return not self._leaving or tables.has_room(missing)
 
     def _compute_alone(self, suspect: Request, draft: _Draft) -> None:
         """Gives the step to one request that the group may die of, once nothing else is in flight. Others keep their
