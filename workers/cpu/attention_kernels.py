@@ -25,7 +25,7 @@ from headwise.workers.cpu.attention_plan import (
     Sizes,
     padded_rows,
 )
-from headwise.workers.cpu.kv_records import LayerKV, expand_run, plane_of, values_of_tile
+from headwise.workers.cpu.kv_records import LayerKV, expand_keys_of_run, expand_values_of_run, plane_of, values_of_tile
 from headwise.workers.cpu.kv_records_simd import FLOAT32
 from headwise.workers.cpu.pointwise_simd import blend, fill, scaled
 from headwise.workers.cpu.team import Team, clear, join, meet, take_job
@@ -174,9 +174,8 @@ def divide_scratch(address: int, sizes: Sizes) -> Scratch:
     part = whole + _FLOAT_BYTES * sizes.max_rows * (1 + _LANES + sizes.head_dim)
     max_rows = sizes.max_rows
     expanded = address + 2 * _LOCATED_BYTES
-    run_bytes = _FLOAT_BYTES * RUN_KEYS * sizes.head_dim
     for run in range(2 * TILE_RUNS):
-        store_int(expanded, run, tile + run * run_bytes)
+        store_int(expanded, run, tile + _FLOAT_BYTES * run * RUN_KEYS * sizes.head_dim)
     return Scratch(
         address,
         address + _LOCATED_BYTES,
@@ -274,11 +273,7 @@ def attend_item(
                 locate_runs(item, part, key + TILE_KEYS, tables_BN, sizes, kv, next_runs)
             else:
                 locate_runs(item_after, part_after, part_after.start, tables_BN, sizes, kv, next_runs)
-            tile, key_stride = runs, sizes.block_size
-            if sizes.key_form != FLOAT32:
-                expand_tile(part, key, sizes, runs, scratch.tile)
-                tile, key_stride = scratch.expanded, RUN_KEYS
-            attend_tile(item, part, key, sizes, tile, next_runs, key_stride, scratch, sums)
+            attend_tile(item, part, key, sizes, runs, next_runs, scratch, sums)
         if not divided and number > 0:
             add_part(scratch.part, scratch.whole, num_rows, sizes.head_dim)
         part = part_after
@@ -324,14 +319,18 @@ def locate_runs(item: Any, part: Part, key: int, tables_BN: Any, sizes: Sizes, k
 
 
 @kernel
-def expand_tile(part: Part, key: int, sizes: Sizes, runs: int, tile: int) -> None:
-    """Expand the runs of a tile that are seen."""
+def expand_tile(values: bool, part: Part, key: int, sizes: Sizes, runs: int, expanded: int, out: int) -> None:
+    """Expand the runs of keys, or of values, of a tile that are seen, and store where they are then."""
     first = max(0, part.first_key - key) // RUN_KEYS
     last = (min(TILE_KEYS, part.end - key) + RUN_KEYS - 1) // RUN_KEYS
     for run in range(first, last):
-        keys, values = load_int(runs, run), load_int(runs, TILE_RUNS + run)
-        out = tile + _FLOAT_BYTES * run * RUN_KEYS * sizes.head_dim
-        expand_run(keys, values, load_int(runs, 2 * TILE_RUNS + run), sizes, out)
+        offset, into = load_int(runs, 2 * TILE_RUNS + run), out + _FLOAT_BYTES * run * RUN_KEYS * sizes.head_dim
+        if values:
+            expand_values_of_run(load_int(runs, TILE_RUNS + run), offset, sizes, into)
+            store_int(expanded, TILE_RUNS + run, into)
+        else:
+            expand_keys_of_run(load_int(runs, run), offset, sizes, into)
+            store_int(expanded, run, into)
 
 
 @kernel
@@ -342,7 +341,6 @@ def attend_tile(
     sizes: Sizes,
     runs: int,
     next_runs: int,
-    key_stride: int,
     scratch: Scratch,
     sums: Sums,
 ) -> None:
@@ -355,6 +353,13 @@ def attend_tile(
     scores, alpha = scratch.scores, scratch.alpha
     num_rows = item.num_tokens * group
     ends = part.position - key + 1
+    plain = sizes.key_form == FLOAT32
+    located, key_stride, values_ready = runs, sizes.block_size, plain
+    # Where only one chunk sees the tile, values take the place of the keys: both do not fit the first-level cache.
+    values_at = scratch.tile if num_rows <= CHUNK_ROWS else scratch.tile + _FLOAT_BYTES * values_of_tile(sizes)
+    if not plain:
+        runs, key_stride = scratch.expanded, RUN_KEYS
+        expand_tile(False, part, key, sizes, located, runs, scratch.tile)
     for chunk in range(0, num_rows, CHUNK_ROWS):
         rows = min(CHUNK_ROWS, num_rows - chunk)
         num_keys = min(TILE_KEYS, part.end - key, ends + (chunk + rows - 1) // group)
@@ -374,6 +379,9 @@ def attend_tile(
             else:
                 fill(row_scores, TILE_KEYS, np.float32(0.0))
                 store_float(row_alpha, 0, np.float32(1.0))
+        if not values_ready:
+            expand_tile(True, part, key, sizes, located, runs, values_at)
+            values_ready = True
         values, next_values = runs + _RUNS_BYTES, next_runs + _RUNS_BYTES
         first_run, column = first_key // RUN_KEYS, 0
         while column < head_dim:

@@ -143,32 +143,35 @@ def write_value(value: int, record: int, offset: int, sizes: Sizes) -> None:
 
 
 @kernel
-def expand_run(keys: int, values: int, offset: int, sizes: Sizes, out: int) -> None:
-    """A run of keys and values as floats.
+def expand_keys_of_run(keys: int, offset: int, sizes: Sizes, out: int) -> None:
+    """A run of keys as floats, [D, RUN_KEYS].
 
     Args:
-        keys, values: addresses of the block's first key and value, of the head.
+        keys: the address of the block's first key, of the head.
         offset: of the run in its block.
-        out: the address of the tile's floats for the run: [D, RUN_KEYS] of keys; [RUN_KEYS, D] of values are
-            ``values_of_tile`` further.
     """
-    size, head_dim = sizes.block_size, sizes.head_dim
-    values_out = out + _FLOAT_BYTES * values_of_tile(sizes)
-    if sizes.key_form in (BFLOAT16, FLOAT16):
-        at = _HALF_BYTES * offset
-        widen(sizes.key_form, keys + at, _HALF_BYTES * size, head_dim, out)
-        widen(sizes.value_form, values + at * head_dim, _HALF_BYTES * RUN_KEYS, head_dim, values_out)
-        return
-    bits, group, at = 8 if sizes.key_form == INT8 else 4, sizes.key_group, _HALF_BYTES * offset
-    scales = keys + size * head_dim * bits // 8
-    zeros = scales + _HALF_BYTES * size * (head_dim // group)
-    expand_keys(sizes.key_form, keys + offset, scales + at, zeros + at, size, head_dim, group, out)
-    bits, group = 8 if sizes.value_form == INT8 else 4, sizes.value_group
-    at *= head_dim // group
-    scales = values + size * head_dim * bits // 8
-    zeros = scales + _HALF_BYTES * size * (head_dim // group)
-    line = values + offset * head_dim * bits // 8
-    expand_values(sizes.value_form, line, scales + at, zeros + at, head_dim, group, values_out)
+    size, head_dim, form, group = sizes.block_size, sizes.head_dim, sizes.key_form, sizes.key_group
+    at = _HALF_BYTES * offset
+    if form in (BFLOAT16, FLOAT16):
+        widen(form, keys + at, _HALF_BYTES * size, head_dim, out)
+    else:
+        scales = keys + size * (head_dim if form == INT8 else head_dim // 2)
+        zeros = scales + _HALF_BYTES * size * (head_dim // group)
+        expand_keys(form, keys + offset, scales + at, zeros + at, size, head_dim, group, out)
+
+
+@kernel
+def expand_values_of_run(values: int, offset: int, sizes: Sizes, out: int) -> None:
+    """A run of values as floats, [RUN_KEYS, D]; as :func:`expand_keys_of_run`."""
+    size, head_dim, form, group = sizes.block_size, sizes.head_dim, sizes.value_form, sizes.value_group
+    at = _HALF_BYTES * offset
+    if form in (BFLOAT16, FLOAT16):
+        widen(form, values + at * head_dim, _HALF_BYTES * RUN_KEYS, head_dim, out)
+    else:
+        width, at = head_dim if form == INT8 else head_dim // 2, at * (head_dim // group)
+        scales = values + size * width
+        zeros = scales + _HALF_BYTES * size * (head_dim // group)
+        expand_values(form, values + offset * width, scales + at, zeros + at, head_dim, group, out)
 
 
 @kernel
