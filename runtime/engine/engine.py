@@ -17,10 +17,9 @@ from headwise.runtime.engine.request import Request, RequestState
 from headwise.runtime.engine.scheduler import Schedule, Scheduler
 from headwise.runtime.engine.text import Delta, TextStream, end, take_token
 from headwise.runtime.kv.events import KvEvents
-from headwise.runtime.kv.eviction import CachedBlock, Chain
+from headwise.runtime.kv.eviction import CachedBlock
 from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.pins import Pinned
-from headwise.runtime.kv.prefix_cache import match_all
 from headwise.runtime.output import FinishReason
 from headwise.workers import failpoints
 from headwise.workers.failpoints import Point
@@ -269,7 +268,7 @@ class Engine:
             "engine_cpu_seconds": self._cpu_seconds,
             "prefix_cache": cache.stats()
             | {"pinned_blocks": pins.num_blocks, "tiers": tiers.stats() if tiers is not None else {}},
-            "kv_groups": self.generation.group_stats(),
+            "kv_groups": [] if self.rebuilding else self.generation.group_stats(),
             "handoff": self.generation.handoff_stats(),
             "recoveries": {"rebuilding": self.rebuilding} | self.recoveries(),
         }
@@ -298,14 +297,7 @@ class Engine:
         if self.rebuilding:  # the last step before has computed them
             self._pinned.append(Pinned(blocks, num_tokens // size, ttl_s))
             return num_tokens // size * size
-        caches, all_pins = self.generation.tables.caches, self.generation.all_pins
-        chains: list[Chain] = [[] for _ in caches]
-        match_all(caches, blocks, num_tokens // size, chains)
-        for pins, chain in zip(all_pins, chains, strict=True):
-            pins.check(chain)
-        for pins, chain in zip(all_pins, chains, strict=True):
-            pins.pin(chain, ttl_s, blocks)
-        return len(chains[0]) * size
+        return self.generation.pin(blocks, num_tokens // size, ttl_s) * size
 
     def give_up_seats(self) -> None:
         """Takes their seats from requests that have ended, and whose blocks are not sent to another engine any more."""
@@ -333,11 +325,7 @@ class Engine:
     def _reset(self) -> None:
         for request_id in [request_id for request_id in self._samples if is_pin(request_id)]:
             self.abort(request_id)
-        for pins, cache in zip(self.generation.all_pins, self.generation.tables.caches, strict=True):
-            pins.clear()
-            cache.clear()
-        if self.generation.tiers is not None:
-            self.generation.tiers.clear()
+        self.generation.forget_blocks()
         self.events.flush()
 
     def _check_idle(self) -> None:

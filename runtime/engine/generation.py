@@ -20,9 +20,11 @@ from headwise.runtime.handoff.messages import Hello, Identity
 from headwise.runtime.handoff.outbound import Outbound
 from headwise.runtime.kv.blocks import BlockPool
 from headwise.runtime.kv.events import KvEvents
+from headwise.runtime.kv.eviction import Chain
+from headwise.runtime.kv.identity import TokenBlocks
 from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
-from headwise.runtime.kv.prefix_cache import PrefixCache
+from headwise.runtime.kv.prefix_cache import PrefixCache, match_all
 from headwise.runtime.kv.tiers import Tiers
 from headwise.runtime.kv.windows import RowRoom, row_blocks
 from headwise.runtime.tls import channel_credentials
@@ -84,6 +86,28 @@ class Generation:
             | {"pinned_blocks": pins.num_blocks, "prefix_cache": cache.stats()}
             for cache, pins in zip(caches, self.all_pins, strict=False)
         ]
+
+    def pin(self, blocks: TokenBlocks, num_blocks: int, ttl_s: float) -> int:
+        """Keeps what is cached of a sequence's first blocks for a time, in every group; returns how many they are.
+
+        Raises:
+            InvalidValueError: more blocks would be pinned than may be; none is then.
+        """
+        chains: list[Chain] = [[] for _ in self.all_pins]
+        match_all(self.tables.caches, blocks, num_blocks, chains)
+        for pins, chain in zip(self.all_pins, chains, strict=True):
+            pins.check(chain)
+        for pins, chain in zip(self.all_pins, chains, strict=True):
+            pins.pin(chain, ttl_s, blocks)
+        return len(chains[0])
+
+    def forget_blocks(self) -> None:
+        """Forgets every cached block, pinned ones too, on the device and the tiers below."""
+        for pins, cache in zip(self.all_pins, self.tables.caches, strict=True):
+            pins.clear()
+            cache.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
 
     @property
     def handing_over(self) -> bool:
