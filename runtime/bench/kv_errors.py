@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,8 @@ class KvError:
         divergences: by token of a text, the Kullback-Leibler divergence of what the model expects next from what it
             expects with EXACT: in nats.
         losses: see :mod:`~headwise.runtime.bench.perplexity`.
-        agreed: of the tokens of a text, for how many the most likely next one is the same.
+        regrets: of the tokens of a text after which another next one is the most likely: by how much it is less likely
+            with EXACT than the most likely one there, in nats. Small ones are near ties, which any change may turn.
         greedy_agreed: of the tokens that are generated with EXACT, for how many the most likely one is the same, given
             the same tokens before it.
         greedy_same: by prompt, how many tokens are generated until one differs.
@@ -38,7 +40,7 @@ class KvError:
     bytes_per_token: int
     divergences: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    agreed: int = 0
+    regrets: list[float] = field(default_factory=list)
     greedy_agreed: int = 0
     greedy_same: list[int] = field(default_factory=list)
 
@@ -49,7 +51,9 @@ class KvError:
             "tokens": tokens,
             "kl_mean": sum(self.divergences) / tokens,
             "kl_max": max(self.divergences),
-            "agreement": self.agreed / tokens,
+            "agreement": 1 - len(self.regrets) / tokens,
+            "regret_median": median(self.regrets) if self.regrets else 0.0,
+            "regret_max": max(self.regrets, default=0.0),
             "perplexity": math.exp(sum(self.losses) / len(self.losses)),
         }
         if prompts:
@@ -104,6 +108,14 @@ def divergences(exact_TV: Tensor, other_TV: Tensor) -> list[float]:
     return found
 
 
+def regrets(exact_TV: Tensor, other_TV: Tensor) -> list[float]:
+    """Of the rows whose best number is another in ``other_TV``: how far it is below the best one in ``exact_TV``."""
+    best_T, other_T = exact_TV.argmax(-1), other_TV.argmax(-1)
+    lost_T = (exact_TV.gather(1, best_T[:, None]) - exact_TV.gather(1, other_T[:, None]))[:, 0]
+    found: list[float] = lost_T[best_T != other_T].tolist()
+    return found
+
+
 def _read(
     exact: Scorer,
     scorers: dict[str, Scorer],
@@ -117,13 +129,12 @@ def _read(
         count = min(CHUNK_TOKENS, len(token_ids) - start)
         true = token_ids[start + 1 : start + count + 1]
         exact_TV = exact.advance(count).log_softmax(-1)
-        best_T = exact_TV.argmax(-1)
         progress(count)
         for name, scorer in scorers.items():
             logits_TV = scorer.advance(count)
             error = errors[name]
             error.losses += losses_of(logits_TV, true)
-            error.agreed += int((logits_TV.argmax(-1) == best_T).sum())
+            error.regrets += regrets(exact_TV, logits_TV)
             error.divergences += divergences(exact_TV, logits_TV.log_softmax(-1))
             progress(count)
 

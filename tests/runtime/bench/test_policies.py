@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headwise.runtime.bench import kv_errors, perplexity
-from headwise.runtime.bench.kv_errors import NEW_TOKENS, PROMPT_TOKENS, divergences, pieces
+from headwise.runtime.bench.kv_errors import NEW_TOKENS, PROMPT_TOKENS, divergences, pieces, regrets
 from headwise.runtime.bench.perplexity import DECODED, Reading
 from headwise.runtime.bench.policies import Load, check, shapes
 from headwise.runtime.bench.scorer import ScoredModel
@@ -82,6 +82,7 @@ def test_narrow_keys_and_values_are_compared_with_float32(model: ScoredModel) ->
     assert exact["greedy_same_prompts"] == exact["greedy_prompts"] == 2 and exact["greedy_same_tokens"] == NEW_TOKENS
     assert 0 < int8["kl_mean"] < int4["kl_mean"] and int8["kl_mean"] < 0.01
     assert int4["agreement"] <= int8["agreement"] <= 1 and int8["agreement"] > 0.9
+    assert exact["regret_max"] == 0 and 0 < int4["regret_median"] <= int4["regret_max"]
     floats, codes = exact["bytes_per_token"], 2 * 2 * 4
     assert floats == codes * 16 * 4
     assert int8["bytes_per_token"] == codes * (16 + 4) and int4["bytes_per_token"] == codes * (8 + 4)
@@ -91,6 +92,12 @@ def test_divergence_is_that_of_kullback_and_leibler() -> None:
     exact_TV, other_TV = (torch.randn(5, 9).log_softmax(-1) for _ in range(2))
     expected = torch.nn.functional.kl_div(other_TV, exact_TV, log_target=True, reduction="none").sum(-1)
     assert divergences(exact_TV, other_TV) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_regret_is_what_the_other_choice_is_less_likely() -> None:
+    exact_TV = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [-3.0, -1.5, -1.0]])
+    other_TV = torch.tensor([[5.0, 4.0, 0.0], [4.0, 0.0, 5.0], [0.0, 5.0, 4.0]])
+    assert regrets(exact_TV, other_TV) == [2.0, 0.5]
 
 
 def test_pieces_are_from_all_over_the_text() -> None:
