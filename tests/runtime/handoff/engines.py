@@ -93,7 +93,9 @@ class HandoffGroup(PlainGroup):
     def _do(self, job: HandoffJob) -> None:
         number, error = job.fence.number, ""
         if job.op is HandoffOp.OPEN:
-            assert not set(job.blocks) & set().union(*self.in_use), "a block is reserved that a step works on"
+            assert not {(0, block) for block in job.blocks} & set().union(*self.in_use), (
+                "a block is reserved that a step works on"
+            )
             self.loading |= set(job.blocks)
             self.fences[number] = OpenFence(job.fence, job.blocks, set(range(len(job.blocks))))
             error = "no memory" if self._fault() else ""
@@ -140,7 +142,7 @@ class HandoffGroup(PlainGroup):
     def _push(self, job: HandoffJob) -> None:
         sent = []
         for index, block in enumerate(job.blocks):
-            content = [self.memory[block, slot] for slot in range(BLOCK)]
+            content = [self.memory[0, block, slot] for slot in range(BLOCK)]
             sent.append(Flying(job.fence, job.first + index, content, job.id, self._fault()))
         self.pushes[job.id] = list(sent)
         self.flying += sent
@@ -167,7 +169,7 @@ class HandoffGroup(PlainGroup):
             self._settle(fence)
             return fence.broken
         for slot, seen in enumerate(flying.content):
-            self.memory[fence.blocks[flying.place], slot] = seen
+            self.memory[0, fence.blocks[flying.place], slot] = seen
         fence.missing.discard(flying.place)
         self._settle(fence)
         return ""
