@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headwise.runtime.llm import LLM, OutputDelta
-    from headwise.runtime.output import CompletionOutput, Logprob, RequestOutput
+    from headwise.runtime.llm import LLM
+    from headwise.runtime.output import CompletionOutput, Logprob, OutputDelta, RequestOutput
     from headwise.runtime.sampling_params import SamplingParams
     from headwise.runtime.structured_outputs import StructuredOutputsParams
 
@@ -21,7 +21,6 @@ __all__ = [
 
 _HOMES = {
     "LLM": "llm",
-    "OutputDelta": "llm",
     "SamplingParams": "sampling_params",
     "StructuredOutputsParams": "structured_outputs",
 }

@@ -8,7 +8,6 @@ import queue
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,33 +22,12 @@ from headwise.runtime.engine.text import Delta
 from headwise.runtime.inputs.batches import as_params, as_prompts
 from headwise.runtime.inputs.processor import InputProcessor, Messages, Prompt, check_request_id
 from headwise.runtime.kv.events import KvEvents, Subscription
-from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, RequestOutput
+from headwise.runtime.output import CompletionOutput, FinishReason, Logprob, OutputDelta, RequestOutput
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.runtime.sides import handoff_settings
 from headwise.runtime.start import Started, run_engine, start_engine
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.plan import TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """An increment of a stream: what one sample has gained since the increment before.
-
-    Attributes:
-        index: which of the request's ``n`` samples it belongs to.
-        text: whole characters only, so that it may be empty; None if the model has no tokenizer.
-        logprobs: of the increment's token, like an entry of CompletionOutput.logprobs; None if not asked for.
-        finish_reason: None except in the sample's last increment.
-        error: what went wrong, if the finish_reason is ``error``; else None.
-    """
-
-    request_id: str
-    index: int
-    text: str | None
-    token_ids: list[int]
-    logprobs: dict[int, Logprob] | None
-    finish_reason: FinishReason | None
-    error: str | None = None
 
 
 class LLM:

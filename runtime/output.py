@@ -135,3 +135,24 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """An increment of a stream: what one sample has gained since the increment before.
+
+    Attributes:
+        index: which of the request's ``n`` samples it belongs to.
+        text: whole characters only, so that it may be empty; None if the model has no tokenizer.
+        logprobs: of the increment's token, like an entry of CompletionOutput.logprobs; None if not asked for.
+        finish_reason: None except in the sample's last increment.
+        error: what went wrong, if the finish_reason is ``error``; else None.
+    """
+
+    request_id: str
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: dict[int, Logprob] | None
+    finish_reason: FinishReason | None
+    error: str | None = None

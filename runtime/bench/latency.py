@@ -20,8 +20,9 @@ from headwise.runtime.bench import figures, report
 from headwise.runtime.bench.bounds import bounds_of_run
 from headwise.runtime.bench.workload import UnsteadyError, greedy, prompts, steady_rows
 from headwise.runtime.config import engine_config
-from headwise.runtime.llm import LLM, OutputDelta
+from headwise.runtime.llm import LLM
 from headwise.runtime.models import resolve
+from headwise.runtime.output import OutputDelta
 from headwise.workers.model.model_config import load_model_config
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from headwise.runtime.engine.engine import Engine
-from headwise.runtime.llm import LLM, OutputDelta
+from headwise.runtime.llm import LLM
+from headwise.runtime.output import OutputDelta
 from headwise.runtime.sampling_params import SamplingParams
 from headwise.workers.errors import HeadwiseError
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from headwise.runtime.chaos.history import History
 from headwise.runtime.chaos.workload import Ask, Question, Way, asks
-from headwise.runtime.llm import LLM, OutputDelta
+from headwise.runtime.llm import LLM
+from headwise.runtime.output import OutputDelta
 from headwise.workers.errors import InvalidValueError
 
 PIN_S = 3.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headwise.workers.errors import HeadwiseError
 
 if TYPE_CHECKING:
-    from headwise.runtime.llm import OutputDelta
+    from headwise.runtime.output import OutputDelta
 
 
 def take(deltas: Iterable[OutputDelta], show: bool) -> tuple[str, OutputDelta]:

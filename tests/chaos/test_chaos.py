@@ -12,7 +12,7 @@ import pytest
 from headwise.runtime import LLM
 from headwise.runtime.chaos.history import read
 from headwise.runtime.chaos.run import Load, run
-from headwise.runtime.llm import OutputDelta
+from headwise.runtime.output import OutputDelta
 from tests.chaos.bench import speaking_model
 from tests.runtime.conftest import Run, headwise  # noqa: F401 - a fixture
 
