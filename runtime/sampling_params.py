@@ -29,7 +29,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_TOKENS = 1 << 24
 """More than any model's context; :meth:`SamplingParams.check` applies the limit of the model."""
 MAX_ENDLESS_TOKENS = 1_000_000
-"""Of an output that goes on past max_model_len: hours of a CPU's. It does not end by itself where nothing ends it."""
+"""Of outputs that go on past max_model_len, those of a request together: hours of a CPU's. They do not end by
+themselves where nothing ends them, and a call that is not streamed keeps them until then."""
 _ENDLESS = "lower it, or start the engine with a window in every head, such as kv_policy=sinks:4,1020 (--kv-policy)"
 _SEED_BITS = 64
 
@@ -59,7 +60,7 @@ class SamplingParams:
         logprobs: how many of the most likely tokens to report with their log-probabilities, beside the chosen token.
             Default: None, which reports nothing.
         max_tokens: most tokens of the output. Default: 16. None is as many as the model's context has room for. It may
-            be more than that, up to 1,000,000, with a kv_policy that gives every head a window.
+            be more than that, up to 1,000,000 for all n together, with a kv_policy that gives every head a window.
         min_tokens: fewest tokens of the output. Before that, stop strings, stop tokens and end-of-sequence do not end
             it. Default: 0.
         ignore_eos: whether the output goes on after end-of-sequence. Default: False.
@@ -173,16 +174,17 @@ class SamplingParams:
 
         Raises:
             InvalidValueError: a token id is not in the vocabulary, or max_tokens or min_tokens is over max_model_len,
-                or over MAX_ENDLESS_TOKENS where texts may be endless.
+                or, where texts may be endless, over its share of MAX_ENDLESS_TOKENS.
         """
         for name, ids in (("logit_bias", [t for t, _ in self.logit_bias]), ("stop_token_ids", self.stop_token_ids)):
             if wrong := [token for token in ids if token >= vocab_size]:
                 raise InvalidValueError(name, wrong[0], f"a token id must be in [0, {vocab_size})")
+        most = max(MAX_ENDLESS_TOKENS // self.n, max_model_len)
         for name, count in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
             if count is None:
                 continue
-            if endless and count > max(MAX_ENDLESS_TOKENS, max_model_len):
-                raise InvalidValueError(name, count, f"must be at most {max(MAX_ENDLESS_TOKENS, max_model_len)}")
+            if endless and count > most:
+                raise InvalidValueError(name, count, f"must be at most {most} with n={self.n}")
             if not endless and count > max_model_len:
                 limit = f"must be at most max_model_len={max_model_len}, for KV memory of a text grows with it"
                 raise InvalidValueError(name, count, limit, _ENDLESS)

@@ -265,6 +265,9 @@ def test_with_windows_an_output_may_go_on_past_max_model_len(
         params = {"max_tokens": None} | {name: MAX_ENDLESS_TOKENS + 1}
         with pytest.raises(InvalidValueError, match=rf"^{name}=1000001: must be at most 1000000"):
             asked(model, 10, **params)
+    assert asked(model, 10, max_tokens=125_000, n=8).max_tokens == 125_000
+    with pytest.raises(InvalidValueError, match=r"^max_tokens=125001: must be at most 125000 with n=8"):
+        asked(model, 10, max_tokens=125_001, n=8)
 
 
 @pytest.mark.parametrize("policy", ["dense", "dense@0;sinks:4,60"])
