@@ -61,7 +61,9 @@ class PrefixCache:
         return len(self._index)
 
     def get(self, digest: bytes) -> CachedBlock | None:
-        return self._index.get(digest)
+        """A block that requests find, so a verified one."""
+        node = self._index.get(digest)
+        return node if node is not None and node.verified else None
 
     def match(self, blocks: TokenBlocks, limit: int, chain: Chain, whole: bool = False) -> None:
         """Makes ``chain`` the longest chain of cached blocks that ``blocks`` starts with. Where there is a window, the

@@ -19,6 +19,7 @@ from headwise.runtime.kv.prefix_cache import PrefixCache
 from headwise.runtime.output import FinishReason
 from headwise.workers.errors import InvalidValueError
 from headwise.workers.kv.policy import DENSE, Reach
+from headwise.workers.kv.transfer import Tier
 from tests.effort import examples
 from tests.plain_group import BLOCK, POISON, VOCAB, Bench, PlainGroup, alone, make_request
 from tests.runtime.engine.test_recovery import Mortal
@@ -200,6 +201,21 @@ def test_nobody_finds_or_saves_what_is_not_verified() -> None:
     bench.run()
     bench.cache.match(first.token_blocks, 4, chain)
     assert len(chain) == 4 and len(told) == 10
+    bench.check_idle()
+
+
+def test_no_tier_gets_what_is_not_verified() -> None:
+    """Not even if it has just lost another copy of it, and would have it again."""
+    bench = Bench(blocks=64, budget=8, tiers=(32, 0), group=PlainGroup(reaches=(Reach(0, 6),)))
+    request = make_request("a", [*(number % VOCAB for number in range(40)), POISON], 1)
+    bench.add(request)
+    for _ in range(3):
+        bench.step()
+    assert request.token_blocks is not None and bench.tiers is not None and bench.pool.num_idle > 0
+    bench.tiers.books.on_dropped(request.token_blocks.digests[:3], "damage")
+    bench.run()
+    assert bench.ended[request.key] is FinishReason.ERROR
+    assert not bench.group.stored[Tier.HOST] and not any(map(len, bench.tiers.books.tiers.values()))
     bench.check_idle()
 
 
