@@ -95,6 +95,8 @@ class Generation:
         """
         chains: list[Chain] = [[] for _ in self.all_pins]
         match_all(self.tables.caches, blocks, num_blocks, chains)
+        for cache, chain in zip(self.tables.caches, chains, strict=True):
+            cache.add_before_last(blocks, chain)
         for pins, chain in zip(self.all_pins, chains, strict=True):
             pins.check(chain)
         for pins, chain in zip(self.all_pins, chains, strict=True):

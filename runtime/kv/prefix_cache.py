@@ -91,6 +91,13 @@ class PrefixCache:
         """A block of a sequence, where there is a window."""
         return self._find(blocks, index, None)
 
+    def add_before_last(self, blocks: TokenBlocks, chain: Chain) -> None:
+        """Adds to a chain what whoever goes on before its last block needs: a request with these very tokens, which has
+        one left to compute. That is a block more where there is a window, if it is still there."""
+        for index in self.reach.needed_blocks(len(chain) - 1, self.block_size) if self._windowed and chain else ():
+            if chain[index] is None:
+                chain[index] = self.find(blocks, index)
+
     def num_idle_in(self, chain: Chain) -> int:
         """How many blocks of a chain are idle; without a window they are its last ones."""
         if self._windowed:
