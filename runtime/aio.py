@@ -41,8 +41,8 @@ class AsyncLLM(AsyncModel[Engine]):
 
     @property
     def num_blocks(self) -> int:
-        """How many KV blocks each rank has."""
-        return self.engine.generation.cache.pool.num_blocks
+        """How many KV blocks each rank has, in the group of the KV policy that has the most."""
+        return self.engine.generation.fullest.pool.num_blocks
 
     @property
     def max_running(self) -> int:

@@ -139,7 +139,7 @@ class ReplicaHost:
     def _about(self) -> dict[str, Any]:
         started, cached = self._started, self._config.enable_prefix_caching
         return {
-            "num_blocks": started.engine.generation.cache.pool.num_blocks,
+            "num_blocks": started.engine.generation.fullest.pool.num_blocks,
             "block_size": started.spec.block_size,
             "tensor_parallel_size": started.spec.tensor_parallel_size,
             "dtype": started.spec.dtype,
@@ -286,7 +286,7 @@ class ReplicaHost:
     def _how_it_is(self, stats: dict[str, Any] | None) -> Report:
         engine = self._started.engine
         received = self._received  # first: what comes in between is counted twice, rather than not at all
-        rebuilding, cache, waiting = engine.rebuilding, engine.generation.cache, engine.num_waiting
+        rebuilding, cache, waiting = engine.rebuilding, engine.generation.fullest, engine.num_waiting
         return Report(
             received,
             engine.num_queued_tokens,

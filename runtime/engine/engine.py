@@ -254,13 +254,14 @@ class Engine:
         the shards) and ``emit``; ``engine_cpu_seconds`` is the processor time that the engine's thread spent in them.
         """
         cache, pins, tiers = self.generation.cache, self.generation.pins, self.generation.tiers
+        fullest = self.generation.fullest
         return {
             "epoch": self.events.epoch,
             "kv_policy": self.generation.kv_policy,
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
-            "num_blocks": 0 if self.rebuilding else cache.pool.num_blocks,
-            "num_free_blocks": 0 if self.rebuilding else cache.num_available,
+            "num_blocks": 0 if self.rebuilding else fullest.pool.num_blocks,
+            "num_free_blocks": 0 if self.rebuilding else fullest.num_available,
             "num_steps": self.num_steps,
             "num_generated_tokens": self.num_generated_tokens,
             "num_preemptions": self._scheduler.num_preemptions,

@@ -78,6 +78,11 @@ class Generation:
         """Of each group of the KV policy."""
         return (self.pins, *self.other_pins)
 
+    @property
+    def fullest(self) -> PrefixCache:
+        """Of the group whose blocks run out first: one that keeps everything, where there is one."""
+        return next((cache for cache in self.tables.caches if cache.reach == DENSE), self.cache)
+
     def group_stats(self) -> list[dict[str, Any]]:
         """What each group of the KV policy keeps, and its blocks; empty where there is one group."""
         caches = self.tables.caches if len(self.tables.caches) > 1 else []

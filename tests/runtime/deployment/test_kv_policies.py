@@ -83,3 +83,25 @@ def test_replicas_need_no_file_of_streaming_heads(
             ask_all(llm, [("a", [5] * 4, SamplingParams(max_tokens=65))])
     finally:
         deployed.close()
+
+
+def test_replicas_take_what_the_heads_that_keep_everything_have_room_for(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heads of the first group have fewer blocks, for they make no use of more."""
+    monkeypatch.setattr(start, "make_factory", thread_groups())
+    limits = {"max_model_len": 2048, "max_num_seqs": 1, "max_num_batched_tokens": 64}
+    policy, model = "sinks:4,28@0;dense@*", checkpoint("gqa", max_position_embeddings=2048)
+    config = engine_config(model=str(model), kv_memory="4MiB", kv_policy=policy, **limits)
+    deployed = Deployed(config)
+    try:
+        llm = deployed(1)
+        [replica] = deployed.factory.started
+        pools = [cache.pool.num_blocks for cache in replica.host._started.engine.generation.tables.caches]
+        assert pools[0] * 16 < 2048 <= pools[1] * 16
+        assert llm.num_blocks == pools[1] and llm.inputs.max_model_len == 2048
+        [[sample]] = ask_all(llm, [("a", [5] * 2000, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))])
+        assert len(sample.tokens) == 3
+        settled(llm)
+    finally:
+        deployed.close()
