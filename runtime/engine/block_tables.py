@@ -96,6 +96,7 @@ class BlockTables:
         ]
         self.windowed = any(room is not None for room in self.rooms)
         self._searches: dict[Request, _Search] = {}  # of requests that wait
+        self._seated: dict[Request, None] = {}
         self._coming: dict[bytes, Request] = {}  # blocks not cached yet, and who computes or restores each
         self._somebody_waits = False  # for room to reserve blocks, in this round
 
@@ -107,6 +108,11 @@ class BlockTables:
             for cache, room in zip(self.caches, self.rooms, strict=True)
         ]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def capacity_for(self, request: Request) -> int | None:
+        """Most tokens of a request like this one: it may have to keep all of its blocks."""
+        whole = min(cache.pool.num_blocks for cache in self.caches) * self.block_size
+        return whole if _keeps_all(request) else self.capacity
 
     def begin_round(self) -> None:
         """The waiting requests have their turns, the first of them next."""
@@ -129,9 +135,10 @@ class BlockTables:
         if self._waits_for_another(request, search, limit, alone):
             return Admission.LATER
         chains = search.chains
-        wanted = [self._first_blocks(request, group, search.num_found) for group in range(len(chains))]
+        room = self._room_beside(chains, alone)
+        wanted = [self._first_blocks(request, group, chain, room[group]) for group, chain in enumerate(chains)]
         missing = [count - search.num_found for count in wanted]
-        if not self._have_room(request, missing, chains):
+        if not self._have_room(request, missing, chains, room):
             return Admission.NO_ROOM
         self._hold(chains)
         if self.tiers is not None and (answer := self._ask_tiers(request, search, limit, missing[0])) is not None:
@@ -157,11 +164,16 @@ class BlockTables:
         count = self._blocks_for(num_tokens)
         return [count - len(table.block_ids) for table in seat.tables]
 
-    def has_room(self, missing: Sequence[int], leaving: Iterable[Request] = ()) -> bool:
-        """Whether so many blocks can be had in each group, once some requests have left."""
-        seats = [seat_of(request) for request in leaving]
+    def has_room(
+        self, missing: Sequence[int], leaving: Iterable[Request] = (), in_flight: Iterable[Request] = ()
+    ) -> bool:
+        """Whether so many blocks can be had in each group, once some requests have left, and what others have in flight
+        is done."""
+        leave, move = [seat_of(request) for request in leaving], [seat_of(request) for request in in_flight]
         for group, count in enumerate(missing):
-            if count > self.caches[group].num_available + sum(seat.tables[group].num_held for seat in seats):
+            soon = sum(seat.tables[group].num_held for seat in leave)
+            soon += sum(seat.tables[group].num_given_back(seat.num_computed) for seat in move)
+            if count > self.caches[group].num_available + soon:
                 return False
         return True
 
@@ -213,6 +225,7 @@ class BlockTables:
         for table in seat.tables:
             table.leave()
         request.seat = None
+        self._seated.pop(request, None)
 
     def computing(self, requests: Iterable[Request], group: int = 0) -> list[int]:
         """The blocks of a group that these requests hold, once for each hold."""
@@ -244,22 +257,46 @@ class BlockTables:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _first_blocks(self, request: Request, group: int, num_found: int) -> int:
-        """How many blocks a request's table has when it gets its seat; the first ``num_found`` are found."""
-        num_tokens, room = request.num_tokens + 1, self.rooms[group]
-        if room is not None and not _keeps_all(request):
-            num_tokens = room.first_tokens(num_tokens, num_found * self.block_size)
-        return max(num_found, self._blocks_for(num_tokens))
+    def _first_blocks(self, request: Request, group: int, chain: Chain, beside: int) -> int:
+        """How many blocks a request's table has when it gets its seat; the first are those of the chain, and
+        ``beside`` more can be had."""
+        num_tokens, num_found, room = request.num_tokens + 1, len(chain), self.rooms[group]
+        if room is None or _keeps_all(request):
+            return max(num_found, self._blocks_for(num_tokens))
+        least, most = map(self._blocks_for, room.first_tokens(num_tokens, num_found * self.block_size))
+        return max(num_found, least, min(most, num_found + beside))
 
-    def _have_room(self, request: Request, missing: Sequence[int], chains: Sequence[Chain]) -> bool:
-        """Whether there are so many blocks besides the chains."""
+    def _room_beside(self, chains: Sequence[Chain], alone: bool) -> list[int]:
+        """How many blocks of each group a request that has found these chains can have besides them. A row whose window
+        moves needs a block more now and then, before it gives another back. Were that not left to it, it would preempt
+        the newcomer each time, which would begin again as soon as the block is given back, and come to no end."""
+        kept = [0] * len(self.caches)
+        if self.windowed and not alone:
+            for request in self._seated:
+                for group, table in enumerate(seat_of(request).tables):
+                    if table.has_moved:
+                        kept[group] += max(0, self._steady(request, group) - table.num_held)
+        rest = zip(self.caches, chains, kept, strict=True)
+        return [cache.num_available - cache.num_idle_in(chain) - count for cache, chain, count in rest]
+
+    def _steady(self, request: Request, group: int) -> int:
+        """How many blocks of a group with a window a row needs to go on, whatever its length."""
+        room = self.rooms[group]
+        assert room is not None
+        return min(room.steady, self._blocks_for(len(request.prompt_token_ids) + request.max_tokens))
+
+    def _have_room(self, request: Request, missing: list[int], chains: list[Chain], beside: list[int]) -> bool:
+        """Whether there are so many blocks besides the chains, and enough to go on with."""
         if self.inbound is not None and request.num_tokens <= self.inbound.max_tokens:
             # The whole prompt may be handed over, and blocks are reserved for all of it.
-            missing = [self._blocks_for(request.num_tokens + 1) - len(chains[0])]
-        return all(
-            count <= cache.num_available - cache.num_idle_in(chain)
-            for count, cache, chain in zip(missing, self.caches, chains, strict=True)
-        )
+            return self._blocks_for(request.num_tokens + 1) - len(chains[0]) <= beside[0]
+        for group, (count, chain) in enumerate(zip(missing, chains, strict=True)):
+            room = self.rooms[group]
+            if room is not None and not _keeps_all(request) and request.num_tokens > (room.reach.span or 0):
+                count = max(count, self._steady(request, group) - sum(node is not None for node in chain))
+            if count > beside[group]:
+                return False
+        return True
 
     def _hold(self, chains: Sequence[Chain]) -> None:
         for cache, chain in zip(self.caches, chains, strict=True):
@@ -400,6 +437,7 @@ class BlockTables:
             num_done=num_cached,
             gives_at=min(table.gives_at for table in tables),
         )
+        self._seated[request] = None
         if request.token_blocks is None:
             return
         for digest in request.token_blocks.digests[len(chain) : self._num_known_blocks(request)]:

@@ -91,8 +91,7 @@ class Engine:
         self._check = IdleCheck(scheduler.checks)
         self._num_paused = 0
         self._awaited: tuple[float, Schedule] | None = None  # since when the engine waits for which step
-        # Most tokens of a request that the KV memory holds, where whoever asks does not know.
-        self._capacity = generation.tables.capacity if generation.tables.windowed else None
+        self._checks_fit = generation.tables.windowed  # else whoever asks knows how much the KV memory holds
         self._pinned: list[Pinned] = []  # when the group died
         self._reset_wanted = False
         self._pin_numbers = itertools.count()
@@ -159,8 +158,8 @@ class Engine:
         live = self._live[request.key] = _Live(request, text, sink)
         self._samples.setdefault(request.request_id, {})[request.key] = live
         self._scheduler.add(request)
-        if self._capacity is not None:
-            self._end_unfit([live], self._capacity)
+        if self._checks_fit:
+            self._end_unfit([live])
             self._deliver()
 
     def abort(self, request_id: str) -> None:
@@ -232,9 +231,8 @@ class Engine:
         generation.count_on(self.generation)
         self.generation = generation
         self._scheduler.resume(generation.tables)
-        self._capacity = generation.tables.capacity
-        if self._capacity is not None:
-            self._end_unfit(list(self._live.values()), self._capacity)
+        self._checks_fit = True  # it may have less KV memory
+        self._end_unfit(list(self._live.values()))
         for tell in self.on_resume:
             tell(generation)
         if self._reset_wanted:
@@ -369,11 +367,12 @@ class Engine:
             self._deliver()
         return bool(failed)
 
-    def _end_unfit(self, live: Sequence[_Live], capacity: int) -> None:
+    def _end_unfit(self, live: Sequence[_Live]) -> None:
         """Ends those of some requests that the group has not the KV memory to finish."""
         for request in [one.request for one in live]:
             most = len(request.prompt_token_ids) + request.max_tokens
-            if most > capacity:
+            capacity = self.generation.tables.capacity_for(request)
+            if capacity is not None and most > capacity:
                 reason = f"{len(request.prompt_token_ids)} tokens of the prompt and max_tokens={request.max_tokens} do "
                 reason += f"not fit: the shards have KV memory for {capacity} tokens of a request"
                 self._fail(request, reason)

@@ -26,7 +26,7 @@ from headwise.runtime.kv.ledger import Ledger
 from headwise.runtime.kv.pins import Pins
 from headwise.runtime.kv.prefix_cache import PrefixCache, match_all
 from headwise.runtime.kv.tiers import Tiers
-from headwise.runtime.kv.windows import RowRoom, row_blocks
+from headwise.runtime.kv.windows import ENDLESS, RowRoom, row_blocks
 from headwise.runtime.tls import channel_credentials
 from headwise.workers.addresses import is_loopback
 from headwise.workers.errors import InvalidValueError
@@ -312,12 +312,14 @@ class GenerationFactory:
         return caches
 
     def _row_blocks(self, cache: PrefixCache) -> int:
-        """The most blocks of a group that a request of the model's length has at a time."""
+        """The most blocks of a group that a request has at a time: of the model's length, or of any."""
         config, reach = self._config, cache.reach
-        if reach == DENSE or config.handoff is not None:  # which reserves blocks for a whole prompt
-            return -(-self._max_model_len // config.block_size)
+        whole = -(-self._max_model_len // config.block_size)
+        if reach == DENSE:
+            return whole
         room = RowRoom.of(reach, config.block_size, cache.pool.num_blocks, config.max_num_batched_tokens)
-        return room.most_blocks(self._max_model_len)
+        most = room.most_blocks(ENDLESS if self._policy.bounded else self._max_model_len)
+        return most if config.handoff is None else max(most, whole)  # a handoff reserves blocks for a whole prompt
 
     def _check_length(self, num_blocks: int) -> None:
         config, reaches = self._config, self._policy.reaches
@@ -355,7 +357,7 @@ class GenerationFactory:
             HandoffCost(handoff.min_tokens, self._config.max_mixed_prefill_tokens or MIXED_TOKENS),
             lease_s=handoff.lease_s,
             max_reserved=spare,
-            max_tokens=self._max_model_len,
+            max_tokens=min(self._max_model_len, cache.pool.num_blocks * self._config.block_size - 1),
             must_succeed=handoff.on_failure == "fail",
             meet_s=self._meet_s,
         )

@@ -268,14 +268,20 @@ class Scheduler:
         tables = self._tables
         if tables.windowed and seat.is_in_flight:  # which gives blocks back, as others may that are in flight
             return tables.has_room(missing)
-        while not tables.has_room(missing, self._leaving):
+        while not tables.has_room(missing, self._leaving, in_flight := self._windows_in_flight()):
             victim = seat_of(self._newest_paused() or self.running[-1])
             self._preempt(victim.request)
             draft.budget += draft.counts.pop(victim, 0)
             draft.appends.pop(victim, None)
             if victim is seat:
                 return False
-        return not self._leaving or tables.has_room(missing)
+        return not (self._leaving or in_flight) or tables.has_room(missing)
+
+    def _windows_in_flight(self) -> list[Request]:
+        """Those that run and may give back blocks when a step in flight is done."""
+        if not self._tables.windowed:
+            return []
+        return [request for request in self.running if seat_of(request).is_in_flight]
 
     def _compute_alone(self, suspect: Request, draft: _Draft) -> None:
         """Gives the step to one request that the group may die of, once nothing else is in flight. Others keep their

@@ -54,12 +54,21 @@ class Table:
     @property
     def num_held(self) -> int:
         """How many blocks it has now."""
-        return len(self.block_ids) - self.block_ids.count(GONE)
+        return len(self.block_ids) - max(0, self.first - self.sinks)
 
     @property
     def sinks(self) -> int:
         """How many blocks hold the sinks."""
         return -(-self.reach.sinks // self.cache.block_size)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it has given back blocks: from then on it gives one back for each that it gets."""
+        return self.first > self.sinks
+
+    def num_given_back(self, num_done: int) -> int:
+        """How many blocks it will have given back when so many tokens are done, and has not yet."""
+        return max(0, self.reach.first_key(num_done) // self.cache.block_size - max(self.first, self.sinks))
 
     @property
     def gives_at(self) -> int:

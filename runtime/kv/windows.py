@@ -42,13 +42,15 @@ class RowRoom:
     Attributes:
         num_blocks: that the group has.
         least: a row of any length can go on with so many, be it in small chunks.
-        lead: tokens beyond the window that a row gets blocks for when it is admitted.
+        steady: the most that a row has which computes a token at a time, and waits for it.
+        lead: tokens beyond the window that a row gets blocks for when it is admitted, if they are there.
     """
 
     reach: Reach
     block_size: int
     num_blocks: int
     least: int
+    steady: int
     lead: int
 
     @classmethod
@@ -57,17 +59,21 @@ class RowRoom:
         least = reach.most_blocks(block_size, ENDLESS, block_size)
         # At most half of what there is beside a row, so that others, and what is pinned, have the rest.
         lead = max(block_size, min(chunk, (num_blocks - least) // 2 * block_size))
-        return cls(reach, block_size, num_blocks, least, lead)
+        assert reach.window is not None
+        steady = -(-reach.sinks // block_size) + (reach.window + block_size - 2) // block_size + 1
+        return cls(reach, block_size, num_blocks, least, steady, lead)
 
     @property
     def capacity(self) -> int | None:
         """Most tokens of a request that the group can serve; None: any number."""
         return None if self.num_blocks >= self.least else self.num_blocks * self.block_size
 
-    def first_tokens(self, num_tokens: int, num_cached: int) -> int:
-        """For how many tokens a row gets blocks when it is admitted; it goes on after ``num_cached``."""
+    def first_tokens(self, num_tokens: int, num_cached: int) -> tuple[int, int]:
+        """For how many tokens a row gets blocks when it is admitted, at least and at most; it goes on after
+        ``num_cached``."""
         assert self.reach.span is not None
-        return min(num_tokens, max(num_cached, self.reach.span) + self.lead)
+        start = max(num_cached, self.reach.span)
+        return min(num_tokens, start + self.block_size), min(num_tokens, start + self.lead)
 
     def most_blocks(self, num_tokens: int) -> int:
         """The most that a row of so many tokens has to have at a time."""

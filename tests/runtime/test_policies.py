@@ -403,6 +403,39 @@ def test_a_text_goes_on_past_the_models_length(llm_of: Callable[..., LLM], judge
     settled(llm)
 
 
+def test_a_text_without_end_finds_room_beside_pins(llm_of: Callable[..., LLM]) -> None:
+    """Its window is longer than any prompt."""
+    llm = llm_of("sinks:4,200", max_model_len=64, num_blocks=24, kv_memory=None)
+    llm.pin_prefix(some_tokens(1, 49), 1000.0)
+    with pytest.raises(InvalidValueError, match="must still have room"):
+        llm.pin_prefix(some_tokens(2, 49), 1000.0)
+    outputs = llm.generate(some_tokens(9, 20), GREEDY.clone(max_tokens=300), use_tqdm=False)
+    assert [len(ids) for ids in token_ids(outputs)] == [300]
+
+
+@pytest.mark.slow
+def test_a_text_without_end_goes_on_when_the_decode_ranks_die(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is longer than what prefill engines take, and than what the memory holds without a window."""
+    settings: dict[str, Any] = {"max_model_len": 64, "num_blocks": 8, "kv_memory": None}
+    sides = Sides(monkeypatch, checkpoint(SHAPE), kv_policy="sinks:4,28", max_num_batched_tokens=37, **settings)
+    try:
+        params = GREEDY.clone(max_tokens=170, logprobs=None)
+        [alone] = token_ids(sides.llm.generate(some_tokens(1, 50), params, use_tqdm=False))
+        sides.llm.reset_prefix_cache()
+        got: list[int] = []
+        for delta in sides.llm.stream(some_tokens(1, 50), params):
+            if len(got) < 140 <= len(got) + len(delta.token_ids):
+                sides.kill_decode_ranks()
+            got += delta.token_ids
+        assert got == alone
+        assert sides.llm.stats()["recoveries"]["count"] == 1
+        sides.settle()
+    finally:
+        sides.close()
+
+
 def test_dense_text_ends_at_the_models_length(llm_of: Callable[..., LLM]) -> None:
     llm = llm_of("dense", max_model_len=64)
     with pytest.raises(InvalidValueError, match="kv_policy"):

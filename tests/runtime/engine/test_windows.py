@@ -320,3 +320,51 @@ def test_tiers_bring_back_what_a_hit_is_missing() -> None:
     assert second.metrics.num_cached_tokens == 40
     assert 0 < second.metrics.num_restored_tokens <= 3 * BLOCK, f"at most the sinks and the window; {there} were there"
     bench.check_idle()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("reach", [Reach(2, 6), Reach(2, 9), Reach(6, 11)])
+def test_a_row_without_end_does_not_preempt_others_for_ever(reach: Reach, depth: int) -> None:
+    """Room for two windows. The endless row takes a block and gives it back, again and again; a long prompt beside it,
+    were it preempted each time, would begin again each time."""
+    steady = BlockTables(PrefixCache(BlockPool(64), BLOCK, reach=reach)).rooms[0].steady  # type: ignore[union-attr]
+    for blocks in (2 * steady, 2 * steady + 1):
+        bench = bench_of(reach, blocks=blocks, budget=16, depth=depth)
+        endless, prompt = make_request("endless", [1, 2, 3], 100_000), make_request("b", [5] * 100, 20)
+        bench.add(endless)
+        for _ in range(30):
+            bench.step()
+        bench.add(prompt)
+        for _ in range(250):
+            bench.step()
+        assert (bench.got[prompt.key], bench.ended[prompt.key]) == alone(prompt)
+        assert bench.engine.stats()["num_preemptions"] == 0
+        bench.engine.abort("endless")
+        bench.run()
+        bench.check_idle()
+
+
+def test_a_prompt_is_admitted_with_what_there_is_beside_rows_without_end() -> None:
+    bench = bench_of(Reach(2, 6), blocks=36, budget=200)
+    for index in range(7):
+        bench.add(make_request(str(index), [1, 2, index], 100_000))
+    for _ in range(60):
+        bench.step()
+    assert bench.cache.num_available < 17, "less than a window and half of what is beside one"
+    prompt = make_request("b", [5] * 200, 3)
+    bench.add(prompt)
+    for _ in range(60):
+        bench.engine.step()
+    assert bench.got[prompt.key] == alone(prompt)[0]
+
+
+def test_a_prompt_for_another_engine_that_does_not_fit_ends_with_the_reason() -> None:
+    """Though any text would that keeps only its window. Later shards may have less memory than the first."""
+    bench = bench_of(Reach(0, 6), blocks=8)
+    whole = make_request("a", [1] * 40, 1)
+    whole.transfer = TransferKey(bytes(16), 1, 1, 1)
+    bench.add(whole)
+    assert bench.ended[whole.key] is FinishReason.ERROR
+    assert whole.error is not None and f"for {8 * BLOCK} tokens" in whole.error
+    run_one(bench, make_request("b", [1] * 40, 1))
+    bench.check_idle()

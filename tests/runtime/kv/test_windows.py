@@ -51,10 +51,22 @@ def test_a_row_gets_room_for_its_first_tokens_and_always_finds_it(
         tokens = min(tokens, room.capacity - 1)
     found = min(found, max(0, tokens - 1) // size)
     held = len(reach.needed_blocks(found, size))
-    first = room.first_tokens(tokens + 1, found * size)
-    assert found * size < first <= tokens + 1 or not tokens
+    least, first = room.first_tokens(tokens + 1, found * size)
+    assert found * size < least <= first <= tokens + 1 or not tokens
     assert held + -(-first // size) - found <= blocks
     assert room.most_blocks(tokens) <= blocks or room.capacity is not None
+    assert min(room.steady, -(-(tokens + 1) // size)) <= blocks
+
+
+@examples(100)
+@given(reach=REACHES, size=st.integers(1, 5))
+def test_a_row_that_computes_a_token_at_a_time_goes_on_with_so_many_blocks(reach: Reach, size: int) -> None:
+    sinks = range(-(-reach.sinks // size))
+    held = [
+        len({*sinks, *range(reach.first_key(position) // size, position // size + 1)})
+        for position in range(reach.span or 0, 10 * size + 2 * (reach.span or 0))
+    ]
+    assert max(held) == RowRoom.of(reach, size, 40, 64).steady
 
 
 def test_the_least_memory_is_a_window_and_a_block_besides_or_a_whole_text() -> None:
