@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,13 +14,14 @@ from headwise.runtime.deployment.control import Role, Status
 from headwise.runtime.deployment.deployment import Deployment
 from headwise.runtime.deployment.front import Front
 from headwise.runtime.deployment.options import ReplicaOptions
-from headwise.runtime.kv_settings import with_streaming_heads
+from headwise.runtime.kv_settings import heads_notes, with_streaming_heads
 from headwise.runtime.prepare import PreparedModel, prepare
 from headwise.runtime.routing.router import Router
 from headwise.runtime.sides import pool_configs
 from headwise.workers.errors import HeadwiseError, InvalidValueError
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 ANSWER_S = 5.0
 """For the front to answer."""
@@ -51,9 +53,12 @@ class DeployedModel(AsyncModel[Deployment]):
             HeadwiseError: as :class:`~headwise.runtime.llm.LLM`, if no replica could be started.
         """
         try:
-            config = with_streaming_heads(config)  # replicas on other hosts do not have the file
             configs = _configs(config, options)
             prepared = prepare(configs.get("decode", config))
+            for note in heads_notes(config, prepared.path):
+                _logger.warning(note)
+            # Replicas on other hosts do not have the file.
+            configs = {role: with_streaming_heads(one) for role, one in configs.items()}
         except BaseException:
             factory.close()
             raise

@@ -66,14 +66,18 @@ def test_endless_outputs_survive_the_death_of_a_replica(
 
 
 def test_replicas_need_no_file_of_streaming_heads(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(start, "make_factory", thread_groups())
     file = tmp_path / "heads.json"
-    file.write_text(json.dumps({"kv_policy": "window:16", "heads": [[1, 2]]}))
+    file.write_text(json.dumps({"kv_policy": "window:16", "heads": [[1, 2]], "model": "another"}))
     deployed = Deployed(kept_by(checkpoint, streaming_heads=str(file)))
     try:
         llm = deployed(1)
+        assert "was written for a model with other weights" in caplog.text
         [replica] = deployed.factory.started
         config = replica.host._config
         assert (config.kv_policy, config.streaming_heads) == ("window:16@1.2;dense", None)
@@ -103,5 +107,16 @@ def test_replicas_take_what_the_heads_that_keep_everything_have_room_for(
         [[sample]] = ask_all(llm, [("a", [5] * 2000, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))])
         assert len(sample.tokens) == 3
         settled(llm)
+    finally:
+        deployed.close()
+
+
+def test_a_file_of_streaming_heads_of_other_shapes_is_named(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(json.dumps({"kv_policy": "window:16", "heads": [[9, 2]]}))
+    deployed = Deployed(kept_by(checkpoint, streaming_heads=str(file)))
+    try:
+        with pytest.raises(InvalidValueError, match=r"^streaming_heads=.*heads\[0\]=\[9, 2\] in it: the model has"):
+            deployed(1)
     finally:
         deployed.close()
