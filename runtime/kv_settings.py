@@ -104,8 +104,8 @@ def _read(path: str) -> dict[str, Any]:
     try:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        limit = f"cannot be read: {error.strerror}"
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two: of NUL, and of ~ and no such user
+        limit = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise InvalidValueError("streaming_heads", path, limit, "give a file of headwise calibrate") from None
     if len(data) > MAX_FILE_BYTES:
         raise InvalidValueError("streaming_heads", path, f"is larger than {MAX_FILE_BYTES} bytes", _FIX)

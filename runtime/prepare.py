@@ -79,6 +79,22 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def usable_device(name: str) -> str:
+    """Where a process of this host computes.
+
+    Args:
+        name: ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        InvalidValueError: ``cuda``, and torch finds no GPU.
+    """
+    found = best_device()
+    if name == "cuda" and found != "cuda":
+        fix = "device=cpu (--device), or a build of torch with CUDA and a GPU that nvidia-smi shows"
+        raise InvalidValueError("device", name, "torch finds no GPU here", fix)
+    return found if name == "auto" else name
+
+
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is None:
         return model.max_position_embeddings

@@ -33,7 +33,7 @@ from headwise.runtime.inputs.processor import InputProcessor
 from headwise.runtime.kv.events import KvEvents
 from headwise.runtime.kv_settings import heads_notes, kv_name
 from headwise.runtime.precision import precision_notes
-from headwise.runtime.prepare import best_device, prepare
+from headwise.runtime.prepare import best_device, prepare, usable_device
 from headwise.runtime.sides import decode_config, prefill_config
 from headwise.runtime.tls import channel_credentials
 from headwise.runtime.warmup import prepare_kernels
@@ -342,9 +342,7 @@ def _kv_memory(generation: Generation) -> str:
 
 def make_factory(config: EngineConfig, spec: ShardSpec) -> GroupFactory:
     if config.executor == "local":
-        if spec.device == "cuda" and best_device() != "cuda":
-            fix = "device=cpu (--device), or a build of torch with CUDA and a GPU that nvidia-smi shows"
-            raise InvalidValueError("device", spec.device, "torch finds no GPU here", fix)
+        usable_device(spec.device)
         return LocalGroupFactory(spec, config.cpus_per_rank)
     # Here and not above: executor="local" works where Ray is not installed.
     from headwise.cluster.ray_factory import RayGroupFactory

@@ -111,6 +111,8 @@ def check(load: Load, config: ModelConfig) -> None:
         InvalidValueError: a policy or dtype does not go with the model, or a stretch is too short to be measured.
     """
     most = config.max_position_embeddings
+    if not load.policies:
+        raise InvalidValueError("--policies", "", "names no policy", "leave it out, or name one, such as dense")
     for policy in load.policies:
         if not (last := _RECOMPUTE.fullmatch(policy)):
             policy_of(policy, config)
@@ -118,6 +120,13 @@ def check(load: Load, config: ModelConfig) -> None:
             raise InvalidValueError("--policies", policy, f"reads more tokens at once than the model can, {most}")
     for name in load.kv_dtypes:
         kv_format(name, config.head_dim)
+    needed = kv_errors.PROMPT_TOKENS + kv_errors.NEW_TOKENS
+    if load.kv_dtypes and load.prompts and (load.tokens < kv_errors.PROMPT_TOKENS or most < needed):
+        limit = (
+            f"takes {kv_errors.PROMPT_TOKENS} tokens of the text for each, of --tokens {load.tokens}, and continues "
+        )
+        limit += f"them to {needed}, of the model's {most}"
+        raise InvalidValueError("--prompts", load.prompts, limit, "raise --tokens, or compare without: --prompts 0")
     if load.stretch <= DECODED:
         limit = f"makes stretches of {load.stretch} tokens, of which {DECODED} are timed; more are needed"
         raise InvalidValueError("--stretches", load.stretches, limit)

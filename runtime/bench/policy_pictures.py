@@ -71,7 +71,7 @@ def _by_policy(policies: Sequence[Result]) -> Table:
             f"{one['perplexity']:.2f}",
             _number(one["perplexity_of_sample"]),
             size_text(one["most_kv_bytes"]),
-            f"{one['token_ms'][-1][1]:.2f}",
+            _number(one["token_ms"][-1][1] if one["token_ms"] else None),
         ]
         for one in policies
     ]
@@ -110,8 +110,8 @@ def _by_shape(shapes: Sequence[Result]) -> Table:
 
 def _lines(axes: Axes, policies: Sequence[Result], points: Callable[[Result], Sequence[Sequence[float]]]) -> None:
     for one, color in zip(policies, cycle(figures.COLORS), strict=False):
-        x, y = zip(*points(one), strict=True)
-        axes.plot(x, y, color=color, label=_name(one))
+        found = points(one)
+        axes.plot([x for x, _ in found], [y for _, y in found], color=color, label=_name(one))
 
 
 def _bars(axes: Axes, shapes: Sequence[Result]) -> None:

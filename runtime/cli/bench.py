@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -421,16 +422,21 @@ def policies(
     """
     from headwise.runtime.bench import policies as measure
     from headwise.runtime.config import engine_config
-    from headwise.runtime.kv_settings import with_streaming_heads
-    from headwise.runtime.prepare import best_device
+    from headwise.runtime.kv_settings import heads_notes, model_policy
+    from headwise.runtime.models import resolve
+    from headwise.runtime.prepare import usable_device
+    from headwise.workers.model.model_config import load_model_config
 
+    config = engine_config(model=model, device=device, attention=attention, streaming_heads=streaming_heads)
+    where = usable_device(config.device)
     named = policies.split()
     if streaming_heads is not None:
-        settings = engine_config(model=model, streaming_heads=streaming_heads)
-        named.append(with_streaming_heads(settings).kv_policy)
+        path = resolve(model)
+        named.append(model_policy(config, load_model_config(path)).text)
+        for note in heads_notes(config, path):
+            print(f"headwise: {note}", file=sys.stderr)
     dtypes = () if kv_dtypes == "none" else tuple(dict.fromkeys(kv_dtypes.split(",")))
     load = measure.Load(tuple(dict.fromkeys(named)), tokens, stretches, samples, dtypes, prompts)
-    where = best_device() if device == "auto" else device
     measure.run(model, text, load, where, attention, threads, as_json=as_json, plot=plot)
 
 

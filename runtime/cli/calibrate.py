@@ -40,19 +40,19 @@ def calibrate(
     from tqdm import tqdm
 
     from headwise.runtime.calibrate import attention_mass, check_length, streaming_heads
+    from headwise.runtime.config import engine_config
     from headwise.runtime.inputs.text_file import tokens_of_file
     from headwise.runtime.models import resolve
-    from headwise.runtime.prepare import best_device
+    from headwise.runtime.prepare import usable_device
     from headwise.workers.model.checkpoint import model_fingerprint
     from headwise.workers.model.model_config import load_model_config
 
-    if not out.absolute().parent.is_dir():
-        raise InvalidValueError("OUT", str(out), f"the folder {out.absolute().parent} is not there")
+    where = usable_device(engine_config(model=model, device=device).device)
+    _check_out(out, text)
     path, reach = resolve(model), Reach(sinks, window)
     check_length(tokens, reach, load_model_config(path).max_position_embeddings)
     token_ids = tokens_of_file(text, path, tokens)[:tokens]
     with tqdm(total=tokens, desc="calibrating", unit="token", file=sys.stderr) as bar:
-        where = device if device != "auto" else best_device()
         mass = attention_mass(path, token_ids, reach, where, bar.update)
     chosen = streaming_heads(mass, share)
     result: dict[str, Any] = {
@@ -72,6 +72,16 @@ def calibrate(
         print_json({"out": str(out), **result})
     else:
         print(_summary(out, reach, mass, set(chosen)))
+
+
+def _check_out(out: Path, text: Path) -> None:
+    """What would otherwise be found out when the text is read."""
+    if not out.absolute().parent.is_dir():
+        raise InvalidValueError("OUT", str(out), f"the folder {out.absolute().parent} is not there")
+    if out.is_dir():
+        raise InvalidValueError("OUT", str(out), "is a folder", "name a file, such as heads.json in it")
+    if out.exists() and text.exists() and out.samefile(text):
+        raise InvalidValueError("OUT", str(out), "is the text itself, which would be overwritten", "name another file")
 
 
 def _summary(out: Path, reach: Reach, mass: list[list[float]], chosen: set[tuple[int, int]]) -> str:

@@ -90,6 +90,7 @@ def test_calibrate(headwise: Run, readable: Path, tmp_path: Path) -> None:
         ({"--tokens": "400"}, "400 are needed"),
         ({"--text": "nowhere"}, "cannot be read"),
         ({"--share": "2"}, "share"),
+        ({"--device": "gpu"}, "device='gpu'"),
     ],
 )
 def test_bad_flags(headwise: Run, readable: Path, tmp_path: Path, changes: dict[str, str], message: str) -> None:
@@ -106,6 +107,16 @@ def test_where_nothing_can_be_written(headwise: Run, readable: Path, tmp_path: P
         "calibrate", str(readable), str(tmp_path / "no" / "o.json"), "--text", str(tmp_path / "text")
     )
     assert code == 2 and "OUT" in err and "is not there" in err
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "is a folder"), ("text", "is the text itself")])
+def test_what_is_not_to_be_overwritten(headwise: Run, readable: Path, tmp_path: Path, name: str, message: str) -> None:
+    """It is said before the text is read."""
+    (tmp_path / "text").write_text("some text " * 20)
+    flags = ["--text", str(tmp_path / "text"), "--sinks", "2", "--window", "30", "--tokens", "64"]
+    code, _, err = headwise("calibrate", str(readable), str(tmp_path / name), *flags)
+    assert code == 2 and err.startswith("headwise: OUT=") and message in err
+    assert (tmp_path / "text").read_text() == "some text " * 20
 
 
 def test_a_model_without_a_tokenizer(headwise: Run, checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -171,6 +171,12 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes | None, sai
         model_policy(settings(streaming_heads=str(path)), MODEL)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "~nobody-of-this-name/heads.json"])
+def test_a_path_that_can_be_none_is_refused(path: str) -> None:
+    with pytest.raises(InvalidValueError, match=r"^streaming_heads=.*: cannot be read: .*; give a file of headwise"):
+        model_policy(settings(streaming_heads=path), MODEL)
+
+
 def test_a_file_of_another_model_is_said_to_be_one(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     def notes(**changes: Any) -> list[str]:
         return [*heads_notes(settings(streaming_heads=heads_file(tmp_path, **changes)), checkpoint("gqa"))]

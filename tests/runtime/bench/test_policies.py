@@ -128,6 +128,8 @@ def test_bytes_by_shape(checkpoint: Callable[..., Path], shape: str, names: list
         (Load(("recompute:600",), 400, 4, 2, (), 0), "more tokens at once than the model can, 512"),
         (Load(("dense",), 400, 4, 2, ("int2",), 0), "kv_dtype"),
         (Load(("dense",), 400, 50, 2, (), 0), "stretches of 8 tokens"),
+        (Load((), 400, 4, 2, (), 0), "--policies"),
+        (Load(("dense",), 63, 1, 2, ("int8",), 1), r"--prompts=1: takes 64 tokens of the text .* of --tokens 63"),
     ],
 )
 def test_bad_loads(path: Path, load: Load, message: str) -> None:
@@ -199,6 +201,34 @@ def test_streaming_heads_are_one_more_policy(headwise: Run, readable: Path, tmp_
     dense, mixed, *_ = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and mixed["policy"] == "sinks:2,20@0.1,1.0;dense"
     assert mixed["most_kv_bytes"] <= dense["most_kv_bytes"] and mixed["perplexity"] != dense["perplexity"]
+
+
+def test_a_policy_that_ends_within_a_stretch_has_no_time(headwise: Run, readable: Path, tmp_path: Path) -> None:
+    """A stretch is longer than what the model can read densely."""
+    (tmp_path / "text").write_text("A text is read from its first letter to its last. " * 8)
+    flags = ["--policies", "dense", "--tokens", "300", "--stretches", "1", "--kv-dtypes", "none", "--threads", "1"]
+    command = ("bench", "policies", "--text", str(tmp_path / "text"), "--model", str(readable), "--device", "cpu")
+    code, out, err = headwise(*command, *flags, "--plot", str(tmp_path / "out.png"))
+    assert code == 0, err
+    assert next(line for line in out.splitlines() if "dense" in line and "255" in line).rstrip(" │").endswith("-")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "gpu"], "device='gpu'"),
+        (["--attention", "fast"], "attention='fast'"),
+        (["--streaming-heads", "{heads}"], r"heads[1]=[9, 0] in it: the model has layers 0 to 1"),
+    ],
+)
+def test_settings_that_no_engine_has(
+    headwise: Run, readable: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    heads = tmp_path / "heads.json"
+    heads.write_text(json.dumps({"kv_policy": "sinks:2,20", "heads": [[0, 1], [9, 0]]}))
+    command = ("bench", "policies", "--text", str(tmp_path / "text"), "--model", str(readable))
+    code, _, err = headwise(*command, *(flag.format(heads=heads) for flag in flags))
+    assert code == 2 and message in err and "Traceback" not in err
 
 
 def test_a_text_that_is_too_short(headwise: Run, readable: Path, tmp_path: Path) -> None:
