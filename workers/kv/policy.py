@@ -21,7 +21,7 @@ from headwise.workers.errors import InvalidValueError
 
 DENSE_TEXT = "dense"
 _SYNTAX = (
-    "must be dense, window:L, sinks:S,L or parts such as dense@0-3;sinks:4,252@*, with L at least 1 and S at least 1"
+    "must be dense, window:L, sinks:S,L or parts such as dense@0-3;sinks:4,252@*, with L and S from 1 to 999999999"
 )
 MAX_SINKS_SPAN = 1 << 20
 """The most sinks and window together: queries of sinks are turned by a table of so many positions."""
@@ -211,7 +211,7 @@ def _parse(text: str) -> list[tuple[Reach, list[_Place]]]:
             raise InvalidValueError("kv_policy", text, _SYNTAX)
         reach = Reach(int(sinks or 0), None if window is None else int(window))
         if reach.sinks and (reach.span or 0) > MAX_SINKS_SPAN:
-            raise InvalidValueError("kv_policy", text, f"sinks and window may be {MAX_SINKS_SPAN} tokens together")
+            raise InvalidValueError("kv_policy", text, f"sinks and window are at most {MAX_SINKS_SPAN} tokens together")
         found = [_place(place) for place in places if place is not None]
         parts.append((reach, found or [_Place(None, None, None)]))
     return parts

@@ -199,7 +199,7 @@ def test_streaming_heads_are_one_more_policy(headwise: Run, readable: Path, tmp_
     flags += ["--kv-dtypes", "none", "--threads", "1", "--device", "cpu", "--json"]
     code, out, _ = headwise("bench", "policies", "--text", str(text), "--model", str(readable), *flags)
     dense, mixed, *_ = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and mixed["policy"] == "sinks:2,20@0.1,1.0;dense"
+    assert code == 0 and mixed["policy"] == "dense@0.0,1.1;sinks:2,20@0.1,1.0"
     assert mixed["most_kv_bytes"] <= dense["most_kv_bytes"] and mixed["perplexity"] != dense["perplexity"]
 
 
