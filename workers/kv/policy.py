@@ -23,8 +23,9 @@ DENSE_TEXT = "dense"
 _SYNTAX = (
     "must be dense, window:L, sinks:S,L or parts such as dense@0-3;sinks:4,252@*, with L and S from 1 to 999999999"
 )
-MAX_SINKS_SPAN = 1 << 20
-"""The most sinks and window together: queries of sinks are turned by a table of so many positions."""
+MAX_SPAN = 1 << 20
+"""The most sinks and window together: a row's block table has room for them, and queries of sinks are turned by a table
+of so many positions."""
 _RULE = re.compile(r"dense|window:(?P<window>\d{1,9})|sinks:(?P<sinks>\d{1,9}),(?P<last>\d{1,9})")
 _PLACE = re.compile(r"\*|(?P<first>\d{1,6})(?:-(?P<last>\d{1,6})|\.(?P<head>\d{1,6}))?")
 
@@ -210,8 +211,8 @@ def _parse(text: str) -> list[tuple[Reach, list[_Place]]]:
         if (window is not None and int(window) < 1) or (sinks is not None and int(sinks) < 1):
             raise InvalidValueError("kv_policy", text, _SYNTAX)
         reach = Reach(int(sinks or 0), None if window is None else int(window))
-        if reach.sinks and (reach.span or 0) > MAX_SINKS_SPAN:
-            raise InvalidValueError("kv_policy", text, f"sinks and window are at most {MAX_SINKS_SPAN} tokens together")
+        if (reach.span or 0) > MAX_SPAN:
+            raise InvalidValueError("kv_policy", text, f"sinks and window are at most {MAX_SPAN} tokens together")
         found = [_place(place) for place in places if place is not None]
         parts.append((reach, found or [_Place(None, None, None)]))
     return parts

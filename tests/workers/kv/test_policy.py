@@ -104,7 +104,8 @@ def test_a_policy_is_its_text(data: st.DataObject, shape: tuple[int, int]) -> No
             "window:12345678901",
             ";dense",
         ),
-        *("sinks:4,1048573", "dense@0x1", "dense@*.0", "window:4@@1"),
+        *("sinks:4,1048573", "window:1048577", "window:999999999@0;dense"),
+        *("dense@0x1", "dense@*.0", "window:4@@1"),
     ],
 )
 def test_what_is_no_policy_is_refused(text: str) -> None:
