@@ -147,7 +147,8 @@ def kernels(
     if any(obstacle.startswith("triton") for obstacle in obstacles):
         return warned("kernels", said, "pip install 'headwise[cuda]'")
     if any(obstacle.startswith("kv_") for obstacle in obstacles):
-        return warned("kernels", said, "leave out --kv-policy, --streaming-heads and --kv-dtype; it works, but slowly")
+        fix = "leave out --kv-policy, --streaming-heads and --kv-dtype, unless the windows are the model's own; "
+        return warned("kernels", said, f"{fix}it works, but slowly")
     return warned("kernels", said, "serve a model of another head_dim; it works, but there are no kernels for this one")
 
 
