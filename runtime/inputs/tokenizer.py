@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd"
-_LONG_WINDOW = 8
+_LONG_WINDOW, _LONGEST_WINDOW = 8, 64
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -145,6 +145,8 @@ class IncrementalDetokenizer:
         self._sent = max(self._sent, certain)
         if certain == len(text) and len(self._window) > _LONG_WINDOW:
             self._shorten()
+        if len(self._window) > _LONGEST_WINDOW:
+            self._keep_last(text)
         return piece
 
     def flush(self) -> str:
@@ -161,3 +163,12 @@ class IncrementalDetokenizer:
         text = self._tokenizer.decode(self._window[-1:], skip_special_tokens=False)
         if text:
             self._window, self._sent = self._window[-1:], len(text)
+
+    def _keep_last(self, text: str) -> None:
+        """Keep the last few tokens if the text ends as theirs does, for a model may go on for ever with what is never
+        certain, or has no text of its own: a part of a character again and again, or a space."""
+        last = self._window[-_LONG_WINDOW:]
+        end = self._tokenizer.decode(last, skip_special_tokens=False)
+        before = len(text) - len(end)
+        if end and text.endswith(end) and before <= self._sent:
+            self._window, self._sent = last, self._sent - before

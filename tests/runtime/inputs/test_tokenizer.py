@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from headwise.runtime.inputs import tokenizer as module
 from headwise.runtime.inputs.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
 from headwise.workers.errors import CheckpointError, InvalidValueError
 from tests.effort import examples
@@ -96,6 +97,33 @@ def test_pieces_of_any_tokens_join_to_their_text(name: str, data: st.DataObject,
     # 280 is past every vocabulary here: ids without a token are left out.
     ids = data.draw(st.lists(st.integers(0, 280), max_size=60))
     assert "".join(pieces(tokenizer, ids, cuts, skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("name", TINY)
+@examples(300)
+@given(data=st.data(), cuts=CUTS)
+def test_pieces_of_a_few_tokens_again_and_again_join_to_their_text(
+    name: str, data: st.DataObject, cuts: list[int]
+) -> None:
+    """Spaces, parts of characters, and whatever else is never certain: with a short memory of them."""
+    few = data.draw(st.lists(st.sampled_from([3, 5, 7, 9]) | st.integers(0, 270), min_size=1, max_size=5))
+    ids = data.draw(st.lists(st.sampled_from(few), max_size=100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LONGEST_WINDOW", 8)
+        out = pieces(TOKENIZERS[name], ids, cuts, False)
+    assert "".join(out) == TOKENIZERS[name].decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(("name", "token"), [("byte_level", "\ufffd"), ("byte_fallback", ""), ("metaspace", "")])
+def test_a_token_again_and_again_is_not_decoded_again_and_again(name: str, token: str) -> None:
+    """Outputs without end may be of it alone: of a part of a character, or of a space, which alone is no text."""
+    tokenizer = TOKENIZERS[name]
+    texts = ((i, tokenizer.decode([i], False), tokenizer.decode([i, i], False)) for i in range(3, 256))
+    repeated = next(i for i, one, two in texts if one == token and two)
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    out = [detokenizer.add([repeated]) for _ in range(1000)]
+    assert len(detokenizer._window) <= 65
+    assert "".join([*out, detokenizer.flush()]) == tokenizer.decode([repeated] * 1000, False)
 
 
 @pytest.mark.parametrize("name", TINY)
