@@ -19,6 +19,7 @@ from headwise.workers.cuda import gpu
 from headwise.workers.cuda.buckets import bucket_of
 from headwise.workers.cuda.kv_copy import BlockMover
 from headwise.workers.kv.cache import KVCache
+from headwise.workers.kv.policy import DENSE
 from headwise.workers.model.partition import partition_model
 from headwise.workers.plan import RowAdmit, RowSampling, StepOutput, StepPlan, TokenLogprobs
 from headwise.workers.runner import Launched, Runner
@@ -93,8 +94,10 @@ class Served:
             block_size=BLOCK_SIZE,
             max_num_seqs=max_rows,
             max_model_len=self.max_len,
+            max_num_batched_tokens=self.max_len,
             device=device.at,
             num_threads=1,
+            reaches=(DENSE,),
         )
         if (ours := gpu.of(device.at)) is not None:
             self.cache.mover = BlockMover(self.cache, ours, lambda: self._runner.collected)
