@@ -25,7 +25,6 @@ import ray
 from headwise.cluster.engine_watch import EngineProcess, EngineWatch
 from headwise.runtime import LLM
 from headwise.workers.processes import ProcessId
-from tests.effort import thorough
 
 START_S = 120.0
 GONE_S = 10.0
@@ -145,7 +144,7 @@ def test_a_process_that_cannot_be_seen_is_not_watched(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "moment",
     # The ranks of a group that follows another meet as those of the first do.
-    ["step", thorough("recovering"), *map(slow, ("created", "meeting", "idle", "handoff", "spare"))],
+    ["step", *map(slow, ("recovering", "created", "meeting", "idle", "handoff", "spare"))],
 )
 def test_of_a_driver_that_joined_a_ray(checkpoint: Callable[..., Path], one_ray: str, moment: str) -> None:
     with driver(moment, checkpoint("uneven"), one_ray) as it:
@@ -167,7 +166,7 @@ def test_of_a_driver_with_a_ray_of_its_own(checkpoint: Callable[..., Path], mome
 
 
 @pytest.mark.parametrize(
-    ("joined", "stopped"), [(False, [1]), slow(False, [0, 1]), slow(True, [1]), slow(True, [0, 1])]
+    ("joined", "stopped"), [slow(False, [1]), slow(False, [0, 1]), slow(True, [1]), slow(True, [0, 1])]
 )
 def test_a_rank_that_hangs_does_not_outlive_its_engine(
     checkpoint: Callable[..., Path], request: pytest.FixtureRequest, joined: bool, stopped: list[int]
