@@ -50,7 +50,8 @@ def main() -> None:
 
 def run(llm: LLM, tokens: int) -> tuple[list[float], list[int]]:
     """Seconds of each thousand tokens, and the blocks in use after it."""
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    # One more than is read, so that the blocks are still in use at the last count.
+    params = SamplingParams(temperature=0, max_tokens=tokens + 1, ignore_eos=True)
     seconds: list[float] = []
     blocks: list[int] = []
     seen, began = 0, time.monotonic()
@@ -63,6 +64,8 @@ def run(llm: LLM, tokens: int) -> tuple[list[float], list[int]]:
         stats = llm.stats()
         blocks.append(stats["num_blocks"] - stats["num_free_blocks"])
         print(f"{seen:,} tokens: {STRETCH / seconds[-1]:.1f} tok/s, {blocks[-1]} blocks", file=sys.stderr)
+        if seen >= tokens:
+            break
         began = time.monotonic()
     return seconds, blocks
 
