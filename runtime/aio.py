@@ -41,7 +41,7 @@ class AsyncLLM(AsyncModel[Engine]):
 
     @property
     def num_blocks(self) -> int:
-        """How many KV blocks each rank has, in the group of the KV policy that has the most."""
+        """How many KV blocks each rank has, in the group of the KV policy whose blocks run out first."""
         return self.engine.generation.fullest.pool.num_blocks
 
     @property

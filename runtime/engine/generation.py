@@ -40,6 +40,7 @@ MEET_S = 20.0
 """How long the requests of shards that have died wait for prefill engines to be connected to the next, where a handoff
 must not fail."""
 PLAIN = KvPolicy((DENSE,), ())
+"""Every head keeps everything, whatever the heads."""
 
 
 @dataclass(frozen=True, slots=True)
